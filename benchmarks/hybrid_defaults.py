@@ -1,0 +1,104 @@
+"""Choose HybridLoss's defaults on validation classes; run from the repository's root.
+
+python -m benchmarks.hybrid_defaults --data glyphs omniglot.npz cifar100.npz
+
+A quarter of the training classes, drawn anew for each seed, is held out and searched after training on the rest; test
+classes are not touched. An .npz holds ``images`` (uint8, N x H x W [x 3]), ``labels`` and ``split``. All rows of one
+data set share trunk, budget and seeds. Learning rates are quickstart's, tuned for none of the rows; no augmentation.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_metric_learning import losses
+from tqdm import tqdm
+
+from examples.quickstart import METRICS, embed, evaluate, make_trunk, train
+from pml_ext.datasets import Glyphs
+from pml_ext.losses import HybridLoss, MultiSimilarityLoss
+
+WIDTH, EMBEDDING_SIZE = 32, 64
+
+
+def make_losses(num_classes):
+    """Return a function that makes the loss, for each row of the table."""
+    rows = {f"MS({base})": lambda base=base: losses.MultiSimilarityLoss(base=base) for base in (0.5, 1.0)}
+    rows["PA"] = lambda: losses.ProxyAnchorLoss(num_classes, EMBEDDING_SIZE)
+    for base in (0.5, 1.0):
+        for weight in (0.03, 0.1, 0.3, 1.0):
+            rows[f"MS({base}) + {weight} PA"] = lambda base=base, weight=weight: HybridLoss(
+                num_classes, EMBEDDING_SIZE, pair_loss=MultiSimilarityLoss(base=base), proxy_weight=weight
+            )
+    rows["paper, minus"] = lambda: HybridLoss.paper(num_classes, EMBEDDING_SIZE)
+    rows["paper, printed"] = lambda: HybridLoss.paper(num_classes, EMBEDDING_SIZE, negative_sign="printed")
+    return rows
+
+
+def load(source):
+    """Return training images (N, C, H, W) in 0 to 1 and their labels."""
+    if source == "glyphs":
+        dataset = Glyphs("train")
+        return dataset.data[:, None].float() / 255, dataset.targets
+    data = np.load(source)
+    of_train = data["split"] == "train"
+    images = torch.from_numpy(data["images"][of_train]).float() / 255
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return images, torch.from_numpy(data["labels"][of_train])
+
+
+def run(make, images, labels, held_out, epochs, seed):
+    """Train one loss on the classes that are not held out; return the metrics on those that are."""
+    of_validation = torch.isin(labels, held_out)
+    _, train_labels = labels[~of_validation].unique(return_inverse=True)
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (PML's sampler draws from it)
+    trunk = make_trunk(images.shape[1], WIDTH, EMBEDDING_SIZE)
+    train(trunk, make(), images[~of_validation], train_labels, epochs, lambda _: None)
+    return evaluate(embed(trunk, images[of_validation]), labels[of_validation])
+
+
+def main(data=("glyphs",), epochs=(8,), seeds=3, out=None):
+    """Return data set -> row -> metric -> list over seeds, in percent; print and write it."""
+    torch.set_num_threads(2)
+    epochs = list(epochs) * len(data) if len(epochs) == 1 else epochs
+    results = {}
+    for source, budget in zip(data, epochs, strict=True):
+        images, labels = load(source)
+        classes = labels.unique()
+        num_held_out = len(classes) // 4
+        name = Path(source).stem
+        rows = make_losses(len(classes) - num_held_out)
+        results[name] = {row: {metric: [] for metric in METRICS} for row in rows}
+        with tqdm(total=seeds * len(rows), desc=name, unit="run") as bar:
+            for seed in range(seeds):
+                order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+                for row, make in rows.items():
+                    found = run(make, images, labels, classes[order[:num_held_out]], budget, seed)
+                    for metric in METRICS:
+                        results[name][row][metric].append(round(100 * found[metric], 2))
+                    bar.update()
+        print(f"\n{name}: {num_held_out} validation classes of {len(classes)}, {budget} epochs, mean (deviation)")
+        for row, found in results[name].items():
+            cells = [
+                f"{statistics.mean(v):6.1f} ({statistics.stdev(v) if len(v) > 1 else 0:.1f})" for v in found.values()
+            ]
+            print(f"{row:<20}" + "  ".join(f"{METRICS[m]} {c}" for m, c in zip(found, cells, strict=True)))
+    if out is not None:
+        metadata = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
+        metadata |= {"data": [Path(s).stem for s in data], "epochs": list(epochs), "seeds": seeds, "width": WIDTH}
+        Path(out).write_text(json.dumps({"metadata": metadata, "results": results}, indent=1) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["glyphs"])
+    parser.add_argument("--epochs", nargs="+", type=int, default=[8], help="one number, or one for each data set")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", default=None, help="JSON file")
+    main(**vars(parser.parse_args()))

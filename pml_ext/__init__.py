@@ -1,0 +1,28 @@
+"""Losses, trunks and tools on top of pytorch-metric-learning.
+
+Subpackages load on first use (PEP 562), so that ``import pml_ext`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pml_ext import datasets, losses, visualization
+    from pml_ext.validation import set_validation
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "datasets", "losses", "set_validation", "visualization"]
+
+_SUBPACKAGES = ("datasets", "losses", "visualization")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return import_module(f"pml_ext.{name}")
+    if name == "set_validation":
+        return import_module("pml_ext.validation").set_validation
+    raise AttributeError(f"module 'pml_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

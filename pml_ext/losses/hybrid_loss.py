@@ -1,0 +1,190 @@
+"""A pair loss and a proxy loss as one loss (MHGL)."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import DoNothingReducer
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import Tensor
+
+from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
+from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
+from pml_ext.precision import full_precision, raise_half
+from pml_ext.types import Indices, LossDict
+from pml_ext.validation import already_valid, check_batch, validation_wanted
+
+_PROXY_ARGUMENTS = ("weight_init_func", "weight_regularizer", "weight_reg_weight")
+
+
+class HybridLoss(BaseLoss):
+    r"""Pair loss, rich in sample-to-sample relations, plus proxy loss, fast to converge.
+
+    $$L = w_\text{pair} L_\text{pair} + w_\text{proxy} L_\text{proxy}$$
+
+    One loss for miners, wrappers and trainers, with two sub-losses. The children are called through their own
+    ``forward``: their reducers and regularizers act. The pair part takes ``indices_tuple`` and ``ref_emb``; the proxy
+    part always sees the whole batch.
+
+    Args:
+        num_classes: Classes of the default ``proxy_loss``; not needed with another one.
+        embedding_size: Width of the default ``proxy_loss``; not needed with another one.
+        pair_loss: A loss of samples with samples. Default: ``MultiSimilarityLoss(base=1.0)``.
+        proxy_loss: A loss of samples with proxies. Default: ``ProxyAnchorLoss(num_classes, embedding_size)``.
+        pair_weight: $w_\text{pair}$ >= 0. May be changed during training.
+        proxy_weight: $w_\text{proxy}$ >= 0, likewise.
+        miner: Mines for the pair part whenever no ``indices_tuple`` is given.
+        **kwargs: ``weight_init_func``, ``weight_regularizer`` and ``weight_reg_weight`` reach the default proxy loss,
+            ``distance`` the default children; each is refused where nothing would use it. The rest (``reducer``,
+            ``embedding_regularizer``, ``collect_stats``, ...) is that of PML's ``BaseMetricLossFunction``. Reducers
+            of the hybrid get two numbers that are already reduced: Threshold-, ClassWeighted- and PerAnchorReducer
+            have no effect there, but act in a child.
+
+    Shape:
+        - embeddings: ``(B, D)``, floating point. labels: ``(B,)``, integers.
+        - output: scalar. To the reducer: ``pair_loss`` and ``proxy_loss``, weighted, reduction type "already_reduced".
+
+    Raises:
+        TypeError: If a child is not a PML loss, or ``miner`` cannot be called.
+        ValueError: If ``num_classes`` or ``embedding_size`` is missing for the default proxy loss or contradicts a
+            child, a weight is negative, a child has a ``DoNothingReducer``, or an argument would not be used.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> loss_func = HybridLoss(num_classes=10, embedding_size=64)
+        >>> bool(loss_func(torch.randn(8, 64), torch.arange(8) // 2) > 0)
+        True
+
+    Source:
+        Ebrahimpour, Qian, Beach: "Multi-Head Deep Metric Learning Using Global and Local Representations", WACV 2022,
+        Eq. 7. The defaults are ours, chosen on validation classes (docs/benchmarks.md); ``paper`` has the paper's.
+    """
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        embedding_size: int | None = None,
+        pair_loss: BaseMetricLossFunction | None = None,
+        proxy_loss: BaseMetricLossFunction | None = None,
+        pair_weight: float = 1.0,
+        proxy_weight: float = 0.3,
+        miner: Callable[..., Indices] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, weight in (("pair_weight", pair_weight), ("proxy_weight", proxy_weight)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
+        if miner is not None and not callable(miner):
+            raise TypeError(f"miner must be callable, got {type(miner).__name__}")
+        proxy_kwargs = {name: kwargs.pop(name) for name in _PROXY_ARGUMENTS if name in kwargs}
+        if proxy_loss is not None and proxy_kwargs:
+            names = ", ".join(proxy_kwargs)
+            raise ValueError(f"{names} must be given to the proxy_loss itself, which is not the default one")
+        if pair_loss is not None and proxy_loss is not None and kwargs.get("distance") is not None:
+            raise ValueError("distance must be given to pair_loss and proxy_loss, neither of which is the default one")
+        super().__init__(**kwargs)
+        common = {name: kwargs[name] for name in ("distance", "collect_stats") if name in kwargs}
+        if pair_loss is None:
+            pair_loss = MultiSimilarityLoss(base=1.0, **common)
+        if proxy_loss is None:
+            if num_classes is None or embedding_size is None:
+                raise ValueError(
+                    "num_classes and embedding_size must be given to build the default proxy_loss (or give a "
+                    f"proxy_loss), got num_classes={num_classes}, embedding_size={embedding_size}"
+                )
+            proxy_loss = ProxyAnchorLoss(num_classes, embedding_size, **proxy_kwargs, **common)
+        for name, child in (("pair_loss", pair_loss), ("proxy_loss", proxy_loss)):
+            _check_child(name, child)
+        self.pair_loss = pair_loss
+        self.proxy_loss = proxy_loss
+        self.num_classes = self._agree("num_classes", num_classes)
+        self.embedding_size = self._agree("embedding_size", embedding_size)
+        self.pair_weight = pair_weight
+        self.proxy_weight = proxy_weight
+        self.miner = miner
+        self.add_to_recordable_attributes(list_of_names=["pair_weight", "proxy_weight"], is_stat=False)
+        self.add_to_recordable_attributes(list_of_names=["pair_loss_value", "proxy_loss_value"], is_stat=True)
+
+    @classmethod
+    def paper(
+        cls,
+        num_classes: int,
+        embedding_size: int,
+        negative_sign: Literal["minus", "printed"] = "minus",
+        **kwargs: Any,
+    ) -> "HybridLoss":
+        r"""Return the loss with the numbers of the MHGL paper.
+
+        Multi-Similarity with alpha 2, beta 50 and shift 1, plus 0.03 times Proxy-Anchor with alpha 32 and margin 0.1,
+        whose proxies are drawn from a normal distribution (of standard deviation 1: the paper gives none).
+
+        Args:
+            num_classes: Number of classes.
+            embedding_size: Width of the embeddings.
+            negative_sign: "printed": $S + 1$ in the sum over negatives, as in the paper's Eq. 6; "minus": $S - 1$, as
+                in the Multi-Similarity paper.
+            **kwargs: Passed to ``HybridLoss``.
+        """
+        kwargs.setdefault("weight_init_func", c_f.TorchInitWrapper(torch.nn.init.normal_))
+        common = {name: kwargs[name] for name in ("distance", "collect_stats") if name in kwargs}
+        pair_loss = MultiSimilarityLoss(alpha=2, beta=50, base=1.0, negative_sign=negative_sign, **common)
+        return cls(num_classes, embedding_size, pair_loss, pair_weight=1.0, proxy_weight=0.03, **kwargs)
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> LossDict:
+        c_f.labels_required(labels)
+        if indices_tuple is None and self.miner is not None:
+            indices_tuple = self.miner(embeddings, labels, ref_emb, ref_labels)
+        with already_valid():
+            pair = self.pair_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            proxy = self.proxy_loss(embeddings, labels)
+        if self.collect_stats:
+            self.pair_loss_value, self.proxy_loss_value = pair.item(), proxy.item()
+        return {
+            name: {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+            for name, value in (("pair_loss", self.pair_weight * pair), ("proxy_loss", self.proxy_weight * proxy))
+        }
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Return the proxy loss's logits, ``(B, num_classes)``.
+
+        Raises:
+            TypeError: If the proxy loss has no ``get_logits``.
+        """
+        if not hasattr(self.proxy_loss, "get_logits"):
+            raise TypeError(f"proxy_loss must have get_logits, {type(self.proxy_loss).__name__} has not")
+        if validation_wanted():
+            check_batch(embeddings, embedding_size=self.embedding_size)
+        with full_precision(embeddings.device), already_valid():
+            logits: Tensor = self.proxy_loss.get_logits(raise_half(embeddings))
+        return logits
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["pair_loss", "proxy_loss"]
+
+    def _agree(self, name: str, given: int | None) -> int | None:
+        """Return the one value of a size that the argument and the children give, None if none does."""
+        known = [given, getattr(self.pair_loss, name, None), getattr(self.proxy_loss, name, None)]
+        values = {value for value in known if value is not None}
+        if len(values) > 1:
+            raise ValueError(f"{name} must agree with pair_loss and proxy_loss, got {known}")
+        return values.pop() if values else None
+
+
+def _check_child(name: str, child: Any) -> None:
+    if not isinstance(child, BaseMetricLossFunction):
+        raise TypeError(f"{name} must be a BaseMetricLossFunction, got {type(child).__name__}")
+    if isinstance(child.reducer, DoNothingReducer):
+        raise ValueError(f"{name} must reduce its losses to one number, got a loss with DoNothingReducer")

@@ -1,0 +1,158 @@
+"""Proxy-Anchor loss whose proxies keep their dtype."""
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
+from pytorch_metric_learning.reducers import DivisorReducer
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import Tensor
+
+from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.log_sum_exp import Term, sum_log1p_sum_exp
+from pml_ext.losses.similarity import distance_matrix
+from pml_ext.precision import full_precision, raise_half
+from pml_ext.types import Indices, LossDict
+from pml_ext.validation import check_batch, validation_wanted
+
+
+class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
+    r"""Each proxy pulls the samples of its class and pushes all others, the hardest ones most.
+
+    $$L = \frac{1}{|P^+|} \sum_{p \in P^+} \log\Big(1 + \sum_{i \in X_p^+} e^{-\alpha (s(x_i, p) - \delta)}\Big)
+        + \frac{1}{|P|} \sum_{p \in P} \log\Big(1 + \sum_{i \in X_p^-} e^{\alpha (s(x_i, p) + \delta)}\Big)$$
+
+    $P$: all proxies. $P^+$: those with a sample in the batch. $X_p^\pm$: samples of the proxy's class, and the others.
+    $s$: similarity (for a distance the signs swap). With ``indices_tuple``, $w_i - 1$ is added to the exponents, $w_i$
+    being the share of sample $i$ in the tuple, as PML does.
+
+    Value, parameter name and initialisation are PML's, so that state dicts are exchangeable. It differs where PML
+    falls short: proxies are used on the device of the embeddings but never cast, and ``ClassWeightedReducer`` weighs
+    each proxy by its class.
+
+    Args:
+        num_classes: $|P|$ >= 1. Labels lie in 0 to ``num_classes - 1``.
+        embedding_size: Width of embeddings and proxies, >= 1.
+        margin: $\delta$, in the units of ``distance`` (cosine: 0 to 1 is usual).
+        alpha: $\alpha$ > 0, the scale.
+        **kwargs: Passed to PML's ``WeightRegularizerMixin`` (``weight_init_func``, ``weight_regularizer``,
+            ``weight_reg_weight``) and ``BaseMetricLossFunction``.
+
+    Shape:
+        - embeddings: ``(B, embedding_size)``, floating point. labels: ``(B,)``, integers.
+        - output: scalar. To the reducer: ``pos_loss`` and ``neg_loss``, ``(num_classes,)``, reduction type "element",
+          with the divisors of the equation. The default is ``DivisorReducer``.
+
+    Raises:
+        ValueError: If a size is < 1, ``alpha`` is not positive, ``labels`` are missing or out of range, or ``ref_emb``
+            is given.
+
+    Examples:
+        >>> loss_func = ProxyAnchorLoss(num_classes=3, embedding_size=3)
+        >>> _ = torch.nn.init.eye_(loss_func.proxies)
+        >>> loss_func(torch.eye(3), torch.tensor([0, 1, 2])).item()  # log(1 + exp(-28.8)) + log(1 + 2 exp(3.2))
+        3.9129...
+
+    Source:
+        Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, Eq. 4. The weights of ``indices_tuple``
+        are PML's addition.
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if not alpha > 0:
+            raise ValueError(f"alpha must be > 0, got {alpha}")
+        self.num_classes: int = num_classes
+        self.embedding_size = embedding_size
+        self.margin = margin
+        self.alpha = alpha
+        self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
+        self.weight_init_func(self.proxies)
+        self.add_to_recordable_attributes(
+            list_of_names=["num_classes", "embedding_size", "alpha", "margin"], is_stat=False
+        )
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> LossDict:
+        c_f.labels_required(labels)
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        mat = self._logits(embeddings)  # (B, C)
+        own = labels[:, None]
+        sign = -1 if self.distance.is_inverted else 1  # a similarity above the margin is good, a distance below it
+        alpha = sign * self.alpha
+        weight: float | Tensor = 0.0
+        if indices_tuple is not None:
+            weight = lmu.convert_to_weights(indices_tuple, labels, dtype=mat.dtype)[:, None] - 1
+        pos_exp = alpha * (mat.gather(1, own) - self.margin) + weight  # (B, 1)
+        pos_loss = _log1p_sum_exp_by_class(pos_exp.squeeze(1), labels, self.num_classes)
+        negatives = Term(own, -alpha, weight - alpha * self.margin)  # no proxy pushes its own class
+        neg_loss = sum_log1p_sum_exp(mat, [negatives], dim=0)
+        classes = self.element_labels(labels)
+        loss_dict = {
+            "pos_loss": {
+                "losses": pos_loss,
+                "indices": classes,
+                "reduction_type": "element",
+                "divisor": len(torch.unique(labels)),
+            },
+            "neg_loss": {
+                "losses": neg_loss,
+                "indices": classes,
+                "reduction_type": "element",
+                "divisor": self.num_classes,
+            },
+        }
+        self.add_weight_regularization_to_loss_dict(loss_dict, self._proxies_for(embeddings))
+        return loss_dict
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Return the similarities (or distances) to all proxies, ``(B, num_classes)``, float32 or better."""
+        if validation_wanted():
+            check_batch(embeddings, embedding_size=self.embedding_size)
+        with full_precision(embeddings.device):
+            return self._logits(raise_half(embeddings))
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        proxies = self._proxies_for(embeddings)
+        return distance_matrix(self.distance, embeddings.to(proxies.dtype), proxies)
+
+    def _proxies_for(self, embeddings: Tensor) -> Tensor:
+        """Return the proxies on the embeddings' device, in the wider of both dtypes; the parameter stays as it is."""
+        return self.proxies.to(embeddings.device, torch.promote_types(self.proxies.dtype, embeddings.dtype))
+
+    def element_labels(self, labels: Tensor | None) -> Tensor:
+        """Return 0 to ``num_classes - 1``: the losses are per proxy, and reducers are to see the proxies' classes."""
+        return torch.arange(self.num_classes, device=None if labels is None else labels.device)
+
+    def get_default_reducer(self) -> DivisorReducer:
+        return DivisorReducer()
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
+
+    def get_default_weight_init_func(self) -> c_f.TorchInitWrapper:
+        return c_f.TorchInitWrapper(torch.nn.init.kaiming_normal_, mode="fan_out")
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["pos_loss", "neg_loss"]
+
+
+def _log1p_sum_exp_by_class(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return log(1 + sum of exp(x_i) over the samples of a class), ``(num_classes,)``; 0 for absent classes."""
+    zeros = x.new_zeros(num_classes)
+    largest = zeros.scatter_reduce(0, labels, x.detach(), "amax")  # of 0 and the values, since 1 = exp(0)
+    total = (-largest).exp().index_add(0, labels, (x - largest[labels]).exp())
+    return largest + total.log()

@@ -1,0 +1,49 @@
+"""Curves over training."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[float]],
+    xlabel: str = "epoch",
+    ylabel: str = "",
+    path: str | Path | None = None,
+) -> "Figure":
+    """Draw one line for each series, the first point at x = 1.
+
+    Args:
+        curves: Name to values, at least one series.
+        xlabel: Of the x axis.
+        ylabel: Of the y axis.
+        path: Where to save the picture. None: nowhere.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: If there is no series, or an empty one.
+    """
+    if not curves:
+        raise ValueError("curves must hold at least one series, got none")
+    for name, values in curves.items():
+        if not len(values):
+            raise ValueError(f"curves must hold no empty series, got {name!r} without values")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in curves.items():
+        axes.plot(range(1, len(values) + 1), values, marker=".", label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    if path is not None:
+        figure.savefig(path)
+    return figure

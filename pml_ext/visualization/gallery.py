@@ -1,0 +1,99 @@
+"""Queries with their nearest neighbours, right ones framed green, wrong ones red."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_RIGHT, _WRONG, _QUERY = "#1a9641", "#d7191c", "#333333"
+
+
+def retrieval_gallery(
+    embeddings: Tensor,
+    labels: Tensor,
+    images: Tensor | Sequence[Any],
+    queries: Sequence[int] | None = None,
+    num_queries: int = 8,
+    num_neighbors: int = 10,
+    seed: int = 0,
+    path: str | Path | None = None,
+) -> "Figure":
+    """Draw a row for each query: the query, then the images nearest to it by cosine.
+
+    Right neighbours (same label) have a solid green frame, wrong ones a dashed red frame with a cross, so that the
+    picture can be read without colours.
+
+    Args:
+        embeddings: ``(N, D)``.
+        labels: ``(N,)``.
+        images: N images: a tensor ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``, or a sequence of arrays or PIL
+            images. Numbers are uint8 or floats in 0 to 1.
+        queries: Indices of the queries. None: ``num_queries`` random ones, each of another class while there are any.
+        num_queries: Rows.
+        num_neighbors: Neighbours in a row. Fewer if there are fewer images.
+        seed: Of the random queries.
+        path: Where to save the picture. None: nowhere.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: If lengths differ, a query is out of range, or there are fewer than two images.
+    """
+    if not len(embeddings) == len(labels) == len(images) >= 2:
+        raise ValueError(
+            "embeddings, labels and images must have one length of at least 2, got "
+            f"{len(embeddings)}, {len(labels)}, {len(images)}"
+        )
+    embeddings, labels = embeddings.detach().float().cpu(), labels.cpu()
+    if queries is None:
+        queries = _choose_queries(labels, num_queries, seed)
+    if not queries or min(queries) < 0 or max(queries) >= len(labels):
+        raise ValueError(f"queries must be indices in 0 to {len(labels) - 1}, at least one, got {list(queries)}")
+    unit = torch.nn.functional.normalize(embeddings)
+    similarity = unit[list(queries)] @ unit.T  # (Q, N)
+    similarity[range(len(queries)), list(queries)] = -torch.inf  # a query is not its own neighbour
+    values, neighbors = similarity.topk(min(num_neighbors, len(labels) - 1), dim=1)
+
+    from matplotlib.figure import Figure
+
+    columns = neighbors.shape[1] + 1
+    figure = Figure(figsize=(0.9 * columns, 1.05 * len(queries) + 0.3), dpi=120, layout="constrained")
+    axes = figure.subplots(len(queries), columns, squeeze=False)
+    for row, query in enumerate(queries):
+        _draw(axes[row, 0], images[query], _QUERY, "-", "query")
+        for column, (value, neighbor) in enumerate(zip(values[row], neighbors[row].tolist(), strict=True), 1):
+            right = bool(labels[neighbor] == labels[query])
+            mark = f"{value:.2f}" if right else f"{value:.2f} ✗"
+            _draw(axes[row, column], images[neighbor], _RIGHT if right else _WRONG, "-" if right else "--", mark)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _choose_queries(labels: Tensor, num_queries: int, seed: int) -> list[int]:
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    seen: dict[int, int] = {}
+    for i in order:
+        seen.setdefault(int(labels[i]), i)
+    return (list(seen.values()) + [i for i in order if i not in set(seen.values())])[:num_queries]
+
+
+def _draw(axes: Any, image: Any, color: str, style: str, title: str) -> None:
+    array, brightest = image, 255
+    if isinstance(image, Tensor):
+        array = image.detach().cpu()
+        if array.ndim == 3:
+            array = array.squeeze(0) if len(array) == 1 else array.permute(1, 2, 0)
+        brightest = 1 if array.is_floating_point() else 255
+        array = array.numpy()
+    axes.imshow(array, cmap="gray", vmin=0, vmax=brightest)  # the range is for one channel; colours have it built in
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=7, color=color, pad=2)
+    for spine in axes.spines.values():
+        spine.set(edgecolor=color, linewidth=2.5, linestyle=style)

@@ -1,0 +1,177 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance, SNRDistance
+from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer
+
+from pml_ext.losses import MultiSimilarityLoss
+
+EMB = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+REF = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+LABELS = torch.tensor([7, 7, 2, 2, 2, 0, 0, 7, 9])
+REF_LABELS = torch.tensor([7, 2, 0, 0, 5, 9, 7])
+
+
+def reference(x, y, alpha, beta, base, negative_base, rx=None, ry=None):
+    """The equation with loops; shares no code with the package and uses no torch."""
+    within = rx is None
+    rx, ry = (x, y) if within else (rx, ry)
+    total = 0.0
+    for i in range(len(x)):
+        pos = neg = 0.0
+        for j in range(len(rx)):
+            s = x[i] @ rx[j] / np.linalg.norm(x[i]) / np.linalg.norm(rx[j])
+            if y[i] != ry[j]:
+                neg += math.exp(beta * (s - negative_base))
+            elif not (within and i == j):
+                pos += math.exp(-alpha * (s - base))
+        total += math.log(1 + pos) / alpha + math.log(1 + neg) / beta
+    return total / len(x)
+
+
+@pytest.mark.parametrize(("alpha", "beta", "base"), [(2, 50, 0.5), (2, 50, 1.0), (5.0, 3.0, -0.2)])
+@pytest.mark.parametrize("sign", ["minus", "printed"])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_matches_reference(alpha, beta, base, sign, dtype, tol, device):
+    emb = EMB.to(dtype)
+    negative_base = base if sign == "minus" else -base
+    expected = reference(emb.double().numpy(), LABELS.numpy(), alpha, beta, base, negative_base)
+    loss_func = MultiSimilarityLoss(alpha, beta, base, negative_sign=sign)
+    assert loss_func(emb.to(device), LABELS).item() == pytest.approx(expected, rel=tol)  # labels stay on the CPU
+
+
+def test_matches_reference_with_ref(device):
+    expected = reference(EMB.numpy(), LABELS.numpy(), 2, 50, 0.5, 0.5, REF.numpy(), REF_LABELS.numpy())
+    actual = MultiSimilarityLoss()(EMB.to(device), LABELS, ref_emb=REF.to(device), ref_labels=REF_LABELS)
+    assert actual.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_hand_computed():
+    """Two unit vectors of one class at cosine 0.6, one of another class at cosine 0 and 0.8 to them."""
+    emb = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    pos = math.log(1 + math.exp(-(0.6 - 0.5)))
+    neg = [math.log(1 + math.exp(10 * (s - 0.5))) / 10 for s in (0.0, 0.8)]
+    third = math.log(1 + math.exp(10 * -0.5) + math.exp(10 * 0.3)) / 10
+    expected = (pos + neg[0] + pos + neg[1] + third) / 3
+    actual = MultiSimilarityLoss(alpha=1, beta=10)(emb, torch.tensor([4, 4, 1]))
+    assert actual.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("distance", [CosineSimilarity, DotProductSimilarity, LpDistance, SNRDistance])
+@pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(), miners.BatchHardMiner()])
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_is_pml_loss(distance, miner, with_ref, device):
+    """Value and gradients are PML's, for similarities and distances, 3- and 4-tuples, batch and reference."""
+    emb = EMB.clone().to(device).requires_grad_()
+    ref = {"ref_emb": REF.clone().to(device).requires_grad_(), "ref_labels": REF_LABELS.to(device)} if with_ref else {}
+    indices_tuple = None if miner is None else miner(emb, LABELS.to(device), **ref)
+    inputs = [emb, *([ref["ref_emb"]] if with_ref else [])]
+    ours, theirs = (
+        loss_class(alpha=2, beta=5, distance=distance())(emb, LABELS.to(device), indices_tuple, **ref)
+        for loss_class in (MultiSimilarityLoss, losses.MultiSimilarityLoss)
+    )
+    assert theirs.item() > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        assert b.abs().max() > 1e-4
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("distance", [CosineSimilarity, DotProductSimilarity, LpDistance])
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_gradcheck_twice(distance, with_ref):
+    loss_func = MultiSimilarityLoss(beta=5, distance=distance())
+
+    def loss_of(emb, ref):
+        return loss_func(emb, LABELS, ref_emb=ref if with_ref else None, ref_labels=REF_LABELS if with_ref else None)
+
+    inputs = (EMB.clone().requires_grad_(), REF.clone().requires_grad_(with_ref))
+    assert torch.autograd.gradcheck(loss_of, inputs)
+    if distance is not LpDistance:  # the square root in torch.cdist is not smooth at distance 0, on the diagonal
+        assert torch.autograd.gradgradcheck(loss_of, inputs)
+
+
+def test_no_overflow_and_no_lost_precision():
+    """Exponents of several thousand: log(1 + exp(x)) is x there."""
+    emb = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    loss = MultiSimilarityLoss(alpha=3000, beta=5000)(emb, torch.tensor([0, 0, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx((1.5 + 0.5 + 1.5 + 0.5) / 3, rel=1e-4)
+    assert emb.grad.isfinite().all()
+
+
+def test_one_mined_pair_counts():
+    """PML gives 0 where each index tensor holds at most one entry."""
+    one = tuple(torch.tensor([i]) for i in (0, 1, 0, 4))
+    alone = MultiSimilarityLoss()(EMB, LABELS, one)
+    twice = losses.MultiSimilarityLoss()(EMB, LABELS, tuple(torch.cat([i, i]) for i in one))
+    assert losses.MultiSimilarityLoss()(EMB, LABELS, one).item() == 0
+    assert alone.item() == pytest.approx(twice.item(), rel=1e-9)
+    assert alone.item() > 0
+
+
+def test_element_losses_are_one_dimensional():
+    """PML's (B, 1) is broadcast to (B, B) by ClassWeightedReducer: a wrong value."""
+    weights = torch.arange(1.0, 11.0)
+    each = MultiSimilarityLoss(reducer=DoNothingReducer())(EMB, LABELS)["loss"]["losses"]
+    assert each.shape == (9,)
+    expected = (each * weights[LABELS]).mean()
+    actual = MultiSimilarityLoss(reducer=ClassWeightedReducer(weights))(EMB, LABELS)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_two_views_with_the_same_labels_object():
+    """(i, i) is a pair of two views; PML drops it unless the labels are cloned."""
+    view = EMB.flip(1)
+    ours = MultiSimilarityLoss()(EMB, LABELS, ref_emb=view, ref_labels=LABELS)
+    theirs = losses.MultiSimilarityLoss()(EMB, LABELS, ref_emb=view, ref_labels=LABELS.clone())
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.isclose(ours, losses.MultiSimilarityLoss()(EMB, LABELS, ref_emb=view, ref_labels=LABELS))
+
+
+def test_labels_are_not_needed_with_indices():
+    indices_tuple = miners.MultiSimilarityMiner()(EMB, LABELS)
+    torch.testing.assert_close(
+        MultiSimilarityLoss()(EMB, indices_tuple=indices_tuple), MultiSimilarityLoss()(EMB, LABELS, indices_tuple)
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiles_without_graph_break(backend):
+    loss_func = MultiSimilarityLoss()
+    compiled = torch.compile(loss_func, fullgraph=True, backend=backend)
+    emb = EMB.float().requires_grad_()
+    expected, actual = loss_func(emb, LABELS), compiled(emb, LABELS)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, emb), torch.autograd.grad(expected, emb))
+
+
+def test_works_with_torch_func():
+    loss_func = MultiSimilarityLoss()
+    emb = EMB.clone().requires_grad_()
+    actual = torch.func.grad(lambda x: loss_func(x, LABELS))(EMB)
+    torch.testing.assert_close(actual, torch.autograd.grad(loss_func(emb, LABELS), emb)[0])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"alpha": 0}, "alpha must be > 0, got 0"),
+        ({"beta": -1.0}, r"beta must be > 0, got -1\.0"),
+        ({"negative_sign": "plus"}, "negative_sign must be 'minus' or 'printed', got 'plus'"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MultiSimilarityLoss(**kwargs)
+
+
+def test_bad_pairs():
+    with pytest.raises(ValueError, match="labels and indices_tuple cannot both be None"):
+        MultiSimilarityLoss()(EMB)
+    both = tuple(torch.tensor([i]) for i in (0, 1, 0, 1))
+    with pytest.raises(ValueError, match=r"a pair as positive or as negative, got \(0, 1\) as both"):
+        MultiSimilarityLoss()(EMB, LABELS, both)

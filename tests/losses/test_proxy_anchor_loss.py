@@ -1,0 +1,173 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
+from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer, MeanReducer
+from pytorch_metric_learning.regularizers import LpRegularizer
+
+from pml_ext.losses import ProxyAnchorLoss
+
+NUM_CLASSES, SIZE = 6, 5
+EMB = torch.randn(9, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+PROXIES = torch.randn(NUM_CLASSES, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+LABELS = torch.tensor([5, 5, 2, 2, 2, 0, 0, 5, 3])  # classes 1 and 4 are absent
+
+
+def make(loss_class=ProxyAnchorLoss, dtype=torch.float64, **kwargs):
+    loss_func = loss_class(NUM_CLASSES, SIZE, **kwargs).to(dtype)
+    with torch.no_grad():
+        loss_func.proxies.copy_(PROXIES)
+    return loss_func
+
+
+def reference(x, y, proxies, margin, alpha):
+    """The equation with loops; shares no code with the package and uses no torch."""
+    pos_total = neg_total = 0.0
+    for c, p in enumerate(proxies):
+        pos = neg = 0.0
+        for xi, yi in zip(x, y, strict=True):
+            s = xi @ p / np.linalg.norm(xi) / np.linalg.norm(p)
+            if yi == c:
+                pos += math.exp(-alpha * (s - margin))
+            else:
+                neg += math.exp(alpha * (s + margin))
+        pos_total += math.log(1 + pos)
+        neg_total += math.log(1 + neg)
+    return pos_total / len(set(y)) + neg_total / len(proxies)
+
+
+@pytest.mark.parametrize(("margin", "alpha"), [(0.1, 32), (0.3, 4.0)])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_matches_reference(margin, alpha, dtype, tol, device):
+    expected = reference(EMB.numpy(), LABELS.numpy(), PROXIES.numpy(), margin, alpha)
+    loss_func = make(dtype=dtype, margin=margin, alpha=alpha).to(device)
+    assert loss_func(EMB.to(device, dtype), LABELS).item() == pytest.approx(expected, rel=tol)
+
+
+def test_hand_computed():
+    """Proxies on the axes, one sample on the first axis: cosines 1 and 0."""
+    loss_func = ProxyAnchorLoss(2, 2, margin=0.1, alpha=2)
+    torch.nn.init.eye_(loss_func.proxies)
+    expected = math.log(1 + math.exp(-2 * 0.9)) + math.log(1 + math.exp(2 * 0.1)) / 2
+    assert loss_func(torch.tensor([[3.0, 0.0]]), torch.tensor([0])).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("distance", [CosineSimilarity, DotProductSimilarity, LpDistance])
+@pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(), miners.BatchHardMiner()])
+def test_is_pml_loss(distance, miner, device):
+    emb = EMB.clone().to(device).requires_grad_()
+    labels = LABELS.to(device)
+    indices_tuple = None if miner is None else miner(emb, labels)
+    ours, theirs = (make(c, distance=distance()).to(device) for c in (ProxyAnchorLoss, losses.ProxyAnchorLoss))
+    values = ours(emb, labels, indices_tuple), theirs(emb, labels, indices_tuple)
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+    grads = [torch.autograd.grad(v, [emb, f.proxies]) for v, f in zip(values, (ours, theirs), strict=True)]
+    for a, b in zip(*grads, strict=True):
+        assert b.abs().max() > 1e-4
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.get_logits(emb), theirs.get_logits(emb))
+
+
+def test_same_initialisation_and_state_dict():
+    torch.manual_seed(3)
+    theirs = losses.ProxyAnchorLoss(40, 8)
+    torch.manual_seed(3)
+    ours = ProxyAnchorLoss(40, 8)
+    assert torch.equal(ours.proxies, theirs.proxies)
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    other = ProxyAnchorLoss(40, 8)
+    other.load_state_dict(theirs.state_dict())
+    assert torch.equal(other.proxies, theirs.proxies)
+    theirs.load_state_dict(other.state_dict())
+
+
+def test_gradcheck_twice():
+    loss_func = make(alpha=4)
+
+    def loss_of(emb, proxies):
+        return torch.func.functional_call(loss_func, {"proxies": proxies}, (emb, LABELS))
+
+    inputs = EMB.clone().requires_grad_(), PROXIES.clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss_of, inputs)
+    assert torch.autograd.gradgradcheck(loss_of, inputs)
+
+
+def test_no_overflow():
+    loss_func = make(dtype=torch.float32, alpha=5000)
+    emb = EMB.float().requires_grad_()
+    loss = loss_func(emb, LABELS)
+    loss.backward()
+    assert loss.isfinite()
+    assert emb.grad.isfinite().all()
+    assert loss_func.proxies.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_proxies_keep_their_dtype(half):
+    """PML casts them to the embeddings' dtype, and the optimizer fails at its next step."""
+    loss_func = make(dtype=torch.float32)
+    optimizer = torch.optim.Adam(loss_func.parameters(), lr=0.1)
+    for emb in (EMB.float(), EMB.to(half), EMB.float()):
+        optimizer.zero_grad()
+        loss = loss_func(emb, LABELS)
+        loss.backward()
+        optimizer.step()
+        assert loss.dtype == loss_func.proxies.dtype == loss_func.proxies.grad.dtype == torch.float32
+
+
+def test_mixed_precision_of_embeddings_and_proxies():
+    """The wider dtype is used; the parameter keeps its own."""
+    wide = make()(EMB, LABELS)
+    for emb_dtype, proxy_dtype in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        loss_func = make(dtype=proxy_dtype)
+        torch.testing.assert_close(loss_func(EMB.to(emb_dtype), LABELS).double(), wide, rtol=1e-5, atol=0)
+        assert loss_func.proxies.dtype == proxy_dtype
+    half_proxies = make(dtype=torch.bfloat16)
+    assert half_proxies(EMB.float(), LABELS).dtype == torch.float32
+    assert half_proxies.proxies.dtype == torch.bfloat16
+
+
+def test_class_weights_belong_to_proxies():
+    """PML looks the class of proxy c up in labels[c]: dependent on the order of the batch, or an IndexError."""
+    weights = torch.arange(1.0, 7.0, dtype=torch.float64)
+    loss_func = make(reducer=ClassWeightedReducer(weights))
+    each = make(reducer=DoNothingReducer())(EMB, LABELS)
+    expected = sum((each[name]["losses"] * weights).mean() for name in ("pos_loss", "neg_loss"))
+    torch.testing.assert_close(loss_func(EMB, LABELS), expected)
+    order = torch.randperm(9)
+    torch.testing.assert_close(loss_func(EMB[order], LABELS[order]), expected)
+
+
+def test_reducer_and_weight_regularizer():
+    plain, mean = make(), make(reducer=MeanReducer())
+    each = make(reducer=DoNothingReducer())(EMB, LABELS)
+    torch.testing.assert_close(mean(EMB, LABELS), each["pos_loss"]["losses"].mean() + each["neg_loss"]["losses"].mean())
+    regularized = make(weight_regularizer=LpRegularizer(), weight_reg_weight=0.5)
+    expected = plain(EMB, LABELS) + 0.5 * PROXIES.norm(dim=1).mean()
+    torch.testing.assert_close(regularized(EMB, LABELS), expected)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((0, 5), "num_classes must be >= 1, got 0"),
+        ((5, 0), "embedding_size must be >= 1, got 0"),
+        ((5, 5, 0.1, 0), "alpha must be > 0, got 0"),
+    ],
+)
+def test_bad_arguments(args, message):
+    with pytest.raises(ValueError, match=message):
+        ProxyAnchorLoss(*args)
+
+
+def test_bad_input():
+    loss_func = make()
+    with pytest.raises(ValueError, match="labels are required"):
+        loss_func(EMB)
+    with pytest.raises(ValueError, match="ref_emb is not supported"):
+        loss_func(EMB, LABELS, ref_emb=EMB + 1, ref_labels=LABELS)
+    with pytest.raises(ValueError, match=r"shape \(batch_size, embedding_size\) = \(9, 5\), got \(9, 4\)"):
+        loss_func.get_logits(EMB[:, :4])

@@ -1,0 +1,42 @@
+"""Every benchmark runs, briefly."""
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import glyph_classes, hybrid_defaults, losses
+
+RUNS = {"glyph_classes", "hybrid_defaults", "losses"}
+
+
+def test_every_benchmark_is_run_here():
+    assert {path.stem for path in Path(losses.__file__).parent.glob("*.py")} == RUNS
+
+
+def test_losses(tmp_path):
+    found = losses.main(batch_sizes=(16,), repeats=2, out=tmp_path / "losses.json")
+    assert {row["batch_size"] for row in found["results"]} == {16}
+    assert all(row["median_ms"] > 0 and row["ratio"] > 0 for row in found["results"])
+    assert (tmp_path / "losses.json").exists()
+
+
+def test_glyph_classes_derives_the_committed_lists(capsys):
+    from pml_ext.datasets.glyph_characters import TEST_CHARACTERS, TRAIN_CHARACTERS
+
+    glyph_classes.main()
+    lists = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("00")]
+    for found, committed in zip(lists, (TRAIN_CHARACTERS, TEST_CHARACTERS), strict=True):
+        assert [chr(int(c, 16)) for c in found] == list(committed)
+
+
+def test_hybrid_defaults(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (260, 16, 16, 3), dtype=np.uint8)
+    split = np.array(["train"] * 240 + ["test"] * 20)
+    np.savez(tmp_path / "toy.npz", images=images, labels=np.arange(260) // 5, split=split)
+    monkeypatch.setattr(hybrid_defaults, "WIDTH", 4)
+    found = hybrid_defaults.main([str(tmp_path / "toy.npz")], epochs=(1,), seeds=1, out=tmp_path / "out.json")
+    assert len(found["toy"]) == 13
+    for row in found["toy"].values():
+        assert all(0 <= values[0] <= 100 for values in row.values())
+    assert (tmp_path / "out.json").exists()

@@ -1,0 +1,30 @@
+"""Every example runs, briefly."""
+
+from pathlib import Path
+
+from examples import quickstart
+
+RUNS = {"quickstart"}
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in Path(quickstart.__file__).parent.glob("*.py")} == RUNS
+
+
+def test_quickstart(tmp_path, capsys):
+    table = quickstart.main(epochs=1, samples_per_class=4, width=8, out=tmp_path)
+    printed = capsys.readouterr().out
+    assert list(table) == ["raw pixels", "PML MultiSimilarityLoss", "PML ProxyAnchorLoss", "pml_ext HybridLoss"]
+    for row in table.values():
+        assert set(row) == set(quickstart.METRICS)
+        assert all(0 < value < 1 for value in row.values())
+        assert f"{100 * row['precision_at_1']:.1f}" in printed
+    for name in ("quickstart_gallery.png", "quickstart_curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart_is_deterministic(tmp_path):
+    first, same, other = (
+        quickstart.main(epochs=1, seed=seed, samples_per_class=2, width=4, out=tmp_path) for seed in (0, 0, 1)
+    )
+    assert first == same != other

@@ -1,0 +1,19 @@
+import pytest
+
+from pml_ext.visualization import plot_curves
+
+
+def test_draws_every_series(tmp_path):
+    figure = plot_curves({"a": [3.0, 2.0, 1.0], "b": [1.0]}, ylabel="loss", path=tmp_path / "curves.png")
+    (axes,) = figure.axes
+    assert [line.get_label() for line in axes.lines] == ["a", "b"]
+    assert axes.lines[0].get_xydata().tolist() == [[1, 3], [2, 2], [3, 1]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="curves must hold at least one series, got none"):
+        plot_curves({})
+    with pytest.raises(ValueError, match="got 'a' without values"):
+        plot_curves({"a": []})

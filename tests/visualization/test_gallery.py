@@ -1,0 +1,54 @@
+import matplotlib.colors
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pml_ext.visualization import retrieval_gallery
+
+ANGLES = torch.tensor([0.0, 0.1, 0.3, 0.6, 3.0])
+EMB = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
+LABELS = torch.tensor([0, 1, 0, 1, 0])
+IMAGES = (torch.arange(5)[:, None, None] * 50).expand(5, 4, 4).to(torch.uint8)
+
+
+def test_neighbours_and_frames(tmp_path):
+    figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0, 3], num_neighbors=3, path=tmp_path / "gallery.png")
+    axes = np.array(figure.axes).reshape(2, 4)
+    shown = [[int(ax.images[0].get_array().flat[0]) // 50 for ax in row] for row in axes]
+    assert shown == [[0, 1, 2, 3], [3, 2, 1, 0]]  # by angle, without the query itself
+    frames = [[matplotlib.colors.to_hex(ax.spines["top"].get_edgecolor()) for ax in row[1:]] for row in axes]
+    green, red = "#1a9641", "#d7191c"
+    assert frames == [[red, green, red], [red, green, red]]
+    assert [ax.get_title() for ax in axes[0]] == ["query", "1.00 ✗", "0.96", "0.83 ✗"]
+    assert (tmp_path / "gallery.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.rand(5, 1, 4, 4),
+        torch.rand(5, 3, 4, 4),
+        [Image.new("RGB", (6, 4))] * 5,
+        [np.zeros((4, 4, 3), dtype=np.uint8)] * 5,
+    ],
+)
+def test_kinds_of_images(images):
+    figure = retrieval_gallery(EMB, LABELS, images, num_queries=2, num_neighbors=9)
+    assert len(figure.axes) == 2 * 5  # fewer neighbours than asked for
+
+
+def test_random_queries_are_of_different_classes():
+    labels = torch.arange(40) // 4
+    figure = retrieval_gallery(
+        torch.randn(40, 3), labels, torch.arange(40)[:, None, None].expand(40, 2, 2), num_queries=8
+    )
+    queries = [int(ax.images[0].get_array().flat[0]) for ax in figure.axes if ax.get_title() == "query"]
+    assert len({q // 4 for q in queries}) == len(queries) == 8
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="one length of at least 2, got 5, 4, 5"):
+        retrieval_gallery(EMB, LABELS[:4], IMAGES)
+    with pytest.raises(ValueError, match=r"queries must be indices in 0 to 4, at least one, got \[5\]"):
+        retrieval_gallery(EMB, LABELS, IMAGES, queries=[5])
