@@ -1,5 +1,7 @@
 """PML's SelfSupervisedLoss, which tells what it takes."""
 
+from typing import Any
+
 from pytorch_metric_learning import losses
 
 
@@ -24,11 +26,14 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
         >>> import torch
         >>> from pml_ext.losses import MultiSimilarityLoss
         >>> SelfSupervisedLoss(MultiSimilarityLoss())(torch.eye(3), torch.eye(3).roll(1, 0))
-        tensor(0.6566)
+        tensor(1.1566)
 
     Source:
         pytorch-metric-learning.
     """
+
+    def __init__(self, loss: Any, symmetric: bool = True, **kwargs: Any) -> None:
+        super().__init__(loss, symmetric=symmetric, **kwargs)
 
     @classmethod
     def check_loss_support(cls, loss_name: str) -> None:
