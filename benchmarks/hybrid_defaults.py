@@ -23,6 +23,7 @@ from pml_ext.datasets import Glyphs
 from pml_ext.losses import HybridLoss, MultiSimilarityLoss
 
 WIDTH, EMBEDDING_SIZE = 32, 64
+DEFAULT = "MS(0.5) + 0.03 PA"
 
 
 def make_losses(num_classes):
@@ -62,6 +63,27 @@ def run(make, images, labels, held_out, epochs, seed):
     return evaluate(embed(trunk, images[of_validation]), labels[of_validation])
 
 
+def report(results):
+    """Print a table for each data set, and each row's difference from the default, paired by data set and seed."""
+    for name, rows in results.items():
+        print(f"\n{name}, percent, mean (standard deviation)")
+        for row, found in rows.items():
+            print(f"{row:<20}" + "".join(f"{METRICS[m]:>14} {_mean(v)}" for m, v in found.items()))
+    print(f"\ndifference from {DEFAULT}, mean (standard error) over data sets and seeds")
+    for row in next(iter(results.values())):
+        cells = []
+        for metric in METRICS:
+            pairs = [zip(rows[row][metric], rows[DEFAULT][metric], strict=True) for rows in results.values()]
+            differences = [a - b for pair in pairs for a, b in pair]
+            cells.append(f"{METRICS[metric]:>14} {_mean(differences, error=True)}")
+        print(f"{row:<20}" + "".join(cells))
+
+
+def _mean(values, error=False):
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):6.1f} ({spread / len(values) ** 0.5 if error else spread:.1f})"
+
+
 def main(data=("glyphs",), epochs=(8,), seeds=3, out=None):
     """Return data set -> row -> metric -> list over seeds, in percent; print and write it."""
     torch.set_num_threads(2)
@@ -82,12 +104,7 @@ def main(data=("glyphs",), epochs=(8,), seeds=3, out=None):
                     for metric in METRICS:
                         results[name][row][metric].append(round(100 * found[metric], 2))
                     bar.update()
-        print(f"\n{name}: {num_held_out} validation classes of {len(classes)}, {budget} epochs, mean (deviation)")
-        for row, found in results[name].items():
-            cells = [
-                f"{statistics.mean(v):6.1f} ({statistics.stdev(v) if len(v) > 1 else 0:.1f})" for v in found.values()
-            ]
-            print(f"{row:<20}" + "  ".join(f"{METRICS[m]} {c}" for m, c in zip(found, cells, strict=True)))
+    report(results)
     if out is not None:
         metadata = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
         metadata |= {"data": [Path(s).stem for s in data], "epochs": list(epochs), "seeds": seeds, "width": WIDTH}
@@ -101,4 +118,9 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", nargs="+", type=int, default=[8], help="one number, or one for each data set")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default=None, help="JSON file")
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--show", default=None, help="print the tables of a JSON file instead of training")
+    arguments = vars(parser.parse_args())
+    if shown := arguments.pop("show"):
+        report(json.loads(Path(shown).read_text())["results"])
+    else:
+        main(**arguments)

@@ -32,7 +32,7 @@ def make_losses(num_classes):
     }
 
 
-def make_trunk(in_channels=1, width=32, embedding_size=EMBEDDING_SIZE):
+def make_trunk(in_channels=1, width=24, embedding_size=EMBEDDING_SIZE):
     """Return a convolutional network for small images: four blocks, each halving the side, then a linear layer."""
     sizes = [in_channels, width, 2 * width, 2 * width, 4 * width]
     blocks = []
@@ -74,7 +74,7 @@ def evaluate(embeddings, labels):
     return calculator.get_accuracy(nn.functional.normalize(embeddings), labels)
 
 
-def main(epochs=8, seed=0, samples_per_class=16, width=32, out="."):
+def main(epochs=8, seed=0, samples_per_class=16, width=24, out="."):
     """Return the table: name of the method to its metrics on unseen classes."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
