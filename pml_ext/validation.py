@@ -1,8 +1,10 @@
 """One check of a loss's inputs, at the border, for every loss of the package."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +33,14 @@ def set_validation(enabled: bool) -> None:
     _enabled = enabled
 
 
+def validation_enabled() -> bool:
+    """Whether checks are on at all: not when compiled or turned off."""
+    return not torch.compiler.is_compiling() and _enabled
+
+
 def validation_wanted() -> bool:
-    """Whether this call should be checked: not when compiled, turned off, or inside a loss that has checked."""
-    return not torch.compiler.is_compiling() and _enabled and not _already_valid.get()
+    """Whether this call should be checked: neither when that is off, nor inside a loss that has checked."""
+    return validation_enabled() and not _already_valid.get()
 
 
 @contextmanager
@@ -47,6 +54,24 @@ def already_valid() -> Iterator[None]:
         yield
     finally:
         _already_valid.reset(token)
+
+
+def check_settings(positive: Mapping[str, float], finite: Mapping[str, float]) -> None:
+    """Check the numbers that a loss is set up with.
+
+    Args:
+        positive: Names and values that must be > 0 and finite.
+        finite: Names and values that must be finite.
+
+    Raises:
+        ValueError: If one is not; the message names it.
+    """
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    for name, value in finite.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_batch(
@@ -78,28 +103,45 @@ def check_batch(
     """
     _check_embeddings("embeddings", embeddings, embedding_size)
     _check_labels("labels", labels, len(embeddings))
-    floats, integers = [embeddings], [] if labels is None else [("labels", labels, num_classes)]
+    floats, integers = [embeddings], [] if labels is None or not len(labels) else [("labels", labels, num_classes)]
     num_refs = len(embeddings)
     if ref_emb is None:
         if ref_labels is not None:
             raise ValueError("ref_labels must come with ref_emb, got ref_labels alone")
-    elif ref_emb is not embeddings:
+    elif ref_emb is not embeddings or (ref_labels is not None and ref_labels is not labels):
         _check_embeddings("ref_emb", ref_emb, embeddings.shape[1])
+        if ref_emb.device != embeddings.device:
+            raise ValueError(f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}")
         _check_labels("ref_labels", ref_labels, len(ref_emb))
         floats.append(ref_emb)
         num_refs = len(ref_emb)
-        if ref_labels is not None:
+        if ref_labels is not None and len(ref_labels):
             integers.append(("ref_labels", ref_labels, num_classes))
-        elif labels is not None and indices_tuple is None:
+        elif ref_labels is None and labels is not None and indices_tuple is None:
             raise ValueError("ref_labels must come with ref_emb where labels are used, got None")
     if indices_tuple is not None:
-        integers += _check_indices_tuple(indices_tuple, len(embeddings), num_refs)
-    integers = [(name, x, limit) for name, x, limit in integers if x.numel()]
+        integers += _check_indices_form(indices_tuple, len(embeddings), num_refs)
     if _flag(embeddings.device, floats, integers):
         for name, x in zip(("embeddings", "ref_emb"), floats, strict=False):
             _check_finite(name, x)
         for name, x, limit in integers:
             _check_range(name, x, limit)
+
+
+def check_indices_tuple(indices_tuple: Indices, num_anchors: int, num_refs: int) -> None:
+    """Check what a miner has returned: form, dtypes, and indices below the numbers of rows.
+
+    Args:
+        indices_tuple: 3 or 4 tensors.
+        num_anchors: Rows that anchors may index.
+        num_refs: Rows that positives and negatives may index.
+
+    Raises:
+        TypeError: If a tensor is none, or has no integer dtype.
+        ValueError: If the form or an index breaks a rule.
+    """
+    for name, x, limit in _check_indices_form(indices_tuple, num_anchors, num_refs):
+        _check_range(name, x, limit)
 
 
 def _check_embeddings(name: str, x: Tensor, width: int | None) -> None:
@@ -126,7 +168,7 @@ def _check_labels(name: str, labels: Tensor | None, length: int) -> None:
             raise ValueError(f"{name} must have shape (batch_size,) = ({length},), got {tuple(labels.shape)}")
 
 
-def _check_indices_tuple(
+def _check_indices_form(
     indices_tuple: Indices, num_anchors: int, num_refs: int
 ) -> list[tuple[str, Tensor, int | None]]:
     if not isinstance(indices_tuple, tuple | list) or len(indices_tuple) not in (3, 4):
@@ -149,16 +191,23 @@ def _check_indices_tuple(
 
 
 def _flag(device: torch.device, floats: list[Tensor], integers: list[tuple[str, Tensor, int | None]]) -> bool:
-    """Whether something may be wrong: a sum that is not finite (overflow too: the caller looks), or a range."""
+    """Whether something may be wrong: a norm that is not finite (of all rows: the caller looks closer), or a range."""
     with torch.no_grad():
-        sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in floats]
-        bad = ~torch.isfinite(sums[0] if len(sums) == 1 else sums[0] + sums[1])
+        norms = [_norm(x) for x in floats]
+        bad = ~torch.isfinite(norms[0] if len(norms) == 1 else norms[0] + norms[1])
+        bad_elsewhere = False
         for _, x, limit in integers:
-            low, high = x.to(device, torch.int64).aminmax()
-            bad = bad | (low < 0)
-            if limit is not None:
-                bad = bad | (high >= limit)
-    return bool(bad)
+            low, high = x.long().aminmax()
+            wrong = low < 0 if limit is None else (low < 0) | (high >= limit)
+            if x.device == device:
+                bad = bad | wrong
+            else:  # labels on the CPU, as PML's trainers deliver them: looking at them does not wait for the device
+                bad_elsewhere = bad_elsewhere or bool(wrong)
+    return bad_elsewhere or bool(bad)
+
+
+def _norm(x: Tensor, **kwargs: Any) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32), **kwargs)
 
 
 def _check_finite(name: str, x: Tensor) -> None:
@@ -166,6 +215,9 @@ def _check_finite(name: str, x: Tensor) -> None:
     if len(wrong):
         row, column = wrong[0].tolist()
         raise ValueError(f"{name} must be finite, got {x[row, column].item()} in row {row}, column {column}")
+    wrong = torch.isfinite(_norm(x, dim=1)).logical_not().nonzero()
+    if len(wrong):
+        raise ValueError(f"{name} must have finite norms, got an overflow of {x.dtype} in row {int(wrong[0])}")
 
 
 def _check_range(name: str, x: Tensor, limit: int | None) -> None:

@@ -54,6 +54,12 @@ LOSSES = [
         ((EMB, LABELS, None, EMB + 1), ValueError, "ref_labels must come with ref_emb where labels are used, got None"),
         ((EMB, LABELS, None, EMB[:, :4], LABELS), ValueError, r"ref_emb must have shape .* = \(8, 6\), got \(8, 4\)"),
         ((EMB, LABELS, None, BAD_EMB["nan"], LABELS), ValueError, "ref_emb must be finite, got nan in row 3"),
+        (
+            (EMB, LABELS, (LABELS, LABELS + 3, LABELS), EMB[:5] + 1, LABELS[:5]),
+            ValueError,
+            r"\[1\] must be < .* = 5, got 5",
+        ),
+        ((EMB, LABELS, None, EMB, LABELS - 1), ValueError, "ref_labels must be >= 0, got -1 at position 0"),
         ((EMB, LABELS, None, EMB + 1, LABELS - 1), ValueError, "ref_labels must be >= 0, got -1 at position 0"),
     ],
 )
@@ -65,6 +71,9 @@ def test_bad_input(make, args, error, message, device):
 
 @pytest.mark.parametrize("make", LOSSES[1:])
 def test_labels_and_width_against_the_proxies(make):
+    if type(make()) is HybridLoss:
+        with pytest.raises(ValueError, match="ref_labels must be < num_classes = 4, got 9 at position 0"):
+            make()(EMB, LABELS, None, EMB + 1, LABELS + 9)
     with pytest.raises(ValueError, match="labels must be < num_classes = 4, got 4 at position 3"):
         make()(EMB, LABELS.masked_fill(LABELS == 3, 4))
     with pytest.raises(ValueError, match=r"embeddings must have shape .* = \(8, 6\), got \(8, 5\)"):
@@ -78,9 +87,14 @@ def test_integer_labels_of_any_dtype(make, dtype):
     assert loss_func(EMB, LABELS.to(dtype)) == loss_func(EMB, LABELS)
 
 
-def test_finite_values_whose_sum_overflows_are_accepted():
-    check_batch(torch.full((4, 4), 3e38), torch.arange(4))
+def test_only_rows_whose_norm_overflows_are_refused():
+    """Their normalised embedding would be 0, and their gradient too."""
+    check_batch(torch.full((2000, 4), 9e18), torch.arange(2000))  # the norm of all rows together overflows
     check_batch(torch.full((4, 40), 6e4, dtype=torch.float16), torch.arange(4))
+    with pytest.raises(
+        ValueError, match=r"embeddings must have finite norms, got an overflow of torch\.float32 in row 1"
+    ):
+        check_batch(torch.tensor([[1.0, 1.0], [3e19, 3e19]]), torch.arange(2))
 
 
 def test_switch(without_validation):
@@ -93,6 +107,18 @@ def test_switch(without_validation):
         MultiSimilarityLoss()(BAD_EMB["nan"], LABELS)
     with pytest.raises(TypeError, match="enabled must be a bool, got 1"):
         pml_ext.set_validation(1)
+
+
+@pytest.mark.parametrize("make", LOSSES)
+def test_lengths_are_checked_even_without_validation(make, without_validation):
+    with pytest.raises(ValueError, match="Number of embeddings must equal number of labels"):
+        make()(EMB, LABELS[:5])
+
+
+def test_lengths_are_checked_when_compiled():
+    compiled = torch.compile(MultiSimilarityLoss(), backend="eager")
+    with pytest.raises(Exception, match="Number of embeddings must equal number of labels"):
+        compiled(EMB, LABELS[:5])
 
 
 def test_a_child_is_not_checked_again(monkeypatch):
@@ -114,13 +140,18 @@ def test_checks_are_on_again_after_an_error_in_a_child():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-def test_one_synchronisation_on_cuda():
-    emb, labels = EMB.cuda(), LABELS.cuda()
-    check_batch(emb, labels, num_classes=4)
-    with torch.profiler.profile() as profile:
-        check_batch(emb, labels, (labels, labels, labels), emb + 1, labels + 0, num_classes=4)
-    copies = [event for event in profile.events() if event.name == "aten::_local_scalar_dense"]
-    assert len(copies) == 1
+@pytest.mark.parametrize("labels_device", ["cpu", "cuda"])
+def test_one_synchronisation_on_cuda(labels_device):
+    emb, labels = EMB.cuda(), LABELS.to(labels_device)
+    args = emb, labels, (labels, labels, labels), emb + 1, labels + 0, 4
+    check_batch(*args)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as caught:
+            check_batch(*args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(caught) == 1
 
 
 def test_checks_are_cheap(without_validation):

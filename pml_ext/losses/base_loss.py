@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.reducers import MultipleReducers
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -39,8 +40,8 @@ class BaseLoss(BaseMetricLossFunction):
             labels: ``(B,)``, integers >= 0, on any device. Pair losses do without where ``indices_tuple`` is given.
             indices_tuple: What a miner returned: (a, p, n) or (a1, p, a2, n), positives and negatives being indices
                 into ``ref_emb`` where that is given.
-            ref_emb: ``(R, D)``, the embeddings to compare with. None, or the very object ``embeddings``: the batch
-                itself, in which nothing is compared with itself.
+            ref_emb: ``(R, D)``, the embeddings to compare with. None, or the very object ``embeddings`` with its own
+                labels: the batch itself, in which nothing is compared with itself.
             ref_labels: ``(R,)``, the labels of ``ref_emb``. May be the object ``labels`` (two views of one batch).
 
         Returns:
@@ -55,14 +56,17 @@ class BaseLoss(BaseMetricLossFunction):
         with full_precision(embeddings.device):
             self.reset_stats()
             emb = raise_half(embeddings)
-            labels = _to_int64(labels, emb)
+            own_labels, labels = labels, _to_int64(labels, emb)
             indices_tuple = None if indices_tuple is None else tuple(_to_int64(x, emb) for x in indices_tuple)
-            if ref_emb is None or ref_emb is embeddings:
+            if ref_emb is None or (ref_emb is embeddings and (ref_labels is None or ref_labels is own_labels)):
                 ref_emb, ref_labels = emb, labels  # PML tells "the batch itself" by identity
             else:
                 # a view is another object: PML would take the same labels for the batch itself, and lose pairs (i, i)
-                ref_emb, ref_labels = raise_half(ref_emb), _to_int64(ref_labels, emb)
-                ref_labels = None if ref_labels is None else ref_labels.view(-1)
+                dtype = torch.promote_types(emb.dtype, raise_half(ref_emb).dtype)
+                emb, ref_emb, ref_labels = emb.to(dtype), ref_emb.to(dtype), _to_int64(ref_labels, emb)
+                ref_emb, ref_labels = ref_emb.view_as(ref_emb), None if ref_labels is None else ref_labels.view(-1)
+            c_f.check_shapes(emb, labels)  # also where validation is off or the loss is compiled: shapes cost nothing
+            c_f.check_shapes(ref_emb, ref_labels)
             loss_dict = self.compute_loss(emb, labels, indices_tuple, ref_emb, ref_labels)
             self.add_embedding_regularization_to_loss_dict(loss_dict, emb)
             return self.reducer(loss_dict, emb, self.element_labels(labels))

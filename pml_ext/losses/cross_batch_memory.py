@@ -8,33 +8,37 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_ext.losses.hybrid_loss import HybridLoss
-from pml_ext.precision import raise_half
+from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices
-from pml_ext.validation import check_batch, validation_wanted
+from pml_ext.validation import already_valid, check_batch, check_indices_tuple, validation_wanted
 
 
 class CrossBatchMemory(losses.CrossBatchMemory):
     """Compare each batch with the embeddings of earlier batches too.
 
-    PML's class with three changes. It takes ``HybridLoss`` where the pair part is a loss that PML admits; the pair
-    part sees the memory, the proxy part the batch. The state dict holds the position in the queue (PML's does not, and
-    a loaded memory counts as empty). Bad input is refused before it enters the memory, which stays float32 or better.
+    PML's class, with these changes. It takes ``HybridLoss`` where the pair part is a loss that PML admits: the pair
+    part sees the memory, the proxy part the batch. The state dict holds the position in the queue; without it, as in
+    PML's, a loaded memory counts as empty. Bad input is refused before it enters the memory, which stays float32 or
+    better. Where ``enqueue_mask`` lets nothing in, the memory stays as it is (PML's counts as full from then on).
 
     Args:
         loss: ``HybridLoss``, ``MultiSimilarityLoss``, or a loss that PML's class takes.
         embedding_size: Width of the embeddings.
-        memory_size: Number of embeddings kept, at least the batch size.
-        miner: Mines between batch and memory. None: all pairs.
+        memory_size: Number of embeddings kept, at least as many as enter at once.
+        miner: Mines between batch and memory. None: the miner of a ``HybridLoss``, else all pairs.
 
     Shape:
         - embeddings: ``(B, embedding_size)``. labels: ``(B,)``. enqueue_mask: ``(B,)``, bool, or None.
         - output: scalar.
 
     Raises:
-        TypeError: If ``loss`` is not a supported one.
-        ValueError: For bad embeddings or labels, as in every loss.
+        TypeError: If ``loss`` is not a supported one, or ``enqueue_mask`` not bool.
+        ValueError: For bad embeddings or labels, as in every loss, a mask of the wrong shape, ``indices_tuple`` beside
+            a mask, or more rows than the memory holds.
 
     Examples:
+        >>> import torch
+        >>> from pml_ext.losses import HybridLoss
         >>> loss_func = CrossBatchMemory(HybridLoss(num_classes=10, embedding_size=64), embedding_size=64)
         >>> for _ in range(2):
         ...     loss = loss_func(torch.randn(8, 64), torch.arange(8) // 2)
@@ -45,9 +49,14 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020, through PML's implementation.
     """
 
-    def __init__(self, loss: Any, embedding_size: int, memory_size: int = 1024, miner: Any = None, **kwargs: Any):
+    def __init__(
+        self, loss: Any, embedding_size: int, memory_size: int = 1024, miner: Any = None, **kwargs: Any
+    ) -> None:
         if isinstance(loss, HybridLoss):
-            self.check_loss_support(type(loss.pair_loss).__name__)
+            pair_loss = type(loss.pair_loss).__name__
+            if pair_loss not in losses.CrossBatchMemory.supported_losses():
+                raise TypeError(f"loss.pair_loss must be one that supports ref_emb, got {pair_loss}")
+            miner = loss.miner if miner is None else miner
         super().__init__(loss, embedding_size, memory_size=memory_size, miner=miner, **kwargs)
 
     @staticmethod
@@ -66,13 +75,44 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         indices_tuple: Indices | None = None,
         enqueue_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of a batch against the memory, which the batch (or its ``enqueue_mask`` part) has entered."""
+        """Return the loss of a batch against the memory, which the batch (or its ``enqueue_mask`` part) has entered.
+
+        With a mask, the rows that enter are not compared, only compared with. ``indices_tuple`` adds pairs or triplets
+        to those that are found here; its positives and negatives index the memory.
+        """
         c_f.labels_required(labels)
         if validation_wanted():
-            num_classes = getattr(self.loss, "num_classes", None)
-            check_batch(embeddings, labels, num_classes=num_classes, embedding_size=self.embedding_size)
-        loss: Tensor = super().forward(raise_half(embeddings), labels, indices_tuple, enqueue_mask)
+            self._check(embeddings, labels, indices_tuple, enqueue_mask)
+        if not len(embeddings):
+            return (raise_half(embeddings) * 0).sum()
+        with already_valid(), full_precision(embeddings.device):
+            loss: Tensor = super().forward(raise_half(embeddings), labels.long(), indices_tuple, enqueue_mask)
         return loss
+
+    def _check(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: Indices | None, enqueue_mask: Tensor | None
+    ) -> None:
+        num_classes = getattr(self.loss, "num_classes", None)
+        check_batch(embeddings, labels, num_classes=num_classes, embedding_size=self.embedding_size)
+        entering = len(embeddings)
+        if enqueue_mask is not None:
+            if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
+                raise TypeError(
+                    f"enqueue_mask must be a bool tensor, got {getattr(enqueue_mask, 'dtype', enqueue_mask)}"
+                )
+            if enqueue_mask.shape != labels.shape:
+                shapes = f"({len(labels)},), got {tuple(enqueue_mask.shape)}"
+                raise ValueError(f"enqueue_mask must have shape (batch_size,) = {shapes}")
+            entering = int(enqueue_mask.sum())
+        if entering > self.memory_size:
+            raise ValueError(f"at most memory_size = {self.memory_size} embeddings may enter at once, got {entering}")
+        if indices_tuple is not None:
+            in_memory = self.memory_size if self.has_been_filled else min(self.memory_size, self.queue_idx + entering)
+            check_indices_tuple(indices_tuple, len(embeddings), in_memory)
+
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
+        if batch_size:  # PML takes a position that has not moved for a full memory
+            super().add_to_memory(embeddings, labels, batch_size)
 
     def get_extra_state(self) -> Tensor:
         """Return the position in the queue and whether it has been filled once, as a tensor for the state dict."""
@@ -81,3 +121,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     def set_extra_state(self, state: Tensor) -> None:
         """Take up the position in the queue from a state dict."""
         self.queue_idx, self.has_been_filled = int(state[0]), bool(state[1])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", torch.tensor([0, 0]))  # PML's state dict has no position
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -15,7 +15,13 @@ from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, check_batch, validation_wanted
+from pml_ext.validation import (
+    already_valid,
+    check_batch,
+    check_indices_tuple,
+    validation_enabled,
+    validation_wanted,
+)
 
 _PROXY_ARGUMENTS = ("weight_init_func", "weight_regularizer", "weight_reg_weight")
 
@@ -36,7 +42,8 @@ class HybridLoss(BaseLoss):
         proxy_loss: A loss of samples with proxies. Default: ``ProxyAnchorLoss(num_classes, embedding_size)``.
         pair_weight: $w_\text{pair}$ >= 0. May be changed during training.
         proxy_weight: $w_\text{proxy}$ >= 0, likewise.
-        miner: Mines for the pair part whenever no ``indices_tuple`` is given.
+        miner: Mines for the pair part whenever no ``indices_tuple`` is given. PML's ``DistributedLossWrapper`` with
+            ``efficient=True`` always gives one; ``CrossBatchMemory`` takes this miner for its own.
         **kwargs: ``weight_init_func``, ``weight_regularizer`` and ``weight_reg_weight`` reach the default proxy loss,
             ``distance`` the default children; each is refused where nothing would use it. The rest (``reducer``,
             ``embedding_regularizer``, ``collect_stats``, ...) is that of PML's ``BaseMetricLossFunction``. Reducers
@@ -81,7 +88,7 @@ class HybridLoss(BaseLoss):
         if miner is not None and not callable(miner):
             raise TypeError(f"miner must be callable, got {type(miner).__name__}")
         proxy_kwargs = {name: kwargs.pop(name) for name in _PROXY_ARGUMENTS if name in kwargs}
-        if proxy_loss is not None and proxy_kwargs:
+        if proxy_loss is not None and any(value is not None for value in proxy_kwargs.values()):
             names = ", ".join(proxy_kwargs)
             raise ValueError(f"{names} must be given to the proxy_loss itself, which is not the default one")
         if pair_loss is not None and proxy_loss is not None and kwargs.get("distance") is not None:
@@ -129,7 +136,8 @@ class HybridLoss(BaseLoss):
                 in the Multi-Similarity paper.
             **kwargs: Passed to ``HybridLoss``.
         """
-        kwargs.setdefault("weight_init_func", c_f.TorchInitWrapper(torch.nn.init.normal_))
+        if kwargs.get("proxy_loss") is None:
+            kwargs.setdefault("weight_init_func", c_f.TorchInitWrapper(torch.nn.init.normal_))
         common = {name: kwargs[name] for name in ("distance", "collect_stats") if name in kwargs}
         pair_loss = MultiSimilarityLoss(alpha=2, beta=50, base=1.0, negative_sign=negative_sign, **common)
         return cls(num_classes, embedding_size, pair_loss, pair_weight=1.0, proxy_weight=0.03, **kwargs)
@@ -145,6 +153,8 @@ class HybridLoss(BaseLoss):
         c_f.labels_required(labels)
         if indices_tuple is None and self.miner is not None:
             indices_tuple = self.miner(embeddings, labels, ref_emb, ref_labels)
+            if validation_enabled():
+                check_indices_tuple(indices_tuple, len(embeddings), len(ref_emb))
         with already_valid():
             pair = self.pair_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
             proxy = self.proxy_loss(embeddings, labels)

@@ -11,6 +11,7 @@ from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.log_sum_exp import Term, sum_log1p_sum_exp
 from pml_ext.losses.similarity import distance_matrix
 from pml_ext.types import Indices, LossDict
+from pml_ext.validation import check_settings, validation_enabled
 
 
 class MultiSimilarityLoss(BaseLoss):
@@ -59,9 +60,7 @@ class MultiSimilarityLoss(BaseLoss):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if not value > 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
+        check_settings(positive={"alpha": alpha, "beta": beta}, finite={"base": base})
         if negative_sign not in ("minus", "printed"):
             raise ValueError(f"negative_sign must be 'minus' or 'printed', got {negative_sign!r}")
         self.alpha = alpha
@@ -95,7 +94,7 @@ class MultiSimilarityLoss(BaseLoss):
         alpha, beta = sign * self.alpha, -sign * self.beta
         positives = Term(not_positive, alpha, -alpha * self.base, weight=1 / self.alpha)
         negatives = Term(not_negative, beta, -beta * negative_base, weight=1 / self.beta)
-        losses = sum_log1p_sum_exp(mat, [positives, negatives], dim=1)
+        losses = sum_log1p_sum_exp(mat, [positives, negatives])
         return {
             "loss": {
                 "losses": losses,
@@ -104,6 +103,9 @@ class MultiSimilarityLoss(BaseLoss):
                 "divisor": len(losses),
             }
         }
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, negative_sign={self.negative_sign!r}"
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
@@ -115,7 +117,7 @@ def _masks_from_indices(indices_tuple: Indices, mat: Tensor) -> tuple[Tensor, Te
     not_positive, not_negative = (torch.ones(mat.shape, dtype=torch.bool, device=mat.device) for _ in range(2))
     not_positive[a1, p] = False
     not_negative[a2, n] = False
-    if not torch.compiler.is_compiling() and not (not_positive | not_negative).all():
+    if validation_enabled() and not (not_positive | not_negative).all():
         pair = tuple((~not_positive & ~not_negative).nonzero()[0].tolist())
         raise ValueError(f"indices_tuple must hold a pair as positive or as negative, got {pair} as both")
     return not_positive, not_negative

@@ -1,5 +1,6 @@
 """Proxy-Anchor loss whose proxies keep their dtype."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.losses.log_sum_exp import Term, sum_log1p_sum_exp
+from pml_ext.losses.log_sum_exp import class_log1p_sum_exp
 from pml_ext.losses.similarity import distance_matrix
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_batch, validation_wanted
+from pml_ext.validation import check_batch, check_settings, validation_wanted
 
 
 class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
@@ -65,10 +66,9 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
     ) -> None:
         super().__init__(**kwargs)
         for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        if not alpha > 0:
-            raise ValueError(f"alpha must be > 0, got {alpha}")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        check_settings(positive={"alpha": alpha}, finite={"margin": margin})
         self.num_classes: int = num_classes
         self.embedding_size = embedding_size
         self.margin = margin
@@ -90,16 +90,12 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
         c_f.labels_required(labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         mat = self._logits(embeddings)  # (B, C)
-        own = labels[:, None]
         sign = -1 if self.distance.is_inverted else 1  # a similarity above the margin is good, a distance below it
         alpha = sign * self.alpha
-        weight: float | Tensor = 0.0
+        weights = None
         if indices_tuple is not None:
-            weight = lmu.convert_to_weights(indices_tuple, labels, dtype=mat.dtype)[:, None] - 1
-        pos_exp = alpha * (mat.gather(1, own) - self.margin) + weight  # (B, 1)
-        pos_loss = _log1p_sum_exp_by_class(pos_exp.squeeze(1), labels, self.num_classes)
-        negatives = Term(own, -alpha, weight - alpha * self.margin)  # no proxy pushes its own class
-        neg_loss = sum_log1p_sum_exp(mat, [negatives], dim=0)
+            weights = lmu.convert_to_weights(indices_tuple, labels, dtype=mat.dtype) - 1
+        pos_loss, neg_loss = class_log1p_sum_exp(mat, labels, alpha, -alpha * self.margin, weights)
         classes = self.element_labels(labels)
         loss_dict = {
             "pos_loss": {
@@ -148,11 +144,3 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
 
     def _sub_loss_names(self) -> list[str]:
         return ["pos_loss", "neg_loss"]
-
-
-def _log1p_sum_exp_by_class(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return log(1 + sum of exp(x_i) over the samples of a class), ``(num_classes,)``; 0 for absent classes."""
-    zeros = x.new_zeros(num_classes)
-    largest = zeros.scatter_reduce(0, labels, x.detach(), "amax")  # of 0 and the values, since 1 = exp(0)
-    total = (-largest).exp().index_add(0, labels, (x - largest[labels]).exp())
-    return largest + total.log()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pytorch_metric_learning import losses
+from torch import Tensor
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
@@ -20,7 +21,8 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
         - output: scalar.
 
     Raises:
-        TypeError: If ``loss`` is not a supported one.
+        TypeError: If ``loss`` is not a supported one, or a view is no tensor.
+        ValueError: If the views differ in shape.
 
     Examples:
         >>> import torch
@@ -34,6 +36,17 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
 
     def __init__(self, loss: Any, symmetric: bool = True, **kwargs: Any) -> None:
         super().__init__(loss, symmetric=symmetric, **kwargs)
+
+    def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
+        """Return the loss of two views, row by row."""
+        for name, x in (("embeddings", embeddings), ("ref_emb", ref_emb)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if ref_emb.shape != embeddings.shape:
+            shapes = f"{tuple(embeddings.shape)}, got {tuple(ref_emb.shape)}"
+            raise ValueError(f"ref_emb must have the shape of embeddings, {shapes}")
+        loss: Tensor = super().forward(embeddings, ref_emb)
+        return loss
 
     @classmethod
     def check_loss_support(cls, loss_name: str) -> None:

@@ -53,11 +53,12 @@ def retrieval_gallery(
     embeddings, labels = embeddings.detach().float().cpu(), labels.cpu()
     if queries is None:
         queries = _choose_queries(labels, num_queries, seed)
+    queries = [int(query) for query in queries]
     if not queries or min(queries) < 0 or max(queries) >= len(labels):
-        raise ValueError(f"queries must be indices in 0 to {len(labels) - 1}, at least one, got {list(queries)}")
+        raise ValueError(f"queries must be indices in 0 to {len(labels) - 1}, at least one, got {queries}")
     unit = torch.nn.functional.normalize(embeddings)
-    similarity = unit[list(queries)] @ unit.T  # (Q, N)
-    similarity[range(len(queries)), list(queries)] = -torch.inf  # a query is not its own neighbour
+    similarity = unit[queries] @ unit.T  # (Q, N)
+    similarity[range(len(queries)), queries] = -torch.inf  # a query is not its own neighbour
     values, neighbors = similarity.topk(min(num_neighbors, len(labels) - 1), dim=1)
 
     from matplotlib.figure import Figure
@@ -81,7 +82,8 @@ def _choose_queries(labels: Tensor, num_queries: int, seed: int) -> list[int]:
     seen: dict[int, int] = {}
     for i in order:
         seen.setdefault(int(labels[i]), i)
-    return (list(seen.values()) + [i for i in order if i not in set(seen.values())])[:num_queries]
+    first = set(seen.values())
+    return (list(seen.values()) + [i for i in order if i not in first])[:num_queries]
 
 
 def _draw(axes: Any, image: Any, color: str, style: str, title: str) -> None:

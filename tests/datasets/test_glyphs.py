@@ -75,6 +75,14 @@ def test_jitter_keeps_to_its_limits(monkeypatch):
         assert 2 < center.max() - center.min() < 2 * 0.06 * 64 * 1.15 + 1.5
     area = (mass / 255).sqrt()
     assert 1.1 < area.max() / area.min() < 1.15 / 0.85 * 1.1
+    dx, dy = grid - x[:, None], grid - y[:, None]  # (n, 64)
+    fourth = (plus * (dx[:, None, :] * dy[:, :, None]) * (dx[:, None, :] ** 2 - dy[:, :, None] ** 2)).sum(dim=(1, 2))
+    even = (plus * (dx[:, None, :] ** 4 - 6 * (dx[:, None, :] * dy[:, :, None]) ** 2 + dy[:, :, None] ** 4)).sum(
+        dim=(1, 2)
+    )
+    angle = torch.rad2deg(torch.atan2(4 * fourth, even) / 4)  # of a cross, modulo 90 degrees
+    assert 12 < angle.abs().max() < 17
+    assert angle.min() < -8 and angle.max() > 8
 
 
 def test_conventions_of_torchvision():
@@ -90,9 +98,9 @@ def test_conventions_of_torchvision():
 
 
 def test_fast():
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(Glyphs("train+test", samples_per_class=20)) == 10680
-    assert time.perf_counter() - start < 15  # 1 to 2 s on an idle machine
+    assert time.process_time() - start < 20  # 2 s of processor time on an idle machine
 
 
 @pytest.mark.parametrize(

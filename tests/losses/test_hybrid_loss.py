@@ -9,6 +9,7 @@ from pytorch_metric_learning.reducers import DoNothingReducer, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 from pytorch_metric_learning.utils import common_functions as c_f
 
+from benchmarks import hybrid_defaults
 from pml_ext.losses import CrossBatchMemory, HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
 
 NUM_CLASSES, SIZE = 6, 5
@@ -128,6 +129,31 @@ def test_keywords_reach_the_default_children():
     assert type(loss_func.pair_loss.distance) is type(loss_func.proxy_loss.distance) is DotProductSimilarity
 
 
+def test_defaults():
+    """The row that benchmarks/hybrid_defaults.py and docs/benchmarks.md call the default."""
+    loss_func = make()
+    expected = MultiSimilarityLoss(base=0.5)(EMB, LABELS) + 0.03 * loss_func.proxy_loss(EMB, LABELS)
+    torch.testing.assert_close(loss_func(EMB, LABELS), expected)
+    assert hybrid_defaults.DEFAULT == "MS(0.5) + 0.03 PA"
+
+
+def test_paper_passes_keywords_on():
+    distance = DotProductSimilarity()
+    loss_func = HybridLoss.paper(NUM_CLASSES, SIZE, distance=distance, miner=miners.BatchHardMiner())
+    assert loss_func.pair_loss.distance is loss_func.proxy_loss.distance is distance
+    assert loss_func.proxy_weight == 0.03
+    custom = HybridLoss.paper(NUM_CLASSES, SIZE, proxy_loss=losses.CosFaceLoss(NUM_CLASSES, SIZE))
+    assert type(custom.proxy_loss) is losses.CosFaceLoss
+
+
+def test_what_the_miner_returns_is_checked():
+    def miner(*_):
+        return (torch.tensor([0]), torch.tensor([1]), torch.tensor([-1]))
+
+    with pytest.raises(ValueError, match=r"indices_tuple\[2\] must be >= 0, got -1"):
+        make(miner=miner)(EMB, LABELS)
+
+
 def test_sub_losses_stats_and_repr():
     each = make(reducer=DoNothingReducer(), proxy_weight=2.0)
     found = each(EMB, LABELS)
@@ -140,6 +166,7 @@ def test_sub_losses_stats_and_repr():
     text = repr(make(pair_weight=0.5, proxy_weight=0.25))
     for setting in ("pair_weight=0.5", "proxy_weight=0.25", "beta=50", "num_classes=6", "margin=0.1"):
         assert setting in text
+    assert "negative_sign='printed'" in repr(HybridLoss.paper(NUM_CLASSES, SIZE, negative_sign="printed"))
 
 
 def test_get_logits():
@@ -147,7 +174,10 @@ def test_get_logits():
     expected = torch.nn.functional.normalize(EMB) @ torch.nn.functional.normalize(loss_func.proxy_loss.proxies).T
     torch.testing.assert_close(loss_func.get_logits(EMB), expected)
     theirs = HybridLoss(proxy_loss=losses.ProxyAnchorLoss(NUM_CLASSES, SIZE))
-    assert theirs.get_logits(EMB.bfloat16()).dtype == theirs.proxy_loss.proxies.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = theirs.get_logits(EMB.bfloat16())
+    assert logits.dtype == theirs.proxy_loss.proxies.dtype == torch.float32
+    assert torch.equal(logits, theirs.get_logits(EMB.bfloat16().float()))
     with pytest.raises(TypeError, match="proxy_loss must have get_logits, ContrastiveLoss has not"):
         HybridLoss(proxy_loss=losses.ContrastiveLoss()).get_logits(EMB)
 
@@ -166,6 +196,11 @@ def test_sizes_are_needed_for_the_default_proxy_loss_alone():
         HybridLoss(embedding_size=SIZE)
     with pytest.raises(ValueError, match="num_classes must agree"):
         HybridLoss(7, SIZE, proxy_loss=ProxyAnchorLoss(NUM_CLASSES, SIZE))
+    with pytest.raises(ValueError, match="embedding_size must agree"):
+        HybridLoss(NUM_CLASSES, 7, proxy_loss=ProxyAnchorLoss(NUM_CLASSES, SIZE))
+    custom = HybridLoss(NUM_CLASSES, SIZE, proxy_loss=losses.CosFaceLoss(NUM_CLASSES, SIZE))
+    with pytest.raises(ValueError, match=r"embeddings must have shape .* = \(9, 5\), got \(9, 4\)"):
+        custom(EMB[:, :4], LABELS)
 
 
 @pytest.mark.parametrize(

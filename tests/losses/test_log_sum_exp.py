@@ -4,54 +4,87 @@ import numpy as np
 import pytest
 import torch
 
-from pml_ext.losses.log_sum_exp import Term, sum_log1p_sum_exp
+from pml_ext.losses.log_sum_exp import Term, class_log1p_sum_exp, sum_log1p_sum_exp
 
 MAT = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 DROP = torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) < 0.4
 DROP[1] = True  # nothing is kept in this row
-COLUMN = torch.tensor([[2], [0], [5], [2]])
-SHIFT = torch.randn(4, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+TERMS = [Term(DROP, 3.0, 0.5, 0.25), Term(~DROP, -2.0, -0.3)]
+LABELS = torch.tensor([2, 0, 2, 5])
+SHIFT = torch.randn(4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-def reference(mat, drop, scale, shift, weight, axis):
-    """The equation with loops, without torch."""
-    shift = np.broadcast_to(shift, mat.shape)
-    mat, drop, shift = (x if axis == 1 else x.T for x in (mat, drop, shift))
+def reference(mat, terms):
+    """Loops, without torch."""
     return [
-        weight * math.log(1 + sum(math.exp(scale * m + b) for m, d, b in zip(*row, strict=True) if not d))
-        for row in zip(mat, drop, shift, strict=True)
+        sum(
+            w * math.log(1 + sum(math.exp(a * m + b) for m, d in zip(row, drop[i], strict=True) if not d))
+            for drop, a, b, w in terms
+        )
+        for i, row in enumerate(mat)
     ]
 
 
+def class_reference(mat, labels, scale, shift, sample_shift):
+    """Loops, without torch."""
+    pos, neg = [], []
+    for c in range(mat.shape[1]):
+        own = [math.exp(scale * mat[i, c] + shift + sample_shift[i]) for i in range(len(mat)) if labels[i] == c]
+        others = [math.exp(-scale * mat[i, c] + shift + sample_shift[i]) for i in range(len(mat)) if labels[i] != c]
+        pos.append(math.log(1 + sum(own)))
+        neg.append(math.log(1 + sum(others)))
+    return pos, neg
+
+
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("dim", [0, 1])
-def test_matches_reference(grad, dim, device):
-    terms = [Term(DROP, 3.0, 0.5, 0.25), Term(COLUMN, -2.0, SHIFT)]
-    drop = np.zeros((4, 6), dtype=bool)
-    drop[np.arange(4), COLUMN[:, 0]] = True
-    expected = np.add(
-        reference(MAT.numpy(), DROP.numpy(), 3.0, 0.5, 0.25, dim),
-        reference(MAT.numpy(), drop, -2.0, SHIFT.numpy(), 1, dim),
-    )
-    terms = [t._replace(drop=t.drop.to(device)) for t in terms]
-    terms[1] = terms[1]._replace(shift=SHIFT.to(device))
-    actual = sum_log1p_sum_exp(MAT.clone().to(device).requires_grad_(grad), terms, dim)
+def test_sum_matches_reference(grad, device):
+    expected = reference(MAT.numpy(), [(t.drop.numpy(), *t[1:]) for t in TERMS])
+    terms = [t._replace(drop=t.drop.to(device)) for t in TERMS]
+    actual = sum_log1p_sum_exp(MAT.clone().to(device).requires_grad_(grad), terms)
     assert actual.requires_grad == grad
     np.testing.assert_allclose(actual.detach().cpu().numpy(), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_gradcheck_twice(dim):
-    terms = [Term(DROP, 3.0, 0.5, 0.25), Term(COLUMN, -2.0, SHIFT)]
-    assert torch.autograd.gradcheck(lambda m: sum_log1p_sum_exp(m, terms, dim), MAT.clone().requires_grad_())
-    assert torch.autograd.gradgradcheck(lambda m: sum_log1p_sum_exp(m, terms, dim), MAT.clone().requires_grad_())
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("sample_shift", [None, SHIFT])
+def test_class_sums_match_reference(grad, sample_shift, device):
+    expected = class_reference(
+        MAT.numpy(), LABELS.numpy(), 1.5, 0.2, np.zeros(4) if sample_shift is None else SHIFT.numpy()
+    )
+    mat = MAT.clone().to(device).requires_grad_(grad)
+    shift = None if sample_shift is None else sample_shift.to(device)
+    actual = class_log1p_sum_exp(mat, LABELS.to(device), 1.5, 0.2, shift)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.requires_grad == grad
+        np.testing.assert_allclose(a.detach().cpu().numpy(), e, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m: sum_log1p_sum_exp(m, TERMS),
+        lambda m: class_log1p_sum_exp(m, LABELS, 1.5, 0.2, SHIFT),
+        lambda m: class_log1p_sum_exp(m, LABELS, 1.5, 0.2, None)[0],
+        lambda m: class_log1p_sum_exp(m, LABELS, 1.5, 0.2, None)[1],
+    ],
+)
+def test_gradcheck_twice(function):
+    assert torch.autograd.gradcheck(function, MAT.clone().requires_grad_())
+    assert torch.autograd.gradgradcheck(function, MAT.clone().requires_grad_())
 
 
 def test_nothing_kept_is_zero_with_zero_gradient():
     mat = MAT.clone().requires_grad_()
-    value = sum_log1p_sum_exp(mat, [Term(DROP, 3.0, 0.5)], 1)
+    value = sum_log1p_sum_exp(mat, TERMS[:1])
     value.sum().backward()
     assert value[1] == 0
-    assert not mat.grad[1].any()
-    assert mat.grad[0].any()
     assert torch.equal(mat.grad == 0, DROP)
+    pos, _ = class_log1p_sum_exp(mat, LABELS, 1.5, 0.2, None)
+    assert (pos > 0).tolist() == [True, False, True, False, False, True]
+
+
+def test_backward_twice_through_one_graph():
+    mat = MAT.clone().requires_grad_()
+    value = sum_log1p_sum_exp(mat, TERMS).sum() + torch.stack(class_log1p_sum_exp(mat, LABELS, 1.5, 0.2, SHIFT)).sum()
+    first, second = (torch.autograd.grad(value, mat, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)

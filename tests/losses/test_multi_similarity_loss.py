@@ -1,4 +1,6 @@
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -139,7 +141,12 @@ def test_labels_are_not_needed_with_indices():
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not COMPILER, reason="no C++ compiler"))]
+)
 def test_compiles_without_graph_break(backend):
     loss_func = MultiSimilarityLoss()
     compiled = torch.compile(loss_func, fullgraph=True, backend=backend)
@@ -147,6 +154,13 @@ def test_compiles_without_graph_break(backend):
     expected, actual = loss_func(emb, LABELS), compiled(emb, LABELS)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, emb), torch.autograd.grad(expected, emb))
+
+
+def test_compiles_with_half_int32_and_reference():
+    loss_func = MultiSimilarityLoss()
+    compiled = torch.compile(loss_func, fullgraph=True, backend="eager")
+    for args in ((EMB.half(), LABELS.int()), (EMB.float()[:5], LABELS[:5]), (EMB, LABELS, None, REF, REF_LABELS)):
+        torch.testing.assert_close(compiled(*args), loss_func(*args))
 
 
 def test_works_with_torch_func():
@@ -159,8 +173,10 @@ def test_works_with_torch_func():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"alpha": 0}, "alpha must be > 0, got 0"),
-        ({"beta": -1.0}, r"beta must be > 0, got -1\.0"),
+        ({"alpha": 0}, "alpha must be > 0 and finite, got 0"),
+        ({"beta": -1.0}, r"beta must be > 0 and finite, got -1\.0"),
+        ({"alpha": float("inf")}, "alpha must be > 0 and finite, got inf"),
+        ({"base": float("nan")}, "base must be finite, got nan"),
         ({"negative_sign": "plus"}, "negative_sign must be 'minus' or 'printed', got 'plus'"),
     ],
 )
@@ -175,3 +191,8 @@ def test_bad_pairs():
     both = tuple(torch.tensor([i]) for i in (0, 1, 0, 1))
     with pytest.raises(ValueError, match=r"a pair as positive or as negative, got \(0, 1\) as both"):
         MultiSimilarityLoss()(EMB, LABELS, both)
+
+
+def test_pair_check_can_be_turned_off(without_validation):
+    both = tuple(torch.tensor([i]) for i in (0, 1, 0, 1))
+    assert MultiSimilarityLoss()(EMB, LABELS, both) > 0

@@ -141,6 +141,18 @@ def test_class_weights_belong_to_proxies():
     torch.testing.assert_close(loss_func(EMB[order], LABELS[order]), expected)
 
 
+def test_numpy_sizes_are_accepted():
+    assert ProxyAnchorLoss(LABELS.numpy().max() + 1, SIZE).proxies.shape == (6, SIZE)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_logits_are_full_precision_under_autocast(half):
+    loss_func = make(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = loss_func.get_logits(EMB.to(half))
+    assert torch.equal(logits, loss_func.get_logits(EMB.to(half).float()))
+
+
 def test_reducer_and_weight_regularizer():
     plain, mean = make(), make(reducer=MeanReducer())
     each = make(reducer=DoNothingReducer())(EMB, LABELS)
@@ -153,9 +165,11 @@ def test_reducer_and_weight_regularizer():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((0, 5), "num_classes must be >= 1, got 0"),
-        ((5, 0), "embedding_size must be >= 1, got 0"),
-        ((5, 5, 0.1, 0), "alpha must be > 0, got 0"),
+        ((0, 5), "num_classes must be an integer >= 1, got 0"),
+        ((5, 0), "embedding_size must be an integer >= 1, got 0"),
+        ((4.5, 5), r"num_classes must be an integer >= 1, got 4\.5"),
+        ((5, 5, 0.1, 0), "alpha must be > 0 and finite, got 0"),
+        ((5, 5, float("nan")), "margin must be finite, got nan"),
     ],
 )
 def test_bad_arguments(args, message):

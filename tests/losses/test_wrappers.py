@@ -60,15 +60,77 @@ def test_position_is_saved(number):
     torch.testing.assert_close(second(emb, labels), first(emb, labels))
 
 
-def test_bad_batch_does_not_enter_the_memory():
+def test_pml_state_dict_loads_as_an_empty_memory():
+    theirs = losses.CrossBatchMemory(losses.MultiSimilarityLoss(), SIZE, memory_size=20)
+    for emb, labels in batches(2):
+        theirs(emb, labels)
+    ours = CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=20)
+    ours.load_state_dict(theirs.state_dict())
+    assert (ours.queue_idx, ours.has_been_filled) == (0, False)
+
+
+EMBEDDINGS, CLASSES = next(batches(1))
+ALL = torch.ones(8, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((EMBEDDINGS / 0, CLASSES), ValueError, "embeddings must be finite"),
+        ((EMBEDDINGS, CLASSES + 4), ValueError, "labels must be < num_classes = 4, got"),
+        ((EMBEDDINGS, None), ValueError, "labels are required"),
+        ((EMBEDDINGS.repeat(3, 1), CLASSES.repeat(3)), ValueError, "at most memory_size = 20 embeddings .* got 24"),
+        ((EMBEDDINGS, CLASSES, None, ALL.long()), TypeError, r"enqueue_mask must be a bool tensor, got torch\.int64"),
+        ((EMBEDDINGS, CLASSES, None, ALL[:5]), ValueError, r"enqueue_mask must have shape .* = \(8,\), got \(5,\)"),
+        (
+            (EMBEDDINGS, CLASSES, (CLASSES, CLASSES + 20, CLASSES)),
+            ValueError,
+            r"indices_tuple\[1\] must be < the number",
+        ),
+        ((EMBEDDINGS, CLASSES, (CLASSES,) * 3, ALL), ValueError, "mutually exclusive"),
+    ],
+)
+def test_bad_batch_does_not_enter_the_memory(args, error, message):
     memory = CrossBatchMemory(HybridLoss(4, SIZE), SIZE, memory_size=20)
-    emb, labels = next(batches(1))
-    with pytest.raises(ValueError, match="embeddings must be finite"):
-        memory(emb / 0, labels)
-    with pytest.raises(ValueError, match="labels must be < num_classes = 4, got 7"):
-        memory(emb, labels + 4 * (labels == 3))
+    with pytest.raises(error, match=message):
+        memory(*args)
     assert memory.queue_idx == 0
     assert not memory.embedding_memory.any()
+
+
+def test_nothing_enters():
+    """PML's memory counts as full after such a call, and zero vectors of class 0 are compared with."""
+    memory = CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=20)
+    assert memory(EMBEDDINGS, CLASSES, enqueue_mask=~ALL) == 0
+    assert memory(EMBEDDINGS[:0], CLASSES[:0]) == 0
+    assert (memory.queue_idx, memory.has_been_filled) == (0, False)
+    other = CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=20)
+    torch.testing.assert_close(memory(EMBEDDINGS, CLASSES), other(EMBEDDINGS, CLASSES))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint16])
+def test_integer_labels_of_any_dtype(dtype):
+    memory, other = (CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=20) for _ in range(2))
+    memory(EMBEDDINGS, CLASSES + 300)
+    other(EMBEDDINGS, CLASSES + 300)
+    torch.testing.assert_close(memory(EMBEDDINGS, CLASSES.to(dtype)), other(EMBEDDINGS, CLASSES))
+    assert memory.label_memory[:8].min() >= 300
+
+
+def test_miner_of_the_hybrid_is_used():
+    torch.manual_seed(0)
+    inside = CrossBatchMemory(HybridLoss(4, SIZE, miner=miners.BatchHardMiner()), SIZE, memory_size=20)
+    torch.manual_seed(0)
+    outside = CrossBatchMemory(HybridLoss(4, SIZE), SIZE, memory_size=20, miner=miners.BatchHardMiner())
+    for emb, labels in batches(3):
+        torch.testing.assert_close(inside(emb, labels), outside(emb, labels))
+
+
+def test_input_is_checked_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr("pml_ext.losses.base_loss.check_batch", lambda *args: calls.append(args))
+    CrossBatchMemory(HybridLoss(4, SIZE), SIZE)(EMBEDDINGS, CLASSES)
+    assert not calls
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -86,7 +148,7 @@ def test_half_embeddings(half):
 def test_unsupported_losses_are_refused():
     with pytest.raises(TypeError, match=r"loss must be one of .*HybridLoss, got ProxyAnchorLoss"):
         CrossBatchMemory(ProxyAnchorLoss(4, SIZE), SIZE)
-    with pytest.raises(TypeError, match="got VICRegLoss"):
+    with pytest.raises(TypeError, match=r"loss\.pair_loss must be one that supports ref_emb, got VICRegLoss"):
         CrossBatchMemory(HybridLoss(4, SIZE, pair_loss=losses.VICRegLoss()), SIZE)
     for loss_func in (ProxyAnchorLoss(4, SIZE), HybridLoss(4, SIZE)):
         with pytest.raises(TypeError, match=f"got {type(loss_func).__name__}"):
@@ -100,3 +162,10 @@ def test_self_supervised_is_pml(symmetric):
     theirs = losses.SelfSupervisedLoss(losses.MultiSimilarityLoss(), symmetric=symmetric)(first, second)
     assert ours > 0
     torch.testing.assert_close(ours, theirs)
+
+
+def test_two_views_must_match():
+    with pytest.raises(ValueError, match=r"ref_emb must have the shape of embeddings, \(8, 5\), got \(6, 5\)"):
+        SelfSupervisedLoss(MultiSimilarityLoss())(EMBEDDINGS, EMBEDDINGS[:6])
+    with pytest.raises(TypeError, match=r"ref_emb must be a torch\.Tensor, got NoneType"):
+        SelfSupervisedLoss(MultiSimilarityLoss())(EMBEDDINGS, None)

@@ -50,5 +50,6 @@ def test_random_queries_are_of_different_classes():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="one length of at least 2, got 5, 4, 5"):
         retrieval_gallery(EMB, LABELS[:4], IMAGES)
+    assert len(retrieval_gallery(EMB, LABELS, IMAGES, queries=torch.tensor([0, 1]), num_neighbors=2).axes) == 6
     with pytest.raises(ValueError, match=r"queries must be indices in 0 to 4, at least one, got \[5\]"):
         retrieval_gallery(EMB, LABELS, IMAGES, queries=[5])
