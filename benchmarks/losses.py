@@ -35,6 +35,14 @@ def make_pairs(embedding_size):
     }
 
 
+def peak_memory(loss_func, emb, labels):
+    """Return the peak of CUDA memory during forward and backward, in MB above what was there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss_func(emb, labels).backward()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
 def main(batch_sizes=(64, 256, 1024), embedding_size=512, repeats=15, threads=2, device="cpu", out=None):
     """Return the metadata and a row for each loss and batch size; print and write them as JSON."""
     torch.manual_seed(0)
@@ -51,16 +59,14 @@ def main(batch_sizes=(64, 256, 1024), embedding_size=512, repeats=15, threads=2,
             ]
             number = max(1, int(0.1 / timers[0].timeit(3).mean))  # about 0.1 s a repeat
             times = [[timer.timeit(number).mean * 1e3 for timer in timers] for _ in range(repeats)]
-            ratios = sorted(ours / theirs for theirs, ours in times)
-            theirs, ours = (statistics.median(column) for column in zip(*times, strict=True))
-            quartiles = statistics.quantiles(ratios, n=4)
-            row = {
-                "loss": name,
-                "batch_size": batch_size,
-                "pml_median_ms": round(theirs, 3),
-                "median_ms": round(ours, 3),
-            }
-            row |= {"ratio": round(statistics.median(ratios), 2), "ratio_iqr": [round(quartiles[i], 2) for i in (0, 2)]}
+            columns = dict(zip(("pml_ms", "ms"), zip(*times, strict=True), strict=True))
+            columns["ratio"] = [ours / theirs for theirs, ours in times]
+            row = {"loss": name, "batch_size": batch_size}
+            for key, values in columns.items():
+                low, median, high = statistics.quantiles(values, n=4)
+                row |= {key: round(median, 3), f"{key}_quartiles": [round(low, 3), round(high, 3)]}
+            if emb.is_cuda:
+                row |= {"pml_peak_mb": peak_memory(pair[0], emb, labels), "peak_mb": peak_memory(pair[1], emb, labels)}
             results.append(row)
     metadata = {"torch": torch.__version__, "pytorch-metric-learning": pytorch_metric_learning.__version__}
     metadata |= {"device": device, "machine": platform.machine(), "threads": threads, "repeats": repeats}
