@@ -61,10 +61,10 @@ class BaseLoss(BaseMetricLossFunction):
             if ref_emb is None or (ref_emb is embeddings and (ref_labels is None or ref_labels is own_labels)):
                 ref_emb, ref_labels = emb, labels  # PML tells "the batch itself" by identity
             else:
-                # a view is another object: PML would take the same labels for the batch itself, and lose pairs (i, i)
                 dtype = torch.promote_types(emb.dtype, raise_half(ref_emb).dtype)
-                emb, ref_emb, ref_labels = emb.to(dtype), ref_emb.to(dtype), _to_int64(ref_labels, emb)
-                ref_emb, ref_labels = ref_emb.view_as(ref_emb), None if ref_labels is None else ref_labels.view(-1)
+                # views are other objects: else PML would take the same labels for the batch itself, and lose pairs (i, i)
+                emb, ref_emb = emb.to(dtype), ref_emb.to(dtype).view_as(ref_emb)
+                ref_labels = None if ref_labels is None else _to_int64(ref_labels, emb).view_as(ref_labels)
             c_f.check_shapes(emb, labels)  # also where validation is off or the loss is compiled: shapes cost nothing
             c_f.check_shapes(ref_emb, ref_labels)
             loss_dict = self.compute_loss(emb, labels, indices_tuple, ref_emb, ref_labels)
