@@ -62,7 +62,7 @@ class BaseLoss(BaseMetricLossFunction):
                 ref_emb, ref_labels = emb, labels  # PML tells "the batch itself" by identity
             else:
                 dtype = torch.promote_types(emb.dtype, raise_half(ref_emb).dtype)
-                # views are other objects: else PML would take the same labels for the batch itself, and lose pairs (i, i)
+                # views, or PML would take the same labels for the batch itself and lose the pairs (i, i)
                 emb, ref_emb = emb.to(dtype), ref_emb.to(dtype).view_as(ref_emb)
                 ref_labels = None if ref_labels is None else _to_int64(ref_labels, emb).view_as(ref_labels)
             c_f.check_shapes(emb, labels)  # also where validation is off or the loss is compiled: shapes cost nothing

@@ -269,10 +269,13 @@ def test_ref_emb(case):
 def test_collect_stats(case, monkeypatch):
     monkeypatch.setattr(c_f, "COLLECT_STATS", True)
     recording = make(case)
+    recording.add_to_recordable_attributes(name="left_over", is_stat=True)
+    recording.left_over = 5
     loss = recording(embeddings(), LABELS)
     monkeypatch.setattr(c_f, "COLLECT_STATS", False)
     torch.testing.assert_close(loss, make(case)(embeddings(), LABELS))
     assert recording.distance.collect_stats
+    assert recording.left_over == 0  # statistics are reset at each forward
     for module in recording.modules():
         for kind in c_f.list_of_recordable_attributes_list_names():
             for name in getattr(module, kind, []):
@@ -321,6 +324,8 @@ def test_half_embeddings(case, half, device):
     assert emb.grad.any()
     assert [p.dtype for p in loss_func.parameters()] == dtypes
     torch.testing.assert_close(loss, loss_func(emb.float(), LABELS))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert torch.equal(loss_func(emb, LABELS), loss)  # nothing inside is computed in half precision
     if case.refs:
         ref = embeddings(half, seed=1).to(device)
         torch.testing.assert_close(

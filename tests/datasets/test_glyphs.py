@@ -85,6 +85,13 @@ def test_jitter_keeps_to_its_limits(monkeypatch):
     assert angle.min() < -8 and angle.max() > 8
 
 
+def test_every_character_has_its_own_jitter(monkeypatch):
+    monkeypatch.setitem(glyphs._SPLITS, "train", "+o")
+    images = Glyphs("train", samples_per_class=640).data.view(2, 640, 32, 32)[:, ::16].float()  # one face
+    x = (images.sum(2) @ torch.arange(32.0)) / images.sum(dim=(2, 3))  # (2, 40)
+    assert torch.corrcoef(x)[0, 1].abs() < 0.5
+
+
 def test_conventions_of_torchvision():
     dataset = Glyphs("test", transform=np.asarray, target_transform=lambda label: label - 267, samples_per_class=3)
     image, label = dataset[4]

@@ -13,14 +13,14 @@ IMAGES = (torch.arange(5)[:, None, None] * 50).expand(5, 4, 4).to(torch.uint8)
 
 
 def test_neighbours_and_frames(tmp_path):
-    figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0, 3], num_neighbors=3, path=tmp_path / "gallery.png")
-    axes = np.array(figure.axes).reshape(2, 4)
+    figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0, 3], num_neighbors=4, path=tmp_path / "gallery.png")
+    axes = np.array(figure.axes).reshape(2, 5)
     shown = [[int(ax.images[0].get_array().flat[0]) // 50 for ax in row] for row in axes]
-    assert shown == [[0, 1, 2, 3], [3, 2, 1, 0]]  # by angle, without the query itself
+    assert shown == [[0, 1, 2, 3, 4], [3, 2, 1, 0, 4]]  # by angle, without the query itself
     frames = [[matplotlib.colors.to_hex(ax.spines["top"].get_edgecolor()) for ax in row[1:]] for row in axes]
     green, red = "#1a9641", "#d7191c"
-    assert frames == [[red, green, red], [red, green, red]]
-    assert [ax.get_title() for ax in axes[0]] == ["query", "1.00 ✗", "0.96", "0.83 ✗"]
+    assert frames == [[red, green, red, green], [red, green, red, red]]
+    assert [ax.get_title() for ax in axes[0]] == ["query", "1.00 ✗", "0.96", "0.83 ✗", "-0.99"]
     assert (tmp_path / "gallery.png").read_bytes().startswith(b"\x89PNG")
 
 
