@@ -113,6 +113,8 @@ def test_switch(without_validation):
 def test_lengths_are_checked_even_without_validation(make, without_validation):
     with pytest.raises(ValueError, match="Number of embeddings must equal number of labels"):
         make()(EMB, LABELS[:5])
+    with pytest.raises(ValueError, match="Number of embeddings must equal number of labels"):
+        make()(EMB, LABELS[:5], ref_emb=EMB[:5] + 1, ref_labels=LABELS[:5])
 
 
 def test_lengths_are_checked_when_compiled():

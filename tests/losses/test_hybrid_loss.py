@@ -109,6 +109,15 @@ def test_tuple_reference_and_miner_reach_the_pair_part_alone():
     )
 
 
+def test_two_views_with_the_same_labels_object():
+    """A pair loss of PML's in the hybrid keeps the pairs (i, i) too."""
+    values = [
+        make(pair_loss=pair_loss, proxy_weight=0.0)(EMB, LABELS, ref_emb=EMB.flip(1), ref_labels=LABELS)
+        for pair_loss in (losses.MultiSimilarityLoss(), MultiSimilarityLoss())
+    ]
+    torch.testing.assert_close(*values)
+
+
 def test_children_keep_reducers_and_regularizers():
     pair_loss = MultiSimilarityLoss(reducer=SumReducer(), embedding_regularizer=LpRegularizer())
     loss_func = make(pair_loss=pair_loss, pair_weight=1.0, proxy_weight=0.0)

@@ -125,6 +125,7 @@ def test_mixed_precision_of_embeddings_and_proxies():
         loss_func = make(dtype=proxy_dtype)
         torch.testing.assert_close(loss_func(EMB.to(emb_dtype), LABELS).double(), wide, rtol=1e-5, atol=0)
         assert loss_func.proxies.dtype == proxy_dtype
+        assert loss_func.get_logits(EMB.to(emb_dtype)).dtype == torch.float64
     half_proxies = make(dtype=torch.bfloat16)
     assert half_proxies(EMB.float(), LABELS).dtype == torch.float32
     assert half_proxies.proxies.dtype == torch.bfloat16

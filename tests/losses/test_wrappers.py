@@ -126,6 +126,18 @@ def test_miner_of_the_hybrid_is_used():
         torch.testing.assert_close(inside(emb, labels), outside(emb, labels))
 
 
+def test_miner_works_in_full_precision_under_autocast():
+    seen = []
+
+    def miner(emb, labels, ref_emb, ref_labels):
+        seen.append((emb @ ref_emb.T).dtype)
+        return miners.BatchHardMiner()(emb, labels, ref_emb, ref_labels)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=20, miner=miner)(EMBEDDINGS, CLASSES)
+    assert seen == [torch.float32]
+
+
 def test_input_is_checked_once(monkeypatch):
     calls = []
     monkeypatch.setattr("pml_ext.losses.base_loss.check_batch", lambda *args: calls.append(args))
