@@ -109,7 +109,8 @@ def main(epochs=8, seed=0, samples_per_class=16, width=24, out="."):
 
     best = "pml_ext HybridLoss"
     retrieval_gallery(embeddings[best], test_set.targets, test_set.data, path=out / "quickstart_gallery.png")
-    plot_curves(curves, ylabel="training loss (each in its own unit)", path=out / "quickstart_curves.png")
+    curves = {name: [value / values[0] for value in values] for name, values in curves.items()}  # of different units
+    plot_curves(curves, ylabel="training loss / that of the first epoch", path=out / "quickstart_curves.png")
     print(f"pictures: {out / 'quickstart_gallery.png'}, {out / 'quickstart_curves.png'}")
     return table
 

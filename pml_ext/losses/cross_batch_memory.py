@@ -33,8 +33,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     Raises:
         TypeError: If ``loss`` is not a supported one, or ``enqueue_mask`` not bool.
-        ValueError: For bad embeddings or labels, as in every loss, a mask of the wrong shape, ``indices_tuple`` beside
-            a mask, or more rows than the memory holds.
+        ValueError: If ``embedding_size`` is not that of the loss; for bad embeddings or labels, as in every loss, a
+            mask of the wrong shape, ``indices_tuple`` beside a mask, or more rows than the memory holds.
 
     Examples:
         >>> import torch
@@ -57,6 +57,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             if pair_loss not in losses.CrossBatchMemory.supported_losses():
                 raise TypeError(f"loss.pair_loss must be one that supports ref_emb, got {pair_loss}")
             miner = loss.miner if miner is None else miner
+        known = getattr(loss, "embedding_size", None) or embedding_size
+        if known != embedding_size:
+            raise ValueError(f"embedding_size must be that of the loss, {known}, got {embedding_size}")
         super().__init__(loss, embedding_size, memory_size=memory_size, miner=miner, **kwargs)
 
     @staticmethod
@@ -92,7 +95,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     def _check(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: Indices | None, enqueue_mask: Tensor | None
     ) -> None:
-        num_classes = getattr(self.loss, "num_classes", None)
+        num_classes = getattr(self.loss, "num_classes", None) or None
         check_batch(embeddings, labels, num_classes=num_classes, embedding_size=self.embedding_size)
         entering = len(embeddings)
         if enqueue_mask is not None:

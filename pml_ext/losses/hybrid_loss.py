@@ -134,8 +134,14 @@ class HybridLoss(BaseLoss):
             embedding_size: Width of the embeddings.
             negative_sign: "printed": $S + 1$ in the sum over negatives, as in the paper's Eq. 6; "minus": $S - 1$, as
                 in the Multi-Similarity paper.
-            **kwargs: Passed to ``HybridLoss``.
+            **kwargs: Passed to ``HybridLoss``, except ``pair_loss`` and the weights, which the paper fixes.
+
+        Raises:
+            ValueError: If one of these is given.
         """
+        fixed = sorted({"pair_loss", "pair_weight", "proxy_weight"} & set(kwargs))
+        if fixed:
+            raise ValueError(f"{', '.join(fixed)} must not be given, the paper fixes them: use HybridLoss itself")
         if kwargs.get("proxy_loss") is None:
             kwargs.setdefault("weight_init_func", c_f.TorchInitWrapper(torch.nn.init.normal_))
         common = {name: kwargs[name] for name in ("distance", "collect_stats") if name in kwargs}
@@ -188,7 +194,7 @@ class HybridLoss(BaseLoss):
     def _agree(self, name: str, given: int | None) -> int | None:
         """Return the one value of a size that the argument and the children give, None if none does."""
         known = [given, getattr(self.pair_loss, name, None), getattr(self.proxy_loss, name, None)]
-        values = {value for value in known if value is not None}
+        values = {value for value in known if value}  # some of PML's losses record the name with the value 0
         if len(values) > 1:
             raise ValueError(f"{name} must agree with pair_loss and proxy_loss, got {known}")
         return values.pop() if values else None

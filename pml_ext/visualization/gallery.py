@@ -96,6 +96,6 @@ def _draw(axes: Any, image: Any, color: str, style: str, title: str) -> None:
         array = array.numpy()
     axes.imshow(array, cmap="gray", vmin=0, vmax=brightest)  # the range is for one channel; colours have it built in
     axes.set(xticks=[], yticks=[])
-    axes.set_title(title, fontsize=7, color=color, pad=2)
+    axes.set_title(title, fontsize=7, color=color, pad=5)
     for spine in axes.spines.values():
         spine.set(edgecolor=color, linewidth=2.5, linestyle=style)

@@ -155,6 +155,32 @@ def test_paper_passes_keywords_on():
     assert type(custom.proxy_loss) is losses.CosFaceLoss
 
 
+@pytest.mark.parametrize(
+    "loss_class",
+    [
+        losses.ArcFaceLoss,
+        losses.CosFaceLoss,
+        losses.NormalizedSoftmaxLoss,
+        losses.ProxyAnchorLoss,
+        losses.ProxyNCALoss,
+        losses.SoftTripleLoss,
+        losses.SubCenterArcFaceLoss,
+    ],
+)
+def test_proxy_losses_of_pml(loss_class):
+    """Some of them carry a num_classes or embedding_size of 0."""
+    proxy_loss = loss_class(num_classes=NUM_CLASSES, embedding_size=SIZE)
+    loss_func = HybridLoss(NUM_CLASSES, SIZE, proxy_loss=proxy_loss, proxy_weight=0.5)
+    expected = loss_func.pair_loss(EMB.float(), LABELS) + 0.5 * proxy_loss(EMB.float(), LABELS)
+    torch.testing.assert_close(loss_func(EMB.float(), LABELS), expected)
+    torch.testing.assert_close(HybridLoss(proxy_loss=proxy_loss, proxy_weight=0.5)(EMB.float(), LABELS), expected)
+
+
+def test_paper_numbers_are_fixed():
+    with pytest.raises(ValueError, match="pair_loss, proxy_weight must not be given, the paper fixes them"):
+        HybridLoss.paper(NUM_CLASSES, SIZE, proxy_weight=0.1, pair_loss=MultiSimilarityLoss())
+
+
 def test_what_the_miner_returns_is_checked():
     def miner(*_):
         return (torch.tensor([0]), torch.tensor([1]), torch.tensor([-1]))

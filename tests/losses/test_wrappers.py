@@ -157,6 +157,11 @@ def test_half_embeddings(half):
         assert emb.grad.dtype == half
 
 
+def test_embedding_size_is_that_of_the_loss():
+    with pytest.raises(ValueError, match="embedding_size must be that of the loss, 5, got 7"):
+        CrossBatchMemory(HybridLoss(4, SIZE), 7)
+
+
 def test_unsupported_losses_are_refused():
     with pytest.raises(TypeError, match=r"loss must be one of .*HybridLoss, got ProxyAnchorLoss"):
         CrossBatchMemory(ProxyAnchorLoss(4, SIZE), SIZE)
