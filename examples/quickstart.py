@@ -107,8 +107,8 @@ def main(epochs=8, seed=0, samples_per_class=16, width=24, out="."):
     for name, row in table.items():
         print(f"{name:<24}" + "".join(f"{100 * row[metric]:>13.1f}" for metric in METRICS))
 
-    best = "pml_ext HybridLoss"
-    retrieval_gallery(embeddings[best], test_set.targets, test_set.data, path=out / "quickstart_gallery.png")
+    shown = embeddings["pml_ext HybridLoss"]
+    retrieval_gallery(shown, test_set.targets, test_set.data, path=out / "quickstart_gallery.png")
     curves = {name: [value / values[0] for value in values] for name, values in curves.items()}  # of different units
     plot_curves(curves, ylabel="training loss / that of the first epoch", path=out / "quickstart_curves.png")
     print(f"pictures: {out / 'quickstart_gallery.png'}, {out / 'quickstart_curves.png'}")
