@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pml_ext import datasets, losses, visualization
+    from pml_ext import class_embeddings, datasets, losses, streaming, visualization
     from pml_ext.validation import set_validation
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "datasets", "losses", "set_validation", "visualization"]
+__all__ = ["__version__", "class_embeddings", "datasets", "losses", "set_validation", "streaming", "visualization"]
 
-_SUBPACKAGES = ("datasets", "losses", "visualization")
+_SUBPACKAGES = ("class_embeddings", "datasets", "losses", "streaming", "visualization")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,17 @@
 """Losses: subclasses of PML's, for its miners, reducers, wrappers and trainers."""
 
+from pml_ext.losses.adaptive_additive_margin_loss import AdaptiveAdditiveMarginLoss
 from pml_ext.losses.cross_batch_memory import CrossBatchMemory
 from pml_ext.losses.hybrid_loss import HybridLoss
 from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
 from pml_ext.losses.self_supervised_loss import SelfSupervisedLoss
 
-__all__ = ["CrossBatchMemory", "HybridLoss", "MultiSimilarityLoss", "ProxyAnchorLoss", "SelfSupervisedLoss"]
+__all__ = [
+    "AdaptiveAdditiveMarginLoss",
+    "CrossBatchMemory",
+    "HybridLoss",
+    "MultiSimilarityLoss",
+    "ProxyAnchorLoss",
+    "SelfSupervisedLoss",
+]

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.log_sum_exp import class_log1p_sum_exp
-from pml_ext.losses.similarity import distance_matrix
+from pml_ext.losses.similarity import can_stream, distance_matrix
 from pml_ext.precision import full_precision, raise_half
+from pml_ext.streaming.chunks import check_chunk_size
+from pml_ext.streaming.proxy_anchor import proxy_anchor_loss
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import check_batch, check_settings, validation_wanted
 
@@ -62,7 +64,13 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
     """
 
     def __init__(
-        self, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32, **kwargs: Any
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.1,
+        alpha: float = 32,
+        chunk_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
@@ -71,8 +79,10 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
         check_settings(positive={"alpha": alpha}, finite={"margin": margin})
         self.num_classes: int = num_classes
         self.embedding_size = embedding_size
+        check_chunk_size(chunk_size)
         self.margin = margin
         self.alpha = alpha
+        self.chunk_size = chunk_size
         self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
         self.weight_init_func(self.proxies)
         self.add_to_recordable_attributes(
@@ -89,30 +99,56 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
     ) -> LossDict:
         c_f.labels_required(labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        mat = self._logits(embeddings)  # (B, C)
+        shift = None
+        if indices_tuple is not None:
+            shift = lmu.convert_to_weights(indices_tuple, labels, dtype=embeddings.dtype) - 1
+        streamed = can_stream(self.distance, embeddings, self.num_classes)
+        reduced = streamed and self._divides_only()
+        if streamed:
+            parts = self._streamed_parts(embeddings, labels, shift, per_class=not reduced)
+        else:
+            parts = self._dense_parts(embeddings, labels, shift)
+        loss_dict: LossDict = {}
+        for name, losses in zip(("pos_loss", "neg_loss"), parts, strict=True):
+            if reduced:
+                loss_dict[name] = {"losses": losses, "indices": None, "reduction_type": "already_reduced"}
+            else:
+                divisor = len(torch.unique(labels)) if name == "pos_loss" else self.num_classes
+                classes = self.element_labels(labels)
+                loss_dict[name] = {
+                    "losses": losses,
+                    "indices": classes,
+                    "reduction_type": "element",
+                    "divisor": divisor,
+                }
+        if self.weight_regularizer is not None:
+            self.add_weight_regularization_to_loss_dict(loss_dict, self._proxies_for(embeddings))
+        return loss_dict
+
+    def _divides_only(self) -> bool:
+        """Whether reducing is dividing by the divisor, which the walk does: then it also computes the gradients."""
+        by_name = getattr(self.reducer, "reducers", {})
+        return not self.collect_stats and all(
+            name in by_name and type(by_name[name]) is DivisorReducer for name in self._sub_loss_names()
+        )
+
+    def _streamed_parts(
+        self, embeddings: Tensor, labels: Tensor, shift: Tensor | None, per_class: bool
+    ) -> tuple[Tensor, Tensor]:
+        walk: Any = proxy_anchor_loss
+        if torch.compiler.is_compiling():  # a call that is not looked into, instead of a loop that is unrolled
+            walk = torch.compiler.disable(walk)  # type: ignore[no-untyped-call]
+        proxies = self.proxies.to(embeddings.device)
+        normalize = self.distance.normalize_embeddings
+        parts: tuple[Tensor, Tensor] = walk(
+            embeddings, proxies, labels, self.alpha, self.margin, shift, normalize, per_class, self.chunk_size
+        )
+        return parts
+
+    def _dense_parts(self, embeddings: Tensor, labels: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         sign = -1 if self.distance.is_inverted else 1  # a similarity above the margin is good, a distance below it
         alpha = sign * self.alpha
-        weights = None
-        if indices_tuple is not None:
-            weights = lmu.convert_to_weights(indices_tuple, labels, dtype=mat.dtype) - 1
-        pos_loss, neg_loss = class_log1p_sum_exp(mat, labels, alpha, -alpha * self.margin, weights)
-        classes = self.element_labels(labels)
-        loss_dict = {
-            "pos_loss": {
-                "losses": pos_loss,
-                "indices": classes,
-                "reduction_type": "element",
-                "divisor": len(torch.unique(labels)),
-            },
-            "neg_loss": {
-                "losses": neg_loss,
-                "indices": classes,
-                "reduction_type": "element",
-                "divisor": self.num_classes,
-            },
-        }
-        self.add_weight_regularization_to_loss_dict(loss_dict, self._proxies_for(embeddings))
-        return loss_dict
+        return class_log1p_sum_exp(self._logits(embeddings), labels, alpha, -alpha * self.margin, shift)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Return the similarities (or distances) to all proxies, ``(B, num_classes)``, float32 or better."""

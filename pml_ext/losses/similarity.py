@@ -7,7 +7,8 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from pytorch_metric_learning.distances.base_distance import BaseDistance
 from torch import Tensor
 
-_EPS = 1e-12  # torch.nn.functional.normalize's
+from pml_ext.streaming.chunks import auto_chunk_size
+from pml_ext.streaming.norms import inverse_norm, through_norm
 
 
 def distance_matrix(distance: BaseDistance, query: Tensor, ref: Tensor | None = None) -> Tensor:
@@ -25,22 +26,39 @@ def distance_matrix(distance: BaseDistance, query: Tensor, ref: Tensor | None = 
     Returns:
         ``(B, R)``.
     """
-    own = type(distance) in (CosineSimilarity, DotProductSimilarity) and (distance.p, distance.power) == (2, 1)
-    if not own or distance.collect_stats or torch.compiler.is_compiling():
+    if not _is_plain(distance) or torch.compiler.is_compiling():
         return distance(query) if ref is None else distance(query, ref)
     if distance.normalize_embeddings:
         return _Cosine.apply(query, ref)[0]
     return query @ (query if ref is None else ref).T
 
 
+def can_stream(distance: BaseDistance, embeddings: Tensor, num_classes: int) -> bool:
+    """Whether a proxy loss can walk over its proxies instead of calling the distance.
+
+    Not with distances other than PML's own cosine and dot product similarities, nor for an empty batch, nor under
+    ``torch.func`` transforms; nor, under ``torch.compile``, where one chunk holds all: dense code is fused there.
+    """
+    if not _is_plain(distance) or not embeddings.numel() or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch.compiler.is_compiling() or num_classes > auto_chunk_size(
+        len(embeddings), embeddings.shape[1], embeddings.device
+    )
+
+
+def _is_plain(distance: BaseDistance) -> bool:
+    own = type(distance) in (CosineSimilarity, DotProductSimilarity) and (distance.p, distance.power) == (2, 1)
+    return own and not distance.collect_stats
+
+
 class _Cosine(torch.autograd.Function):
     @staticmethod
     def forward(query: Tensor, ref: Tensor | None) -> tuple[Tensor | None, ...]:
-        query_inverse = _inverse_norm(query)
+        query_inverse = inverse_norm(query)
         query_unit = query * query_inverse
         if ref is None:
             return query_unit @ query_unit.T, query_unit, query_inverse, None, None
-        ref_inverse = _inverse_norm(ref)
+        ref_inverse = inverse_norm(ref)
         ref_unit = ref * ref_inverse
         return query_unit @ ref_unit.T, query_unit, query_inverse, ref_unit, ref_inverse
 
@@ -56,26 +74,16 @@ class _Cosine(torch.autograd.Function):
             return None, None
         query, ref, query_unit, query_inverse, ref_unit, ref_inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True wants a gradient that can be differentiated again
-            query_inverse = _inverse_norm(query)
+            query_inverse = inverse_norm(query)
             query_unit = query * query_inverse
             if ref is not None:
-                ref_inverse = _inverse_norm(ref)
+                ref_inverse = inverse_norm(ref)
                 ref_unit = ref * ref_inverse
         if ref is None:
-            return _through_norm((grad + grad.T) @ query_unit, query_unit, query_inverse), None
+            return through_norm((grad + grad.T) @ query_unit, query_unit, query_inverse), None
         query_grad = ref_grad = None
         if ctx.needs_input_grad[0]:
-            query_grad = _through_norm(grad @ ref_unit, query_unit, query_inverse)
+            query_grad = through_norm(grad @ ref_unit, query_unit, query_inverse)
         if ctx.needs_input_grad[1]:
-            ref_grad = _through_norm(grad.T @ query_unit, ref_unit, ref_inverse)
+            ref_grad = through_norm(grad.T @ query_unit, ref_unit, ref_inverse)
         return query_grad, ref_grad
-
-
-def _inverse_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(_EPS).reciprocal()
-
-
-def _through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient by x, given the gradient by x / |x|."""
-    along = (grad * unit).sum(1, keepdim=True)
-    return torch.addcmul(grad, unit, along, value=-1) * inverse

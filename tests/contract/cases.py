@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pml_ext.losses import HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.losses import AdaptiveAdditiveMarginLoss, HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
 
 NUM_CLASSES, SIZE = 5, 6
 LABELS = torch.tensor([4, 4, 1, 1, 1, 0, 0, 4, 3, 0, 2, 2])
@@ -24,6 +24,13 @@ class Case(NamedTuple):
 CASES = {
     "MultiSimilarityLoss": Case(MultiSimilarityLoss, refs=True, wrapper_refs=True),
     "ProxyAnchorLoss": Case(lambda **kw: ProxyAnchorLoss(NUM_CLASSES, SIZE, **kw), False, False, per_class=True),
+    "AdaptiveAdditiveMarginLoss": Case(
+        lambda **kw: AdaptiveAdditiveMarginLoss(
+            NUM_CLASSES, SIZE, class_embeddings=torch.randn(NUM_CLASSES, 4), base_margin=0.1, **kw
+        ),
+        refs=False,
+        wrapper_refs=False,
+    ),
     "HybridLoss": Case(lambda **kw: HybridLoss(NUM_CLASSES, SIZE, **kw), True, True, reduced=True),
 }
 

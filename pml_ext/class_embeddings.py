@@ -1,0 +1,140 @@
+"""Descriptions of classes from a second modality: text, or any features of samples."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NGRAMS = 4096
+
+
+def from_text(
+    names: Sequence[str | None],
+    model: str | Path = "all-MiniLM-L6-v2",
+    template: str = "{}",
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+) -> Tensor:
+    """Return an embedding of each class's text.
+
+    Args:
+        names: A text for each class, C >= 1. None, or an empty text: a class without description, a row of NaN.
+        model: A model of sentence-transformers: its name on the model hub, which is downloaded once; a local folder;
+            or the name of an installed package that contains such a folder. Or "tfidf": no model, but how often
+            character n-grams of length 2 to 4 occur, the 4096 most frequent ones weighted by rarity; related words
+            are close only where they share letters.
+        template: What the model reads; the text replaces ``{}``, e.g. "a photo of a {}".
+        batch_size: Texts that the model reads at once. A progress bar shows for more than 50 batches.
+        device: Where the model runs; None: sentence-transformers chooses.
+
+    Returns:
+        ``(C, E)``, float32, on the CPU, rows of length 1.
+
+    Raises:
+        TypeError: If ``names`` is a single string, or one is neither a string nor None.
+        ValueError: If there is no text, or ``template`` has no ``{}``.
+        ImportError: If sentence-transformers is not installed; the message names the extra.
+
+    Examples:
+        >>> rows = from_text(["small letter a", "small letter b", "digit one", None], model="tfidf")
+        >>> bool(rows[0] @ rows[1] > rows[0] @ rows[2]), rows[3].isnan().all().item()
+        (True, True)
+    """
+    if isinstance(names, str):
+        raise TypeError(f"names must be a sequence of strings, one for each class, got the string {names!r}")
+    names = list(names)
+    for name in names:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"names must be strings or None, got {name!r}")
+    if "{}" not in template:
+        raise ValueError(f"template must contain {{}}, got {template!r}")
+    described = [i for i, name in enumerate(names) if name is not None and name.strip()]
+    if not described:
+        raise ValueError(f"names must contain a text, got {len(names)} without")
+    texts = [template.replace("{}", str(names[i])) for i in described]
+    found = _tfidf(texts) if model == "tfidf" else _encode(texts, model, batch_size, device)
+    rows = torch.full((len(names), found.shape[1]), torch.nan)
+    rows[described] = torch.nn.functional.normalize(found)
+    return rows
+
+
+def from_samples(features: Tensor, labels: Tensor, num_classes: int | None = None) -> Tensor:
+    """Return the mean features of each class: of pen strokes, sounds, or whatever the second modality is.
+
+    Args:
+        features: ``(N, ...)``, one description a sample, floating point or integer; flattened. Samples whose features
+            contain NaN do not count.
+        labels: ``(N,)``, integers >= 0.
+        num_classes: C. None: the largest label + 1.
+
+    Returns:
+        ``(C, E)``, float32 or float64; NaN for a class without sample.
+
+    Raises:
+        TypeError: If ``features`` are no numbers or ``labels`` no integers.
+        ValueError: If lengths differ, there is no sample, or a label is negative or not below ``num_classes``.
+
+    Examples:
+        >>> from_samples(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 5.0]]), torch.tensor([0, 0, 2]))
+        tensor([[2., 3.],
+                [nan, nan],
+                [5., 5.]])
+    """
+    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+    if features.is_complex() or features.dtype == torch.bool:
+        raise TypeError(f"features must have a floating point or integer dtype, got {features.dtype}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
+    if labels.ndim != 1 or features.ndim < 1 or len(features) != len(labels) or not len(labels):
+        raise ValueError(
+            f"features and labels must have one row a sample, got shapes {tuple(features.shape)}, {tuple(labels.shape)}"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    num_classes = high + 1 if num_classes is None else num_classes
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels must be >= 0 and < num_classes = {num_classes}, got {low if low < 0 else high}")
+    dtype = features.dtype if features.dtype == torch.float64 else torch.float32
+    features, labels = (
+        features.to(dtype).flatten(1) if features.ndim > 1 else features.to(dtype)[:, None],
+        labels.long(),
+    )
+    known = ~features.isnan().any(1)
+    features, labels = features[known], labels.to(features.device)[known]
+    total = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    return total / labels.bincount(minlength=num_classes)[:, None]  # 0 / 0 is NaN
+
+
+def _tfidf(texts: list[str]) -> Tensor:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), max_features=_NGRAMS, sublinear_tf=True)
+    return torch.from_numpy(vectorizer.fit_transform(texts).toarray()).float()
+
+
+def _encode(texts: list[str], model: str | Path, batch_size: int, device: Any) -> Tensor:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            "from_text needs sentence-transformers: pip install 'pml-ext[text]', or use model=\"tfidf\""
+        ) from error
+    encoder = SentenceTransformer(_model_path(model), device=None if device is None else str(device))
+    show = len(texts) > 50 * batch_size
+    found = encoder.encode(texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=show)
+    return torch.from_numpy(found).float()
+
+
+def _model_path(model: str | Path) -> str:
+    """Return the folder of a model that an installed package contains, else ``model``."""
+    name = str(model)
+    if Path(name).exists():
+        return name
+    module = name.replace("-", "_")
+    spec = find_spec(module) if module.isidentifier() else None
+    if spec is None or spec.origin is None:
+        return name
+    folders = sorted(Path(spec.origin).parent.rglob("modules.json"))  # which each saved model has
+    return str(folders[0].parent) if folders else name

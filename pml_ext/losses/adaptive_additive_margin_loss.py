@@ -1,0 +1,256 @@
+"""Softmax loss with a margin of its own for every pair of classes, from a second modality (AAML)."""
+
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import Tensor
+
+from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.similarity import can_stream, distance_matrix
+from pml_ext.precision import full_precision, raise_half
+from pml_ext.streaming.chunks import check_chunk_size
+from pml_ext.streaming.class_distances import ClassMetric, prepare_distances, prepare_embeddings
+from pml_ext.streaming.class_margins import ClassMargins, Kind
+from pml_ext.streaming.margin_softmax import margin_softmax_loss
+from pml_ext.types import Indices, LossDict
+from pml_ext.validation import check_batch, check_settings, validation_wanted
+
+Direction = Literal["distance", "similarity"]
+
+
+class AdaptiveAdditiveMarginLoss(WeightRegularizerMixin, BaseLoss):
+    r"""Keep every negative proxy at a distance of its own, set by how far apart two classes are in a second modality.
+
+    $$L_i = -\log \frac{e^{s c_{i y_i}}}{e^{s c_{i y_i}} + \sum_{j \ne y_i} e^{s (c_{ij} + m_{y_i j})}} \qquad
+      m_{yj} = m_0 + a \, d_{yj}$$
+
+    $c_{ij}$: cosine of sample $i$ and proxy $j$. $d_{yj}$: distance of classes $y$ and $j$ in the second modality, say
+    text, divided by the largest one. $m_{yy} = 0$. A class without description gets $m_0$ alone, in both directions.
+
+    Known relatives, tested for equality: with no second modality, ``base_margin`` 0.35 and ``scale`` 64 it is PML's
+    ``CosFaceLoss``; with ``base_margin`` 0 and ``scale`` 1 / temperature PML's ``NormalizedSoftmaxLoss``.
+
+    With class embeddings the margins of a batch are formed chunk by chunk; a matrix of all classes is never stored.
+    Proxies are used on the device of the embeddings and never cast.
+
+    Args:
+        num_classes: Number of classes >= 1. Labels lie in 0 to ``num_classes - 1``.
+        embedding_size: Width of embeddings and proxies, >= 1.
+        class_embeddings: A description of each class, ``(num_classes, E)``, tensor or numpy array, such as
+            ``pml_ext.class_embeddings`` makes. A row with NaN, or of zeros: a class without description. It is kept
+            as a buffer of that name, centred and scaled so that $d$ is a plain distance of its rows.
+        class_distances: Instead, the distances themselves, ``(num_classes, num_classes)``, >= 0 with a zero diagonal;
+            row $y$ holds the margins of samples of class $y$. Kept as a buffer. With neither every margin is $m_0$.
+        class_metric: Distance of class embeddings: "cosine" (1 - cosine), "euclidean" (slower: no matrix product) or
+            "squared_euclidean".
+        normalize: Whether to divide by the largest distance. For class embeddings that is exact up to 20,000 described
+            classes; beyond, it is the largest among 20,000 classes drawn at random, always the same ones.
+        margin_scale: $a$, in units of cosine. Without second modality it has no effect.
+        base_margin: $m_0$, in units of cosine.
+        direction: "distance": far classes get the larger margin. "similarity": near ones do; $1 - d$ replaces $d$.
+        scale: $s$ > 0.
+        chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
+        **kwargs: Passed to PML's ``WeightRegularizerMixin`` (``weight_init_func``, ``weight_regularizer``,
+            ``weight_reg_weight``) and ``BaseMetricLossFunction``. ``distance`` may be any; other than PML's
+            ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` it needs a matrix of batch times classes,
+            and a distance counts as a negative similarity.
+
+    Shape:
+        - embeddings: ``(B, embedding_size)``, floating point. labels: ``(B,)``, integers.
+        - output: scalar. To the reducer: ``loss``, ``(B,)``, reduction type "element". With ``indices_tuple`` each
+          sample's loss is multiplied by its share in the tuple, as in PML's classification losses.
+
+    Raises:
+        TypeError: If ``class_embeddings`` or ``class_distances`` is no tensor or array of numbers.
+        ValueError: If both are given, their shape or a value breaks a rule, no class is described, an argument is out
+            of range, ``labels`` are missing or out of range, or ``ref_emb`` is given.
+
+    Examples:
+        >>> names = torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])  # class 1 is close to class 0, class 2 is not
+        >>> loss_func = AdaptiveAdditiveMarginLoss(num_classes=3, embedding_size=3, class_embeddings=names)
+        >>> loss_func.get_margins(torch.tensor([0]))
+        tensor([[0.0000, 0.0300, 0.3000]])
+        >>> _ = torch.nn.init.eye_(loss_func.proxies)
+        >>> loss_func(torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([0])).item()  # log(1 + exp(0.48) + exp(4.8))
+        4.8213...
+
+    Source:
+        A reconstruction of Fehervari, Macedo: "Adaptive Additive Classification-Based Loss for Deep Metric Learning",
+        arXiv 2006.14693, 2020. The abstract tells that each negative proxy of a sample gets a margin, looked up from
+        distances of classes that were computed beforehand on text; formula, sign, scaling and $s$ could not be read.
+        Ours is the only form that adds a margin to each negative cosine. "distance" is the default since the abstract
+        speaks of distances and the triplet loss that it builds on (Zhao et al., arXiv 1909.12939) gives far classes
+        the larger margin; Li et al. (arXiv 2005.13826) add similarities instead. All numbers are ours.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        class_embeddings: Tensor | None = None,
+        class_distances: Tensor | None = None,
+        class_metric: ClassMetric = "cosine",
+        normalize: bool = True,
+        margin_scale: float = 0.3,
+        base_margin: float = 0.0,
+        direction: Direction = "distance",
+        scale: float = 16.0,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        for name, word, known in (("class_metric", class_metric, ClassMetric), ("direction", direction, Direction)):
+            if word not in get_args(known):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {word!r}")
+        check_settings(positive={"scale": scale}, finite={"margin_scale": margin_scale, "base_margin": base_margin})
+        check_chunk_size(chunk_size)
+        if class_embeddings is not None and class_distances is not None:
+            raise ValueError("class_embeddings and class_distances must not both be given, got both")
+        self.num_classes: int = num_classes
+        self.embedding_size = embedding_size
+        self.class_metric = class_metric
+        self.margin_scale = margin_scale
+        self.base_margin = base_margin
+        self.direction = direction
+        self.scale = scale
+        self.chunk_size = chunk_size
+        described = None
+        if class_embeddings is not None:
+            class_embeddings = _checked("class_embeddings", class_embeddings, num_classes)
+            class_embeddings, described = prepare_embeddings(class_embeddings, class_metric, normalize)
+        elif class_distances is not None:
+            class_distances = _checked("class_distances", class_distances, num_classes)
+            class_distances, described = prepare_distances(class_distances, normalize)
+        if described is not None and not described.any():
+            name = "class_distances" if class_embeddings is None else "class_embeddings"
+            raise ValueError(f"{name} must describe a class, got rows of zeros or NaN only")
+        self.register_buffer("class_embeddings", class_embeddings)
+        self.register_buffer("class_distances", class_distances)
+        self.register_buffer("class_is_described", described)
+        self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
+        self.weight_init_func(self.proxies)
+        self.add_to_recordable_attributes(
+            list_of_names=["num_classes", "embedding_size", "margin_scale", "base_margin", "scale"], is_stat=False
+        )
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> LossDict:
+        c_f.labels_required(labels)
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        streamed = can_stream(self.distance, embeddings, self.num_classes)
+        losses = (self._streamed if streamed else self._dense)(embeddings, labels)
+        if indices_tuple is not None:
+            losses = losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
+        if len(labels):
+            entry = {
+                "losses": losses,
+                "indices": c_f.torch_arange_from_size(embeddings),
+                "reduction_type": "element",
+                "divisor": len(labels),
+            }
+        else:  # the mean of nothing would be NaN
+            entry = {"losses": losses.sum(), "indices": None, "reduction_type": "already_reduced"}
+        loss_dict = {"loss": entry}
+        if self.weight_regularizer is not None:
+            self.add_weight_regularization_to_loss_dict(loss_dict, self._proxies_for(embeddings))
+        return loss_dict
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Return ``scale`` times the cosines, without margins, ``(B, num_classes)``, float32 or better."""
+        if validation_wanted():
+            check_batch(embeddings, embedding_size=self.embedding_size)
+        with full_precision(embeddings.device):
+            return self._logits(raise_half(embeddings))
+
+    @torch.no_grad()
+    def get_margins(self, labels: Tensor) -> Tensor:
+        """Return the margins $m_{y_i j}$ of samples of given classes, ``(B, num_classes)``, 0 for the own class."""
+        labels = labels.to(self.proxies.device).long()
+        margins = torch.full((len(labels), self.num_classes), float(self.base_margin), device=labels.device)
+        self._add_margins(margins, labels)
+        return margins.scatter_(1, labels[:, None], 0.0)
+
+    def _streamed(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        walk: Any = margin_softmax_loss
+        if torch.compiler.is_compiling():  # a call that is not looked into, instead of a loop that is unrolled
+            walk = torch.compiler.disable(walk)  # type: ignore[no-untyped-call]
+        proxies = self.proxies.to(embeddings.device)
+        normalize, margins = self.distance.normalize_embeddings, self._class_margins(embeddings.device)
+        losses: Tensor = walk(
+            embeddings, proxies, labels, self.scale, self.base_margin, margins, normalize, self.chunk_size
+        )
+        return losses
+
+    def _dense(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        logits = self._logits(embeddings)
+        margins = torch.full_like(logits, self.base_margin, requires_grad=False)
+        self._add_margins(margins, labels)
+        logits = logits + self.scale * margins.scatter(1, labels[:, None], 0.0)
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        proxies = self._proxies_for(embeddings)
+        mat = distance_matrix(self.distance, embeddings.to(proxies.dtype), proxies)
+        return mat * (self.scale if self.distance.is_inverted else -self.scale)
+
+    def _proxies_for(self, embeddings: Tensor) -> Tensor:
+        """Return the proxies on the embeddings' device, in the wider of both dtypes; the parameter stays as it is."""
+        return self.proxies.to(embeddings.device, torch.promote_types(self.proxies.dtype, embeddings.dtype))
+
+    def _class_margins(self, device: torch.device) -> ClassMargins | None:
+        kind: Kind = "table"
+        table = self.class_distances
+        if self.class_embeddings is not None:
+            table = self.class_embeddings
+            kind = "euclidean" if self.class_metric == "euclidean" else "squared"
+        if table is None:
+            return None
+        constant, slope = 0.0, self.margin_scale
+        if self.direction == "similarity":
+            constant, slope = slope, -slope
+        return ClassMargins(table.to(device), self.class_is_described.to(device), kind, constant, slope)
+
+    def _add_margins(self, margins: Tensor, labels: Tensor) -> None:
+        class_margins = self._class_margins(margins.device)
+        if class_margins is not None:
+            class_margins.of(labels, margins.dtype).add_to(margins, 0)
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
+
+
+def _checked(name: str, x: Any, num_classes: int) -> Tensor:
+    """Return a description of classes as float32 or float64."""
+    try:
+        x = torch.as_tensor(x).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or an array of numbers, got {type(x).__name__}") from error
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must have a floating point or integer dtype, got {x.dtype}")
+    x = x.clone() if x.dtype == torch.float64 else x.float().clone()
+    width = num_classes if name == "class_distances" else "E"
+    if x.ndim != 2 or len(x) != num_classes or x.shape[1] != (x.shape[1] if width == "E" else width) or not x.shape[1]:
+        raise ValueError(f"{name} must have shape ({num_classes}, {width}), got {tuple(x.shape)}")
+    if x.isinf().any():
+        raise ValueError(f"{name} must be finite, or NaN for a class without description, got an infinite value")
+    if name == "class_distances":
+        if (x < 0).any():
+            raise ValueError(f"{name} must be >= 0, got {x.nan_to_num(nan=0.0).min().item()}")
+        diagonal = x.diagonal().nan_to_num(nan=0.0).abs().max().item()
+        if diagonal > 1e-4 * x.nan_to_num(nan=0.0).max().item():
+            raise ValueError(f"{name} must be zero on the diagonal (distances, not similarities), got {diagonal}")
+    return x

@@ -1,0 +1,7 @@
+"""Losses over very many proxies, exactly, a chunk at a time. Plain tensor functions."""
+
+from pml_ext.streaming.class_margins import ClassMargins
+from pml_ext.streaming.margin_softmax import margin_softmax_loss
+from pml_ext.streaming.proxy_anchor import proxy_anchor_loss
+
+__all__ = ["ClassMargins", "margin_softmax_loss", "proxy_anchor_loss"]

@@ -1,0 +1,127 @@
+"""A walk over many proxies, a chunk at a time, in buffers that stay in the cache."""
+
+from collections.abc import Iterator
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pml_ext.streaming.norms import inverse_norm
+
+_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # numbers in a block: 1 MB, about a core's cache, and 32 MB
+_SMALLEST = 512  # below, the calls cost more than the cache saves
+
+
+class Chunk(NamedTuple):
+    """Some consecutive proxies.
+
+    Attributes:
+        start: The first one's class.
+        stop: The last one's class + 1.
+        rows: ``(n, D)``, in the dtype of the walk, of unit length if the walk normalises. Valid until the next chunk.
+        inverse: 1 / |proxy|, ``(n, 1)``, if the walk normalises.
+        samples: The samples of these classes, ``(m,)``, or None if there are none.
+        columns: Their classes - start, ``(m,)``; of no meaning without samples.
+    """
+
+    start: int
+    stop: int
+    rows: Tensor
+    inverse: Tensor | None
+    samples: Tensor | None
+    columns: Tensor
+
+
+class ProxyChunks:
+    """The proxies in chunks, each with the samples of its classes.
+
+    Args:
+        proxies: ``(C, D)``, floating point.
+        labels: ``(B,)``, int64 in 0 to C - 1, on the same device.
+        normalize: Whether to scale proxies to length 1.
+        dtype: What to compute in.
+        chunk_size: Proxies in a chunk. None: as many as keep a block of ``(B, n)`` or ``(n, D)`` in the cache.
+
+    Raises:
+        ValueError: If ``chunk_size`` is no integer >= 1.
+    """
+
+    def __init__(
+        self, proxies: Tensor, labels: Tensor, normalize: bool, dtype: torch.dtype, chunk_size: int | None = None
+    ) -> None:
+        check_chunk_size(chunk_size)
+        self.proxies, self.labels, self.normalize, self.dtype = proxies, labels, normalize, dtype
+        size = chunk_size or auto_chunk_size(len(labels), proxies.shape[1], proxies.device)
+        self.size = max(1, min(size, len(proxies)))
+        self._block = proxies.new_empty(len(labels) * self.size, dtype=dtype)
+        self._rows = proxies.new_empty(self.size, proxies.shape[1], dtype=dtype) if normalize else None
+
+    def block(self, chunk: Chunk) -> Tensor:
+        """Return memory for one number for each sample and proxy, ``(B, n)``; the same for every chunk."""
+        n = chunk.stop - chunk.start
+        return self._block[: len(self.labels) * n].view(len(self.labels), n)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        num_classes = len(self.proxies)
+        if self.size == num_classes:  # a small problem: nothing to look up
+            cuts, order = [0, len(self.labels)], None
+        else:
+            in_order, order = self.labels.sort()
+            starts = torch.arange(0, num_classes + self.size, self.size, device=in_order.device)
+            cuts = torch.searchsorted(in_order, starts).tolist()
+        for i, start in enumerate(range(0, num_classes, self.size)):
+            rows = self.proxies[start : start + self.size].to(self.dtype)
+            inverse = samples = None
+            columns = self.labels
+            if self._rows is not None:
+                inverse = inverse_norm(rows)
+                rows = torch.mul(rows, inverse, out=self._rows[: len(rows)])
+            if cuts[i] < cuts[i + 1]:
+                samples = (
+                    torch.arange(cuts[1], device=self.labels.device) if order is None else order[cuts[i] : cuts[i + 1]]
+                )
+                columns = self.labels[samples] - start
+            yield Chunk(start, start + len(rows), rows, inverse, samples, columns)
+
+
+def auto_chunk_size(batch_size: int, width: int, device: torch.device) -> int:
+    """Return how many proxies keep the blocks of a chunk in the cache."""
+    return max(_SMALLEST, _BLOCK.get(device.type, _BLOCK["cuda"]) // max(batch_size, width, 1))
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise if ``chunk_size`` is neither None nor an integer >= 1.
+
+    Raises:
+        ValueError: Then.
+    """
+    if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size}")
+
+
+def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Return x / |x| and 1 / |x|, or x and None."""
+    if not normalize:
+        return x, None
+    inverse = inverse_norm(x)
+    return x * inverse, inverse
+
+
+def write_gradient(grad: Tensor, chunk: Chunk, out: Tensor) -> None:
+    """Write the gradient by a chunk's proxies to its place.
+
+    Args:
+        grad: The gradient by ``chunk.rows``; changed.
+        chunk: The chunk.
+        out: The gradient by all proxies, ``(C, D)``.
+    """
+    out = out[chunk.start : chunk.stop]
+    if chunk.inverse is None:
+        out.copy_(grad)
+        return
+    grad.addcmul_(chunk.rows, (grad * chunk.rows).sum(1, keepdim=True), value=-1)  # as through_norm, in place
+    if out.dtype == grad.dtype:
+        torch.mul(grad, chunk.inverse, out=out)  # the only pass over memory that is not in the cache
+    else:
+        out.copy_(grad.mul_(chunk.inverse))

@@ -1,0 +1,149 @@
+"""Softmax with additive margins without a matrix of batch times classes."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pml_ext.precision import full_precision
+from pml_ext.streaming.chunks import Chunk, ProxyChunks, check_chunk_size, unit_rows, write_gradient
+from pml_ext.streaming.class_margins import ClassMargins
+from pml_ext.streaming.first_derivative import first_derivative_only
+from pml_ext.streaming.norms import through_norm
+
+_LOG2_E = math.log2(math.e)
+
+
+class _Settings(NamedTuple):
+    scale: float
+    margin: float
+    class_margins: ClassMargins | None
+    normalize: bool
+    chunk_size: int | None
+
+
+def margin_softmax_loss(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    scale: float = 16.0,
+    margin: float = 0.0,
+    class_margins: ClassMargins | None = None,
+    normalize: bool = True,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Return the cross entropy of each sample, exactly, in memory that does not grow with batch times classes.
+
+    $$L_i = \log\Big(1 + \sum_{j \ne y_i} e^{s (c_{ij} + m + m_{y_i j} - c_{i y_i})}\Big)$$
+
+    The sum runs over all classes: forward walks over the proxies once for the sum, backward once more for the
+    gradients. Nothing but one number a sample is kept between them.
+
+    Args:
+        embeddings: ``(B, D)``, B >= 1. Half precision is raised to float32.
+        proxies: ``(C, D)``, on the same device. Each chunk is raised to the wider dtype of both.
+        labels: ``(B,)``, int64 in 0 to C - 1.
+        scale: $s$ > 0.
+        margin: $m$.
+        class_margins: $m_{yj}$, without gradient. None: 0.
+        normalize: $c$ is the cosine (True) or the dot product (False).
+        chunk_size: Proxies in a chunk. None: what keeps its logits in the cache.
+
+    Returns:
+        ``(B,)``, float32, or float64 if an argument is. It has first derivatives only: differentiating a gradient
+        raises NotImplementedError.
+
+    Raises:
+        ValueError: If ``chunk_size`` is no integer >= 1.
+    """
+    check_chunk_size(chunk_size)
+    with full_precision(embeddings.device):
+        dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
+        settings = _Settings(scale, margin, class_margins, normalize, chunk_size)
+        losses: Tensor = _MarginSoftmax.apply(embeddings.to(dtype), proxies, labels, settings)
+        return losses
+
+
+class _MarginSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: _Settings) -> Tensor:
+        walk = _Walk(embeddings, proxies, labels, settings)
+        largest = walk.own_logits.clone()  # so far
+        total = torch.zeros_like(largest)
+        for chunk in walk.chunks:
+            block = walk.logits(chunk)
+            if chunk.samples is not None:
+                block[chunk.samples, chunk.columns] = -torch.inf
+            before, largest = largest, torch.maximum(largest, block.amax(1, keepdim=True))
+            total.mul_((before - largest).exp2_()).add_(block.sub_(largest).exp2_().sum(1, keepdim=True))
+        others = total.log2_().add_(largest)  # (B, 1)
+        difference = (others - walk.own_logits) / _LOG2_E
+        losses = torch.logaddexp(difference, torch.zeros_like(difference)).squeeze(1)
+        ctx.save_for_backward(embeddings, proxies, labels, losses)
+        ctx.settings = settings
+        return losses.clone()  # trainers scale the loss in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        embeddings, proxies, labels, losses = ctx.saved_tensors
+        with torch.no_grad(), full_precision(embeddings.device):
+            grads = _gradients(embeddings, proxies, labels, losses, ctx.settings, grad, ctx.needs_input_grad)
+        return (*first_derivative_only("margin softmax", grads, (embeddings, proxies)), None, None)
+
+
+def _gradients(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    losses: Tensor,
+    settings: _Settings,
+    upstream: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    walk = _Walk(embeddings, proxies, labels, settings)
+    log_total = walk.own_logits + losses[:, None] * _LOG2_E
+    own_slopes = torch.expm1(-losses)  # own probability - 1, exact where that is close to 1
+    slopes = (settings.scale * upstream)[:, None]
+    weighted = walk.unit * slopes
+    emb_grad = torch.zeros_like(embeddings) if needs[0] else None
+    proxy_grad = torch.empty_like(proxies) if needs[1] else None
+    buffer = embeddings.new_empty(walk.chunks.size, embeddings.shape[1])
+    for chunk in walk.chunks:
+        block = walk.logits(chunk).sub_(log_total).exp2_()
+        if chunk.samples is not None:
+            block[chunk.samples, chunk.columns] = own_slopes[chunk.samples]
+        if emb_grad is not None:
+            emb_grad.addmm_(block, chunk.rows)
+        if proxy_grad is not None:
+            write_gradient(torch.mm(block.T, weighted, out=buffer[: len(chunk.rows)]), chunk, proxy_grad)
+    if emb_grad is not None:
+        emb_grad *= slopes
+        if walk.inverse is not None:
+            emb_grad = through_norm(emb_grad, walk.unit, walk.inverse)
+    return emb_grad, proxy_grad
+
+
+class _Walk:
+    """What both walks compute: logits to base 2, whose exponentials are several times faster, and as exact.
+
+    Attributes:
+        own_logits: ``(B, 1)``, less the margin that all other classes have.
+    """
+
+    def __init__(self, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: _Settings) -> None:
+        scale = settings.scale * _LOG2_E
+        self.unit, self.inverse = unit_rows(embeddings, settings.normalize)
+        self.scaled = self.unit * scale
+        own, _ = unit_rows(proxies[labels].to(embeddings.dtype), settings.normalize)
+        self.own_logits = (self.scaled * own).sum(1, keepdim=True) - scale * settings.margin
+        margins = settings.class_margins
+        self.margins = None if margins is None else margins.of(labels, embeddings.dtype, scale)
+        self.chunks = ProxyChunks(proxies, labels, settings.normalize, embeddings.dtype, settings.chunk_size)
+
+    def logits(self, chunk: Chunk) -> Tensor:
+        """Return the logits of a chunk, ``(B, n)``, in memory that the next chunk will use."""
+        block = torch.mm(self.scaled, chunk.rows.T, out=self.chunks.block(chunk))
+        if self.margins is not None:
+            self.margins.add_to(block, chunk.start)
+        return block

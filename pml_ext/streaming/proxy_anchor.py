@@ -1,0 +1,181 @@
+"""Proxy-Anchor without a matrix of batch times classes."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pml_ext.precision import full_precision
+from pml_ext.streaming.chunks import ProxyChunks, check_chunk_size, unit_rows, write_gradient
+from pml_ext.streaming.first_derivative import first_derivative_only
+from pml_ext.streaming.norms import through_norm
+
+_LOG2_E = math.log2(math.e)
+
+
+class _Settings(NamedTuple):
+    alpha: float
+    margin: float
+    normalize: bool
+    per_class: bool
+    chunk_size: int | None
+
+
+def proxy_anchor_loss(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    alpha: float = 32.0,
+    margin: float = 0.1,
+    sample_shift: Tensor | None = None,
+    normalize: bool = True,
+    per_class: bool = False,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Return the two parts of the Proxy-Anchor loss, exactly, in memory that does not grow with batch times classes.
+
+    $$P_c = \log\Big(1 + \sum_{i: y_i = c} e^{-\alpha (s_{ic} - \delta) + b_i}\Big) \qquad
+      N_c = \log\Big(1 + \sum_{i: y_i \ne c} e^{\alpha (s_{ic} + \delta) + b_i}\Big)$$
+
+    The exponential sum of a proxy runs over the batch, so a chunk of proxies is complete in itself. By default the
+    parts are reduced, and one walk over the chunks gives their values and gradients: the similarities of a chunk are
+    computed once. ``per_class=True`` gives $P_c$ and $N_c$ themselves; then backward walks a second time, with a
+    weight for each proxy.
+
+    Args:
+        embeddings: ``(B, D)``, B >= 1. Half precision is raised to float32.
+        proxies: ``(C, D)``, on the same device. Each chunk is raised to the wider dtype of both.
+        labels: ``(B,)``, int64 in 0 to C - 1.
+        alpha: $\alpha$ > 0.
+        margin: $\delta$.
+        sample_shift: $b_i$, ``(B,)``, without gradient. None: 0.
+        normalize: $s$ is the cosine (True) or the dot product (False).
+        per_class: Whether to return the parts of each class.
+        chunk_size: Proxies in a chunk. None: what keeps its similarities in the cache.
+
+    Returns:
+        The mean of $P_c$ over the classes in the batch and the mean of $N_c$ over all classes, scalars; with
+        ``per_class`` $P_c$ and $N_c$, ``(C,)`` each. Float32, or float64 if an argument is. They have first
+        derivatives only: differentiating a gradient raises NotImplementedError.
+
+    Raises:
+        ValueError: If ``chunk_size`` is no integer >= 1.
+    """
+    check_chunk_size(chunk_size)
+    with full_precision(embeddings.device):
+        embeddings = embeddings.to(torch.promote_types(_promoted(embeddings, proxies), torch.float32))
+        settings = _Settings(alpha, margin, normalize, per_class, chunk_size)
+        pos, neg = _ProxyAnchor.apply(embeddings, proxies, labels, sample_shift, settings, torch.is_grad_enabled())
+        return pos, neg
+
+
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    return torch.promote_types(tensors[0].dtype, tensors[1].dtype)
+
+
+class _ProxyAnchor(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embeddings: Tensor,
+        proxies: Tensor,
+        labels: Tensor,
+        shift: Tensor | None,
+        settings: _Settings,
+        grad_enabled: bool,  # inside, grad mode is off and needs_input_grad is true even under no_grad
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(embeddings, proxies, labels, shift)
+        ctx.settings, ctx.grads, ctx.upstream = settings, None, None
+        if settings.per_class:
+            pos, neg, _ = _walk(embeddings, proxies, labels, shift, settings, None, ctx.needs_input_grad)
+            return pos, neg
+        num_present = len(torch.unique(labels))
+        ctx.upstream = embeddings.new_tensor(1 / num_present), embeddings.new_tensor(1 / len(proxies))
+        wanted = ctx.upstream if grad_enabled and any(ctx.needs_input_grad) else None
+        pos, neg, ctx.grads = _walk(embeddings, proxies, labels, shift, settings, wanted, ctx.needs_input_grad)
+        return pos.sum() / num_present, neg.mean()
+
+    @staticmethod
+    def backward(ctx: Any, pos_grad: Tensor | None, neg_grad: Tensor | None) -> tuple[Any, ...]:
+        embeddings, proxies, labels, shift = ctx.saved_tensors
+        if pos_grad is None and neg_grad is None:
+            return (None,) * 6
+        zero = embeddings.new_zeros(len(proxies)) if ctx.settings.per_class else embeddings.new_zeros(())
+        upstream = zero if pos_grad is None else pos_grad, zero if neg_grad is None else neg_grad
+        with torch.no_grad(), full_precision(embeddings.device):
+            grads, ctx.grads = ctx.grads, None  # handed over: a copy of them would cost as much as they do
+            factor = None
+            if not ctx.settings.per_class:
+                if upstream[0] == upstream[1]:  # one number for both parts, as one walk assumes
+                    factor, upstream = upstream[0], ctx.upstream
+                else:
+                    grads, upstream = None, (upstream[0] * ctx.upstream[0], upstream[1] * ctx.upstream[1])
+            if grads is None:  # also in a second backward through one graph
+                grads = _walk(embeddings, proxies, labels, shift, ctx.settings, upstream, ctx.needs_input_grad)[2]
+            if factor is not None and factor != 1:
+                for grad in grads:
+                    if grad is not None:
+                        grad.mul_(factor)
+        return (*first_derivative_only("Proxy-Anchor", grads, (embeddings, proxies)), None, None, None, None)
+
+
+def _walk(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    shift: Tensor | None,
+    settings: _Settings,
+    upstream: tuple[Tensor, Tensor] | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Return $P_c$, $N_c$ and, given the gradients by them, ``()`` or ``(C,)``, those by embeddings and proxies."""
+    alpha, margin, normalize, _, chunk_size = settings
+    unit, inverse = unit_rows(embeddings, normalize)
+    scaled = unit * (alpha * _LOG2_E)  # exponentials to base 2 are several times faster, and as exact
+    constant = alpha * margin * _LOG2_E
+    shift = None if shift is None else shift[:, None] * _LOG2_E
+    pos, neg = embeddings.new_zeros(len(proxies)), embeddings.new_empty(len(proxies))
+    emb_grad = torch.zeros_like(embeddings) if upstream is not None and needs[0] else None
+    proxy_grad = torch.empty_like(proxies) if upstream is not None and needs[1] else None
+    chunks = ProxyChunks(proxies, labels, normalize, embeddings.dtype, chunk_size)
+    buffer = embeddings.new_empty(chunks.size if proxy_grad is not None else 0, embeddings.shape[1])
+    for chunk in chunks:
+        classes = slice(chunk.start, chunk.stop)
+        block = torch.mm(scaled, chunk.rows.T, out=chunks.block(chunk))
+        if chunk.samples is not None:
+            own = chunk.samples, chunk.columns
+            exponents = constant - block[own]
+            if shift is not None:
+                exponents += shift[chunk.samples, 0]
+            pos[classes], slopes = _sum_own(exponents, chunk.columns, pos[classes])
+            block[own] = -torch.inf
+        if shift is not None:
+            block += shift
+        largest = (block.amax(0) + constant).clamp_min_(0)  # of the exponents and 0, since 1 = exp(0)
+        block.sub_(largest - constant).exp2_()
+        rest = block.sum(0).add_((largest * (-1 / _LOG2_E)).expm1_())  # the sum, with its 1, is 1 + rest
+        torch.add(rest.log1p(), largest, alpha=1 / _LOG2_E, out=neg[classes])
+        if upstream is None:
+            continue
+        pos_grad, neg_grad = (x if x.ndim == 0 else x[classes] for x in upstream)
+        block *= alpha * neg_grad / (1 + rest)
+        if chunk.samples is not None:
+            block[own] = slopes * (-alpha * (pos_grad if pos_grad.ndim == 0 else pos_grad[chunk.columns]))
+        if emb_grad is not None:
+            emb_grad.addmm_(block, chunk.rows)
+        if proxy_grad is not None:
+            write_gradient(torch.mm(block.T, unit, out=buffer[: len(chunk.rows)]), chunk, proxy_grad)
+    if emb_grad is not None and inverse is not None:
+        emb_grad = through_norm(emb_grad, unit, inverse)
+    return pos, neg, (emb_grad, proxy_grad)
+
+
+def _sum_own(exponents: Tensor, columns: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(1 + sum of 2^exponents) of each column, ``(n,)``, and its slopes by ln(2) exponents, ``(m,)``."""
+    largest = zeros.scatter_reduce(0, columns, exponents, "amax")
+    exponentials = (exponents - largest[columns]).exp2_()
+    largest = largest / _LOG2_E
+    rest = zeros.index_add(0, columns, exponentials).add_(largest.neg().expm1_())
+    return largest + rest.log1p(), exponentials / (1 + rest)[columns]

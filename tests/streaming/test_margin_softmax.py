@@ -1,0 +1,180 @@
+import numpy as np
+import pytest
+import torch
+
+from pml_ext.streaming import ClassMargins, margin_softmax_loss
+from tests.streaming.test_proxy_anchor import BATCHES, distance, leaf, problem  # noqa: F401 (a fixture)
+
+
+def margins_of(kind, num_classes):
+    """Return margins between classes, some of which are not described, and their matrix by loops."""
+    rng = torch.Generator().manual_seed(5)
+    described = torch.arange(num_classes) % 5 != 3
+    rows = torch.randn(num_classes, 4, generator=rng, dtype=torch.float64) * described[:, None]
+    table = torch.rand(num_classes, num_classes, generator=rng, dtype=torch.float64) if kind == "table" else rows
+    margins = ClassMargins(table, described, kind, constant=0.2, slope=-0.3)
+    matrix = np.zeros((num_classes, num_classes))
+    for y in range(num_classes):
+        for j in range(num_classes):
+            square = ((rows[y] - rows[j]) ** 2).sum().item()
+            d = {"squared": square, "euclidean": square**0.5, "table": table[y, j].item() if kind == "table" else 0}
+            if described[y] and described[j] and y != j:
+                matrix[y, j] = 0.2 - 0.3 * d[kind]
+    return margins, matrix
+
+
+def reference(emb, proxies, labels, scale, margin, matrix, normalize=True):
+    """Losses of all samples and a function of the gradient by them, in numpy."""
+    x, w, y = emb.double().numpy(), proxies.double().numpy(), labels.numpy()
+    x_norm, w_norm = (np.linalg.norm(a, axis=1, keepdims=True) if normalize else 1.0 for a in (x, w))
+    xu, wu = x / x_norm, w / w_norm
+    own = y[:, None] == np.arange(len(w))
+    logits = scale * (xu @ wu.T + (margin + matrix[y]) * ~own)
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    p = shifted / shifted.sum(1, keepdims=True)
+
+    def gradients(upstream):
+        by_c = scale * upstream[:, None] * (p - own)
+        by_x, by_w = by_c @ wu, by_c.T @ xu
+        if normalize:
+            by_x = (by_x - (by_x * xu).sum(1, keepdims=True) * xu) / x_norm
+            by_w = (by_w - (by_w * wu).sum(1, keepdims=True) * wu) / w_norm
+        return by_x, by_w
+
+    return -np.log(p[own]), gradients
+
+
+@pytest.fixture(params=["none", "squared", "euclidean", "table"])
+def kind(request):
+    return request.param
+
+
+def both_margins(kind, num_classes):
+    if kind == "none":
+        return None, np.zeros((num_classes, num_classes))
+    return margins_of(kind, num_classes)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_matches_reference(problem, kind, chunk_size, normalize, dtype, tol, device):  # noqa: F811
+    emb, proxies, labels, _ = problem
+    emb, proxies = emb.to(dtype), proxies.to(dtype)
+    margins, matrix = both_margins(kind, len(proxies))
+    scale = 6.0 if normalize else 0.5
+    losses, gradients = reference(emb, proxies, labels, scale, 0.15, matrix, normalize)
+    upstream = torch.linspace(0.0, 1.0, len(labels)) if len(labels) > 1 else torch.ones(1)
+    by_x, by_w = gradients(upstream.double().numpy())
+    if margins is not None:
+        margins = margins._replace(table=margins.table.to(device, dtype), described=margins.described.to(device))
+    emb, proxies = leaf(emb, device), leaf(proxies, device)
+    actual = margin_softmax_loss(emb, proxies, labels.to(device), scale, 0.15, margins, normalize, chunk_size)
+    if len(proxies) == 1:  # no other class
+        assert not actual.any()
+        actual.sum().backward()
+        assert not emb.grad.any()
+        assert not proxies.grad.any()
+        return
+    assert losses.max() > 1e-3
+    assert distance(actual, losses) < tol
+    actual.backward(upstream.to(actual))
+    for x, expected in ((emb, by_x), (proxies, by_w)):
+        assert np.abs(expected).max() > 1e-3
+        assert distance(x.grad, expected) < tol
+
+
+def test_gradcheck(problem, kind):  # noqa: F811
+    emb, proxies, labels, _ = problem
+    margins, _ = both_margins(kind, len(proxies))
+
+    def losses(emb, proxies):
+        return margin_softmax_loss(emb, proxies, labels, 4.0, 0.1, margins, chunk_size=2)
+
+    assert torch.autograd.gradcheck(losses, (leaf(emb), leaf(proxies)))
+
+
+@pytest.mark.parametrize("needed", [0, 1])
+def test_only_what_requires_grad(problem, needed, monkeypatch):  # noqa: F811
+    emb, proxies, labels, _ = problem
+    _, gradients = reference(emb, proxies, labels, 4.0, 0.1, np.zeros((len(proxies),) * 2))
+    inputs = [emb.clone(), proxies.clone()]
+    inputs[needed].requires_grad_()
+    if needed == 0:
+        monkeypatch.setattr("pml_ext.streaming.margin_softmax.write_gradient", None)
+    margin_softmax_loss(*inputs, labels, 4.0, 0.1).sum().backward()
+    expected = gradients(np.ones(len(emb)))[needed]
+    np.testing.assert_allclose(inputs[needed].grad.numpy(), expected, rtol=1e-9, atol=1e-12)
+    assert inputs[1 - needed].grad is None
+
+
+def test_no_grad(problem):  # noqa: F811
+    emb, proxies, labels, _ = problem
+    with torch.no_grad():
+        actual = margin_softmax_loss(leaf(emb), leaf(proxies), labels)
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, margin_softmax_loss(emb, proxies, labels))
+
+
+def test_backward_twice_and_in_place_scaling(problem):  # noqa: F811
+    emb, proxies, labels, _ = problem
+    emb = leaf(emb)
+    losses = margin_softmax_loss(emb, proxies, labels)
+    losses *= 3
+    first, second = (torch.autograd.grad(losses.sum(), emb, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (once,) = torch.autograd.grad(margin_softmax_loss(emb, proxies, labels).sum(), emb)
+    torch.testing.assert_close(first, 3 * once)
+
+
+def test_second_derivatives_raise():
+    emb, proxies = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    (grad,) = torch.autograd.grad(margin_softmax_loss(emb, proxies, torch.arange(4)).sum(), emb, create_graph=True)
+    with pytest.raises(NotImplementedError, match="margin softmax is streamed and has no second derivatives"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("scale", [64.0, 5000.0])
+def test_no_overflow(problem, scale, kind, device):  # noqa: F811
+    emb, proxies, labels, _ = (x.to(device) for x in problem)
+    margins, _ = both_margins(kind, len(proxies))
+    if margins is not None:
+        margins = margins._replace(table=margins.table.to(device), described=margins.described.to(device))
+    emb, proxies = leaf(emb.float()), leaf(proxies.float())
+    losses = margin_softmax_loss(emb, proxies, labels, scale, 0.3, margins, normalize=False, chunk_size=3)
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert emb.grad.isfinite().all() and proxies.grad.isfinite().all()
+
+
+def test_small_losses_are_exact(device):
+    """A sample on its proxy, the other one opposite: log(1 + exp(-2 s)) is exp(-2 s), not 0, and so are gradients."""
+    emb, proxies = torch.tensor([[1.0, 0.0]], device=device), torch.tensor([[1.0, 0.0], [-1.0, 1e-3]], device=device)
+    emb.requires_grad_()
+    loss = margin_softmax_loss(emb, proxies, torch.tensor([0], device=device), 20.0)
+    assert loss.item() == pytest.approx(np.exp(-40), rel=1e-4)
+    loss.backward()
+    assert emb.grad[0, 1].item() == pytest.approx(20 * np.exp(-40) * 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision(problem, half, device):  # noqa: F811
+    emb, proxies, labels, _ = (x.to(device) for x in problem)
+    expected = [leaf(x.to(half), torch.float32) for x in (emb, proxies)]
+    margin_softmax_loss(*expected, labels).mean().backward()
+    for emb_dtype, proxy_dtype in ((half, torch.float32), (torch.float32, half), (half, half)):
+        inputs = [leaf(x.to(half), d) for x, d in zip((emb, proxies), (emb_dtype, proxy_dtype), strict=True)]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            losses = margin_softmax_loss(*inputs, labels, chunk_size=4)
+            losses.mean().backward()
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(losses, margin_softmax_loss(*expected, labels))
+        for x, e in zip(inputs, expected, strict=True):
+            torch.testing.assert_close(x.grad, e.grad.to(x.dtype), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.5])
+def test_bad_chunk_size(problem, chunk_size):  # noqa: F811
+    emb, proxies, labels, _ = problem
+    with pytest.raises(ValueError, match=rf"chunk_size must be None or an integer >= 1, got {chunk_size}"):
+        margin_softmax_loss(emb, proxies, labels, chunk_size=chunk_size)
