@@ -7,6 +7,7 @@ can avoid: the product of the batch with all proxies and the two products that t
 """
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -75,7 +76,7 @@ def make(method, num_classes, batch_size, embedding_size):
 
 
 def resident(field):
-    """Return VmRSS or VmHWM (its peak) of this process in MB; Linux only."""
+    """Return VmRSS or VmHWM (its peak) of this process in MB; Linux with glibc only."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
@@ -102,6 +103,7 @@ def measure(method, num_classes, batch_size, embedding_size, steps, threads, dev
     loss_func = make(method, num_classes, batch_size, embedding_size).to(device)
     gradient = num_classes * embedding_size * 4 / 2**20
     if device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what is taken
         Path("/proc/self/clear_refs").write_text("5")  # from here on is the peak
         before = resident("VmRSS")
     else:
@@ -173,7 +175,10 @@ def show(kept):
             cells += [" to ".join(f"{x * 1e3:,.1f}" for x in row["quartiles"])]
             cells += [f"1/{pml['seconds'] / row['seconds']:.1f}" if pml else ""]
             cells += [f"{row['seconds'] / rows['floor']['seconds']:.2f}" if method != "floor" else ""]
-            cells += [f"{row['extra_mb']:,.0f}", f"{row['extra_mb'] / pml['extra_mb']:.1%}" if pml else ""]
+            cells += [
+                f"{row['extra_mb']:,.0f}",
+                f"{row['extra_mb'] / pml['extra_mb']:.1%}" if pml and pml["extra_mb"] > 1 else "",
+            ]
             print("| " + " | ".join(cells) + " |")
 
 

@@ -1,12 +1,15 @@
 """Every benchmark runs, briefly."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
-from benchmarks import glyph_classes, hybrid_defaults, losses
+from benchmarks import glyph_classes, hybrid_defaults, losses, proxy_scaling
 
-RUNS = {"glyph_classes", "hybrid_defaults", "losses"}
+RUNS = {"glyph_classes", "hybrid_defaults", "losses", "proxy_scaling"}
 
 
 def test_every_benchmark_is_run_here():
@@ -40,3 +43,27 @@ def test_hybrid_defaults(tmp_path, monkeypatch):
     for row in found["toy"].values():
         assert all(0 <= values[0] <= 100 for values in row.values())
     assert (tmp_path / "out.json").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_proxy_scaling(tmp_path, capsys, monkeypatch):
+    """One measurement in a process of its own, the others here."""
+    sizes, arguments = ((300, 16, 8), (40_000, 16, 8)), ["floor", 300, 16, 8, 2, 1, "cpu"]
+    assert len(proxy_scaling.run_alone(arguments)["seconds"]) == 2
+    monkeypatch.setattr(proxy_scaling, "run_alone", lambda arguments: proxy_scaling.measure(*arguments))
+    found = proxy_scaling.main(
+        sizes,
+        steps=2,
+        rounds=1,
+        threads=torch.get_num_threads(),
+        out=tmp_path / "out.json",
+        picture=tmp_path / "out.png",
+    )
+    rows = {(row["num_classes"], row["method"]): row for row in found["results"]}
+    assert set(rows) == {(size[0], method) for size in sizes for method in proxy_scaling.METHODS}
+    assert all(row["seconds"] > 0 for row in rows.values())
+    for ours, theirs in proxy_scaling.BESIDE.items():
+        assert rows[40_000, ours]["extra_mb"] < rows[40_000, theirs]["extra_mb"]
+    assert "| 40,000 x 16 x 8 | ProxyAnchorLoss |" in capsys.readouterr().out
+    for name in ("out.json", "out.png"):
+        assert (tmp_path / name).stat().st_size > 0

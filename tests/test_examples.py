@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from examples import quickstart
+from examples import adaptive_margin, quickstart
 
-RUNS = {"quickstart"}
+RUNS = {"adaptive_margin", "quickstart"}
 
 
 def test_every_example_is_run_here():
@@ -28,3 +28,17 @@ def test_quickstart_is_deterministic(tmp_path):
         quickstart.main(epochs=1, seed=seed, samples_per_class=2, width=4, out=tmp_path) for seed in (0, 0, 1)
     )
     assert first == same != other
+
+
+def test_adaptive_margin(tmp_path, capsys):
+    results = adaptive_margin.main(epochs=1, seeds=2, samples_per_class=4, width=4, out=tmp_path)
+    printed = capsys.readouterr().out
+    assert [name.split()[0] for name in results] == ["no", "constant", "distance", "similarity"]
+    for found in results.values():
+        assert len(found) == 2
+        mean = sum(100 * one["precision_at_1"] for one in found) / 2
+        assert 0 < mean < 100
+        assert f"{mean:.1f} (" in printed
+    means = [sum(one["mean_average_precision_at_r"] for one in found) for found in results.values()]
+    assert len(set(means)) == 4  # four different losses
+    assert (tmp_path / "adaptive_margin.png").read_bytes().startswith(b"\x89PNG")

@@ -33,24 +33,28 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
 
     Value, parameter name and initialisation are PML's, so that state dicts are exchangeable. It differs where PML
     falls short: proxies are used on the device of the embeddings but never cast, and ``ClassWeightedReducer`` weighs
-    each proxy by its class.
+    each proxy by its class. With PML's ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` it walks over
+    the proxies in chunks, without a matrix of batch times classes, and has first derivatives only.
 
     Args:
         num_classes: $|P|$ >= 1. Labels lie in 0 to ``num_classes - 1``.
         embedding_size: Width of embeddings and proxies, >= 1.
         margin: $\delta$, in the units of ``distance`` (cosine: 0 to 1 is usual).
         alpha: $\alpha$ > 0, the scale.
+        chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
         **kwargs: Passed to PML's ``WeightRegularizerMixin`` (``weight_init_func``, ``weight_regularizer``,
             ``weight_reg_weight``) and ``BaseMetricLossFunction``.
 
     Shape:
         - embeddings: ``(B, embedding_size)``, floating point. labels: ``(B,)``, integers.
-        - output: scalar. To the reducer: ``pos_loss`` and ``neg_loss``, ``(num_classes,)``, reduction type "element",
-          with the divisors of the equation. The default is ``DivisorReducer``.
+        - output: scalar. To the reducer: ``pos_loss`` and ``neg_loss``. Under the default ``DivisorReducer`` they are
+          already divided by the divisors of the equation, which takes one walk over the proxies; others get
+          ``(num_classes,)``, reduction type "element", with these divisors, which takes two.
 
     Raises:
-        ValueError: If a size is < 1, ``alpha`` is not positive, ``labels`` are missing or out of range, or ``ref_emb``
-            is given.
+        ValueError: If a size is < 1, ``alpha`` is not positive, ``chunk_size`` is < 1, ``labels`` are missing or out of
+            range, or ``ref_emb`` is given.
+        NotImplementedError: If a gradient of the streamed loss is differentiated.
 
     Examples:
         >>> loss_func = ProxyAnchorLoss(num_classes=3, embedding_size=3)

@@ -135,6 +135,8 @@ def _walk(
     unit, inverse = unit_rows(embeddings, normalize)
     scaled = unit * (alpha * _LOG2_E)  # exponentials to base 2 are several times faster, and as exact
     constant = alpha * margin * _LOG2_E
+    # Cosines are bounded, so their exponentials are, unless alpha is large: then the largest need not be subtracted.
+    bounded = normalize and shift is None and alpha * (1 + abs(margin)) * _LOG2_E < 100
     shift = None if shift is None else shift[:, None] * _LOG2_E
     pos, neg = embeddings.new_zeros(len(proxies)), embeddings.new_empty(len(proxies))
     emb_grad = torch.zeros_like(embeddings) if upstream is not None and needs[0] else None
@@ -153,14 +155,19 @@ def _walk(
             block[own] = -torch.inf
         if shift is not None:
             block += shift
-        largest = (block.amax(0) + constant).clamp_min_(0)  # of the exponents and 0, since 1 = exp(0)
-        block.sub_(largest - constant).exp2_()
-        rest = block.sum(0).add_((largest * (-1 / _LOG2_E)).expm1_())  # the sum, with its 1, is 1 + rest
-        torch.add(rest.log1p(), largest, alpha=1 / _LOG2_E, out=neg[classes])
+        if bounded:  # exp(alpha * margin) is left out of the block
+            missing = math.exp(alpha * margin)
+            rest = block.exp2_().sum(0).mul_(missing)  # the sum, with its 1, is 1 + rest
+            torch.log1p(rest, out=neg[classes])
+        else:
+            missing = 1.0
+            largest = (block.amax(0) + constant).clamp_min_(0)  # of the exponents and 0, since 1 = exp(0)
+            rest = block.sub_(largest - constant).exp2_().sum(0).add_((largest * (-1 / _LOG2_E)).expm1_())
+            torch.add(rest.log1p(), largest, alpha=1 / _LOG2_E, out=neg[classes])
         if upstream is None:
             continue
         pos_grad, neg_grad = (x if x.ndim == 0 else x[classes] for x in upstream)
-        block *= alpha * neg_grad / (1 + rest)
+        block *= alpha * missing * neg_grad / (1 + rest)
         if chunk.samples is not None:
             block[own] = slopes * (-alpha * (pos_grad if pos_grad.ndim == 0 else pos_grad[chunk.columns]))
         if emb_grad is not None:

@@ -1,11 +1,21 @@
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
-from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer, MeanReducer
+from pytorch_metric_learning.reducers import (
+    AvgNonZeroReducer,
+    ClassWeightedReducer,
+    DivisorReducer,
+    DoNothingReducer,
+    MeanReducer,
+    MultipleReducers,
+    SumReducer,
+    ThresholdReducer,
+)
 from pytorch_metric_learning.regularizers import LpRegularizer
 
 from pml_ext.losses import ProxyAnchorLoss
@@ -84,15 +94,86 @@ def test_same_initialisation_and_state_dict():
     theirs.load_state_dict(other.state_dict())
 
 
-def test_gradcheck_twice():
-    loss_func = make(alpha=4)
+@pytest.mark.parametrize("distance", [CosineSimilarity, DotProductSimilarity, LpDistance])
+def test_gradcheck(distance):
+    loss_func = make(alpha=4, distance=distance(), chunk_size=4)
 
     def loss_of(emb, proxies):
         return torch.func.functional_call(loss_func, {"proxies": proxies}, (emb, LABELS))
 
     inputs = EMB.clone().requires_grad_(), PROXIES.clone().requires_grad_()
     assert torch.autograd.gradcheck(loss_of, inputs)
-    assert torch.autograd.gradgradcheck(loss_of, inputs)
+    if distance is LpDistance:  # not streamed
+        assert torch.autograd.gradgradcheck(loss_of, inputs)
+    else:
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            torch.autograd.gradgradcheck(loss_of, inputs)
+
+
+REDUCERS = {
+    "default": None,
+    "Mean": MeanReducer(),
+    "Sum": SumReducer(),
+    "Threshold": ThresholdReducer(low=0.1, high=20.0),
+    "AvgNonZero": AvgNonZeroReducer(),
+    "Divisor": DivisorReducer(),
+    "by name": MultipleReducers({"pos_loss": SumReducer(), "neg_loss": DivisorReducer()}),
+}
+
+
+@pytest.mark.parametrize("reducer", REDUCERS.values(), ids=REDUCERS)
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_reducers_are_those_of_pml(reducer, chunk_size, device):
+    """Value and gradients: one walk for the default, two where a reducer weighs proxies."""
+    emb = EMB.clone().to(device).requires_grad_()
+    ours, theirs = make(reducer=reducer, chunk_size=chunk_size), make(losses.ProxyAnchorLoss, reducer=reducer)
+    grads = []
+    for loss_func in (ours.to(device), theirs.to(device)):
+        loss = loss_func(emb, LABELS.to(device))
+        grads.append((loss, *torch.autograd.grad(2 * loss, [emb, loss_func.proxies])))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
+
+
+def test_do_nothing_reducer_gives_what_pml_gives():
+    ours, theirs = (make(c, reducer=DoNothingReducer())(EMB, LABELS) for c in (ProxyAnchorLoss, losses.ProxyAnchorLoss))
+    assert set(ours) == set(theirs)
+    for name, entry in theirs.items():
+        assert entry["divisor"] == ours[name]["divisor"]
+        for key in ("losses", "indices"):
+            torch.testing.assert_close(ours[name][key], entry[key])
+
+
+@pytest.mark.parametrize("reducer", [None, MeanReducer()])
+def test_walks(reducer, monkeypatch):
+    """By default one walk for value and gradients; with another reducer two."""
+    walks = []
+    module = sys.modules["pml_ext.streaming.proxy_anchor"]
+    walk = module._walk
+    monkeypatch.setattr(module, "_walk", lambda *args: (walks.append(args[5]), walk(*args))[1])
+    make(reducer=reducer)(EMB, LABELS).backward()
+    assert len(walks) == (1 if reducer is None else 2)
+    assert walks[-1] is not None
+
+
+def test_statistics_of_the_reducer_are_recorded():
+    loss_func = make(collect_stats=True)
+    torch.testing.assert_close(loss_func(EMB, LABELS), make()(EMB, LABELS))
+    assert loss_func.reducer.reducers["pos_loss"].divisor == 4
+    assert loss_func.reducer.reducers["neg_loss"].divisor == 6
+
+
+@pytest.mark.parametrize("num_classes", [6, 2000])
+def test_compiles(num_classes):
+    """As one graph where one chunk holds all classes, with an opaque call beyond."""
+    torch.compiler.reset()
+    loss_func = ProxyAnchorLoss(num_classes, SIZE)
+    compiled = torch.compile(loss_func, backend="aot_eager")
+    emb = EMB.float().requires_grad_()
+    results = []
+    for f in (loss_func, compiled):
+        value = f(emb.repeat(40, 1), LABELS.repeat(40))
+        results.append((value, *torch.autograd.grad(value, [emb, loss_func.proxies])))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
 def test_no_overflow():
@@ -171,6 +252,7 @@ def test_reducer_and_weight_regularizer():
         ((4.5, 5), r"num_classes must be an integer >= 1, got 4\.5"),
         ((5, 5, 0.1, 0), "alpha must be > 0 and finite, got 0"),
         ((5, 5, float("nan")), "margin must be finite, got nan"),
+        ((5, 5, 0.1, 32, 0), "chunk_size must be None or an integer >= 1, got 0"),
     ],
 )
 def test_bad_arguments(args, message):
