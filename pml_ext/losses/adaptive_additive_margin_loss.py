@@ -1,29 +1,23 @@
 """Softmax loss with a margin of its own for every pair of classes, from a second modality (AAML)."""
 
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.losses.similarity import can_stream, distance_matrix
-from pml_ext.precision import full_precision, raise_half
-from pml_ext.streaming.chunks import check_chunk_size
+from pml_ext.losses.base_proxy_loss import BaseProxyLoss
 from pml_ext.streaming.class_distances import ClassMetric, prepare_distances, prepare_embeddings
 from pml_ext.streaming.class_margins import ClassMargins, Kind
 from pml_ext.streaming.margin_softmax import margin_softmax_loss
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_batch, check_settings, validation_wanted
+from pml_ext.validation import check_settings
 
 Direction = Literal["distance", "similarity"]
 
 
-class AdaptiveAdditiveMarginLoss(WeightRegularizerMixin, BaseLoss):
+class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
     r"""Keep every negative proxy at a distance of its own, set by how far apart two classes are in a second modality.
 
     $$L_i = -\log \frac{e^{s c_{i y_i}}}{e^{s c_{i y_i}} + \sum_{j \ne y_i} e^{s (c_{ij} + m_{y_i j})}} \qquad
@@ -103,25 +97,18 @@ class AdaptiveAdditiveMarginLoss(WeightRegularizerMixin, BaseLoss):
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        super().__init__(num_classes, embedding_size, chunk_size, **kwargs)
         for name, word, known in (("class_metric", class_metric, ClassMetric), ("direction", direction, Direction)):
             if word not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {word!r}")
         check_settings(positive={"scale": scale}, finite={"margin_scale": margin_scale, "base_margin": base_margin})
-        check_chunk_size(chunk_size)
         if class_embeddings is not None and class_distances is not None:
             raise ValueError("class_embeddings and class_distances must not both be given, got both")
-        self.num_classes: int = num_classes
-        self.embedding_size = embedding_size
         self.class_metric = class_metric
         self.margin_scale = margin_scale
         self.base_margin = base_margin
         self.direction = direction
         self.scale = scale
-        self.chunk_size = chunk_size
         described = None
         if class_embeddings is not None:
             class_embeddings = _checked("class_embeddings", class_embeddings, num_classes)
@@ -135,11 +122,7 @@ class AdaptiveAdditiveMarginLoss(WeightRegularizerMixin, BaseLoss):
         self.register_buffer("class_embeddings", class_embeddings)
         self.register_buffer("class_distances", class_distances)
         self.register_buffer("class_is_described", described)
-        self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
-        self.weight_init_func(self.proxies)
-        self.add_to_recordable_attributes(
-            list_of_names=["num_classes", "embedding_size", "margin_scale", "base_margin", "scale"], is_stat=False
-        )
+        self.add_to_recordable_attributes(list_of_names=["margin_scale", "base_margin", "scale"], is_stat=False)
 
     def compute_loss(
         self,
@@ -151,8 +134,12 @@ class AdaptiveAdditiveMarginLoss(WeightRegularizerMixin, BaseLoss):
     ) -> LossDict:
         c_f.labels_required(labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        streamed = can_stream(self.distance, embeddings, self.num_classes)
-        losses = (self._streamed if streamed else self._dense)(embeddings, labels)
+        if self._can_stream(embeddings):
+            class_margins = self._class_margins(embeddings.device)
+            settings = {"scale": self.scale, "margin": self.base_margin, "class_margins": class_margins}
+            losses = self._streamed(margin_softmax_loss, embeddings, labels, **settings)
+        else:
+            losses = self._dense(embeddings, labels)
         if indices_tuple is not None:
             losses = losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
         if len(labels):
@@ -165,16 +152,8 @@ class AdaptiveAdditiveMarginLoss(WeightRegularizerMixin, BaseLoss):
         else:  # the mean of nothing would be NaN
             entry = {"losses": losses.sum(), "indices": None, "reduction_type": "already_reduced"}
         loss_dict = {"loss": entry}
-        if self.weight_regularizer is not None:
-            self.add_weight_regularization_to_loss_dict(loss_dict, self._proxies_for(embeddings))
+        self._regularize_proxies(loss_dict, embeddings)
         return loss_dict
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Return ``scale`` times the cosines, without margins, ``(B, num_classes)``, float32 or better."""
-        if validation_wanted():
-            check_batch(embeddings, embedding_size=self.embedding_size)
-        with full_precision(embeddings.device):
-            return self._logits(raise_half(embeddings))
 
     @torch.no_grad()
     def get_margins(self, labels: Tensor) -> Tensor:
@@ -184,17 +163,6 @@ class AdaptiveAdditiveMarginLoss(WeightRegularizerMixin, BaseLoss):
         self._add_margins(margins, labels)
         return margins.scatter_(1, labels[:, None], 0.0)
 
-    def _streamed(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        walk: Any = margin_softmax_loss
-        if torch.compiler.is_compiling():  # a call that is not looked into, instead of a loop that is unrolled
-            walk = torch.compiler.disable(walk)  # type: ignore[no-untyped-call]
-        proxies = self.proxies.to(embeddings.device)
-        normalize, margins = self.distance.normalize_embeddings, self._class_margins(embeddings.device)
-        losses: Tensor = walk(
-            embeddings, proxies, labels, self.scale, self.base_margin, margins, normalize, self.chunk_size
-        )
-        return losses
-
     def _dense(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         logits = self._logits(embeddings)
         margins = torch.full_like(logits, self.base_margin, requires_grad=False)
@@ -203,13 +171,7 @@ class AdaptiveAdditiveMarginLoss(WeightRegularizerMixin, BaseLoss):
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def _logits(self, embeddings: Tensor) -> Tensor:
-        proxies = self._proxies_for(embeddings)
-        mat = distance_matrix(self.distance, embeddings.to(proxies.dtype), proxies)
-        return mat * (self.scale if self.distance.is_inverted else -self.scale)
-
-    def _proxies_for(self, embeddings: Tensor) -> Tensor:
-        """Return the proxies on the embeddings' device, in the wider of both dtypes; the parameter stays as it is."""
-        return self.proxies.to(embeddings.device, torch.promote_types(self.proxies.dtype, embeddings.dtype))
+        return super()._logits(embeddings) * (self.scale if self.distance.is_inverted else -self.scale)
 
     def _class_margins(self, device: torch.device) -> ClassMargins | None:
         kind: Kind = "table"
@@ -228,9 +190,6 @@ class AdaptiveAdditiveMarginLoss(WeightRegularizerMixin, BaseLoss):
         class_margins = self._class_margins(margins.device)
         if class_margins is not None:
             class_margins.of(labels, margins.dtype).add_to(margins, 0)
-
-    def get_default_distance(self) -> CosineSimilarity:
-        return CosineSimilarity()
 
 
 def _checked(name: str, x: Any, num_classes: int) -> Tensor:

@@ -1,27 +1,21 @@
 """Proxy-Anchor loss whose proxies keep their dtype."""
 
-from numbers import Integral
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
 from pytorch_metric_learning.reducers import DivisorReducer
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.base_proxy_loss import BaseProxyLoss
 from pml_ext.losses.log_sum_exp import class_log1p_sum_exp
-from pml_ext.losses.similarity import can_stream, distance_matrix
-from pml_ext.precision import full_precision, raise_half
-from pml_ext.streaming.chunks import check_chunk_size
 from pml_ext.streaming.proxy_anchor import proxy_anchor_loss
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_batch, check_settings, validation_wanted
+from pml_ext.validation import check_settings
 
 
-class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
+class ProxyAnchorLoss(BaseProxyLoss):
     r"""Each proxy pulls the samples of its class and pushes all others, the hardest ones most.
 
     $$L = \frac{1}{|P^+|} \sum_{p \in P^+} \log\Big(1 + \sum_{i \in X_p^+} e^{-\alpha (s(x_i, p) - \delta)}\Big)
@@ -76,22 +70,11 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        super().__init__(num_classes, embedding_size, chunk_size, **kwargs)
         check_settings(positive={"alpha": alpha}, finite={"margin": margin})
-        self.num_classes: int = num_classes
-        self.embedding_size = embedding_size
-        check_chunk_size(chunk_size)
         self.margin = margin
         self.alpha = alpha
-        self.chunk_size = chunk_size
-        self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
-        self.weight_init_func(self.proxies)
-        self.add_to_recordable_attributes(
-            list_of_names=["num_classes", "embedding_size", "alpha", "margin"], is_stat=False
-        )
+        self.add_to_recordable_attributes(list_of_names=["alpha", "margin"], is_stat=False)
 
     def compute_loss(
         self,
@@ -106,12 +89,15 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
         shift = None
         if indices_tuple is not None:
             shift = lmu.convert_to_weights(indices_tuple, labels, dtype=embeddings.dtype) - 1
-        streamed = can_stream(self.distance, embeddings, self.num_classes)
+        streamed = self._can_stream(embeddings)
         reduced = streamed and self._divides_only()
         if streamed:
-            parts = self._streamed_parts(embeddings, labels, shift, per_class=not reduced)
+            settings = {"alpha": self.alpha, "margin": self.margin, "sample_shift": shift, "per_class": not reduced}
+            parts = self._streamed(proxy_anchor_loss, embeddings, labels, **settings)
         else:
-            parts = self._dense_parts(embeddings, labels, shift)
+            sign = -1 if self.distance.is_inverted else 1  # a similarity above the margin is good, a distance below it
+            alpha = sign * self.alpha
+            parts = class_log1p_sum_exp(self._logits(embeddings), labels, alpha, -alpha * self.margin, shift)
         loss_dict: LossDict = {}
         for name, losses in zip(("pos_loss", "neg_loss"), parts, strict=True):
             if reduced:
@@ -125,8 +111,7 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
                     "reduction_type": "element",
                     "divisor": divisor,
                 }
-        if self.weight_regularizer is not None:
-            self.add_weight_regularization_to_loss_dict(loss_dict, self._proxies_for(embeddings))
+        self._regularize_proxies(loss_dict, embeddings)
         return loss_dict
 
     def _divides_only(self) -> bool:
@@ -136,48 +121,12 @@ class ProxyAnchorLoss(WeightRegularizerMixin, BaseLoss):
             name in by_name and type(by_name[name]) is DivisorReducer for name in self._sub_loss_names()
         )
 
-    def _streamed_parts(
-        self, embeddings: Tensor, labels: Tensor, shift: Tensor | None, per_class: bool
-    ) -> tuple[Tensor, Tensor]:
-        walk: Any = proxy_anchor_loss
-        if torch.compiler.is_compiling():  # a call that is not looked into, instead of a loop that is unrolled
-            walk = torch.compiler.disable(walk)  # type: ignore[no-untyped-call]
-        proxies = self.proxies.to(embeddings.device)
-        normalize = self.distance.normalize_embeddings
-        parts: tuple[Tensor, Tensor] = walk(
-            embeddings, proxies, labels, self.alpha, self.margin, shift, normalize, per_class, self.chunk_size
-        )
-        return parts
-
-    def _dense_parts(self, embeddings: Tensor, labels: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        sign = -1 if self.distance.is_inverted else 1  # a similarity above the margin is good, a distance below it
-        alpha = sign * self.alpha
-        return class_log1p_sum_exp(self._logits(embeddings), labels, alpha, -alpha * self.margin, shift)
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Return the similarities (or distances) to all proxies, ``(B, num_classes)``, float32 or better."""
-        if validation_wanted():
-            check_batch(embeddings, embedding_size=self.embedding_size)
-        with full_precision(embeddings.device):
-            return self._logits(raise_half(embeddings))
-
-    def _logits(self, embeddings: Tensor) -> Tensor:
-        proxies = self._proxies_for(embeddings)
-        return distance_matrix(self.distance, embeddings.to(proxies.dtype), proxies)
-
-    def _proxies_for(self, embeddings: Tensor) -> Tensor:
-        """Return the proxies on the embeddings' device, in the wider of both dtypes; the parameter stays as it is."""
-        return self.proxies.to(embeddings.device, torch.promote_types(self.proxies.dtype, embeddings.dtype))
-
     def element_labels(self, labels: Tensor | None) -> Tensor:
         """Return 0 to ``num_classes - 1``: the losses are per proxy, and reducers are to see the proxies' classes."""
         return torch.arange(self.num_classes, device=None if labels is None else labels.device)
 
     def get_default_reducer(self) -> DivisorReducer:
         return DivisorReducer()
-
-    def get_default_distance(self) -> CosineSimilarity:
-        return CosineSimilarity()
 
     def get_default_weight_init_func(self) -> c_f.TorchInitWrapper:
         return c_f.TorchInitWrapper(torch.nn.init.kaiming_normal_, mode="fan_out")

@@ -1,0 +1,76 @@
+"""The base of losses with one proxy a class."""
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
+from torch import Tensor
+
+from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.similarity import can_stream, distance_matrix
+from pml_ext.precision import full_precision, raise_half
+from pml_ext.streaming.chunks import check_chunk_size
+from pml_ext.types import LossDict
+from pml_ext.validation import check_batch, validation_wanted
+
+
+class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
+    """Proxies as a parameter ``proxies``, ``(num_classes, embedding_size)``, that is moved where used and never cast.
+
+    Raises:
+        ValueError: If a size or ``chunk_size`` is no integer >= 1.
+    """
+
+    num_classes: int
+    embedding_size: int
+
+    def __init__(self, num_classes: int, embedding_size: int, chunk_size: int | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        check_chunk_size(chunk_size)
+        self.num_classes = num_classes
+        self.embedding_size = embedding_size
+        self.chunk_size = chunk_size
+        self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
+        self.weight_init_func(self.proxies)
+        self.add_to_recordable_attributes(list_of_names=["num_classes", "embedding_size"], is_stat=False)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Return the similarities (or distances) to all proxies, ``(B, num_classes)``, float32 or better.
+
+        Losses that are a softmax multiply them by their scale.
+        """
+        if validation_wanted():
+            check_batch(embeddings, embedding_size=self.embedding_size)
+        with full_precision(embeddings.device):
+            return self._logits(raise_half(embeddings))
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        proxies = self._proxies_for(embeddings)
+        return distance_matrix(self.distance, embeddings.to(proxies.dtype), proxies)
+
+    def _proxies_for(self, embeddings: Tensor) -> Tensor:
+        """Return the proxies on the embeddings' device, in the wider of both dtypes; the parameter stays as it is."""
+        return self.proxies.to(embeddings.device, torch.promote_types(self.proxies.dtype, embeddings.dtype))
+
+    def _can_stream(self, embeddings: Tensor) -> bool:
+        return can_stream(self.distance, embeddings, self.num_classes)
+
+    def _streamed(self, walk: Callable[..., Any], embeddings: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+        """Call one of the functions of ``pml_ext.streaming``."""
+        if torch.compiler.is_compiling():  # a call that is not looked into, instead of a loop that is unrolled
+            walk = torch.compiler.disable(walk)  # type: ignore[no-untyped-call]
+        proxies, normalize = self.proxies.to(embeddings.device), self.distance.normalize_embeddings
+        return walk(embeddings, proxies, labels, normalize=normalize, chunk_size=self.chunk_size, **kwargs)
+
+    def _regularize_proxies(self, loss_dict: LossDict, embeddings: Tensor) -> None:
+        if self.weight_regularizer is not None:  # or proxies would be moved for nothing
+            self.add_weight_regularization_to_loss_dict(loss_dict, self._proxies_for(embeddings))
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
