@@ -7,13 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pml_ext import class_embeddings, datasets, losses, streaming, visualization
+    from pml_ext import class_embeddings, datasets, losses, streaming, trunks, visualization
     from pml_ext.validation import set_validation
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "class_embeddings", "datasets", "losses", "set_validation", "streaming", "visualization"]
+__all__ = [
+    "__version__",
+    "class_embeddings",
+    "datasets",
+    "losses",
+    "set_validation",
+    "streaming",
+    "trunks",
+    "visualization",
+]
 
-_SUBPACKAGES = ("class_embeddings", "datasets", "losses", "streaming", "visualization")
+_SUBPACKAGES = ("class_embeddings", "datasets", "losses", "streaming", "trunks", "visualization")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import glyph_classes, hybrid_defaults, losses, proxy_scaling
+from benchmarks import glyph_classes, hybrid_defaults, losses, proxy_scaling, second_order_attention
 
-RUNS = {"glyph_classes", "hybrid_defaults", "losses", "proxy_scaling"}
+RUNS = {"glyph_classes", "hybrid_defaults", "losses", "proxy_scaling", "second_order_attention"}
 
 
 def test_every_benchmark_is_run_here():
@@ -67,3 +67,15 @@ def test_proxy_scaling(tmp_path, capsys, monkeypatch):
     assert "| 40,000 x 16 x 8 | ProxyAnchorLoss |" in capsys.readouterr().out
     for name in ("out.json", "out.png"):
         assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_second_order_attention(tmp_path, capsys, monkeypatch):
+    assert len(second_order_attention.run_alone(["ours", 4, 8, 2, 1, "cpu"])["seconds"]) == 2
+    monkeypatch.setattr(second_order_attention, "run_alone", lambda args: second_order_attention.measure(*args))
+    sizes, threads = ((48, 16),), torch.get_num_threads()
+    found = second_order_attention.main(sizes, steps=2, rounds=1, threads=threads, out=tmp_path / "out.json")
+    peaks = {row["method"]: row["peak_mb"] for row in found["results"]}
+    assert peaks["ours"] < peaks["explicit"] / 3
+    assert "| 48 x 48 x 16 | SecondOrderAttention |" in capsys.readouterr().out
+    assert (tmp_path / "out.json").stat().st_size > 0

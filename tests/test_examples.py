@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from examples import adaptive_margin, quickstart
+import torch
 
-RUNS = {"adaptive_margin", "quickstart"}
+from examples import adaptive_margin, global_local, quickstart
+
+RUNS = {"adaptive_margin", "global_local", "quickstart"}
 
 
 def test_every_example_is_run_here():
@@ -42,3 +44,34 @@ def test_adaptive_margin(tmp_path, capsys):
     means = [sum(one["mean_average_precision_at_r"] for one in found) for found in results.values()]
     assert len(set(means)) == 4  # four different losses
     assert (tmp_path / "adaptive_margin.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_global_local(tmp_path, capsys):
+    """On folders of images, one a class."""
+    from PIL import Image
+
+    for split, classes in (("train", "abc"), ("test", "de")):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = (255 * torch.rand(20, 24, 3)).byte().numpy()
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    folders = {"train_folder": tmp_path / "train", "test_folder": tmp_path / "test"}
+    results = global_local.main(epochs=2, seeds=2, backbone="resnet10t", out=tmp_path, **folders)
+    printed = capsys.readouterr().out
+    assert list(results) == list(global_local.make_trunks("resnet10t", 3))
+    for found in results.values():
+        mean = sum(50 * one["precision_at_1"] for one in found)
+        assert 0 <= mean <= 100
+        assert f"{mean:.1f} (" in printed
+    assert "2 unseen classes, resnet10t, 2 epochs" in printed
+    for name in ("global_local_curves.png", "global_local_attention.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_global_local_on_glyphs():
+    images, labels = global_local.load(None, "test", samples_per_class=2)
+    assert images.shape == (534, 1, 32, 32)
+    assert labels.unique().tolist() == list(range(267))
+    for make in global_local.make_trunks("resnet10t", 1).values():
+        assert make()(images[:2]).shape == (2, global_local.EMBEDDING_SIZE)

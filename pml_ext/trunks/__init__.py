@@ -1,0 +1,16 @@
+"""Networks that turn images into embeddings, and what training them takes."""
+
+from pml_ext.trunks.freeze_batch_norm import freeze_batch_norm
+from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
+from pml_ext.trunks.global_pool import GlobalPool2d
+from pml_ext.trunks.param_groups import param_groups
+from pml_ext.trunks.second_order_attention import SOLAR_NAMES, SecondOrderAttention
+
+__all__ = [
+    "SOLAR_NAMES",
+    "GlobalLocalTrunk",
+    "GlobalPool2d",
+    "SecondOrderAttention",
+    "freeze_batch_norm",
+    "param_groups",
+]

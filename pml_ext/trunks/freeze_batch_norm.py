@@ -1,0 +1,43 @@
+"""Keep the statistics of pretrained batch norms."""
+
+from functools import partial
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def freeze_batch_norm(module: T) -> T:
+    """Keep all batch norms of a module in eval mode for good, whatever ``train()`` is called.
+
+    They normalise with their running statistics and do not change them; weight and bias are still trained. Proxy-Anchor
+    and its successors do so on small data sets (CUB, Cars), where batch statistics are noisy. ``timm``'s function of
+    this name also stops the training of weight and bias.
+
+    Args:
+        module: Changed in place. Copies and pickles of it stay frozen.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: If it has no batch norm.
+
+    Examples:
+        >>> norm = freeze_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).train()[1]
+        >>> norm.training, norm.weight.requires_grad
+        (False, True)
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    if not norms:
+        raise ValueError(f"module must contain a batch norm, got a {type(module).__name__} without")
+    for norm in norms:
+        norm.eval()
+        norm.train = partial(_stay_in_eval, norm)  # type: ignore[method-assign, assignment]
+    return module
+
+
+def _stay_in_eval(norm: nn.Module, mode: bool = True) -> nn.Module:
+    return norm

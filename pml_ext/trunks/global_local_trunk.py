@@ -1,0 +1,172 @@
+"""One embedding from two feature levels of a backbone (MHGL)."""
+
+from difflib import get_close_matches
+from typing import Any, get_args
+
+import timm
+import torch
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from torch import Tensor, nn
+
+from pml_ext.precision import full_precision
+from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
+from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style
+
+_SOLAR_REDUCTIONS = {"local": 4, "global": 2}  # as released with SOLAR, for conv4 and conv5
+
+
+class GlobalLocalTrunk(ModuleWithRecords):
+    r"""A local head on an early feature level, a global head on a late one, side by side in one embedding.
+
+    Each head: second-order attention, pooling, a linear map to half of the embedding. The two halves are concatenated
+    and normalised once. The global level is computed from the backbone's own features, not from those that local
+    attention has changed.
+
+    Args:
+        backbone: Name of a timm model (``timm.list_models()``), or a module that returns two feature maps (local,
+            global).
+        embedding_size: Even, >= 2.
+        pretrained: Whether timm downloads weights of the backbone.
+        local_level: Which of the backbone's feature levels, counted from the end; ResNet: -2 is conv4, -1 is conv5.
+        global_level: Likewise.
+        attention: "printed", "solar" (with SOLAR's reductions, 4 and 2) or None.
+        pool_type: Of ``GlobalPool2d``.
+        feature_channels: Channels of the two maps; needed for a module without timm's ``feature_info``.
+        collect_stats: As in PML.
+        **timm_kwargs: Passed to ``timm.create_model``: ``in_chans=1`` for grayscale; ``output_stride=8`` for small
+            images, which keeps the maps of a 32 x 32 image at 4 x 4 instead of 2 x 2 and 1 x 1 (ResNets and others with
+            dilation); ``img_size`` and ``patch_size`` for vision transformers, whose levels have all the same size.
+
+    Attributes:
+        out_features: ``embedding_size``, as in timm.
+        backbone: The network without its head.
+        local_head: Attention, pooling and linear map.
+        global_head: Likewise.
+
+    Shape:
+        - images: ``(B, in_chans, H, W)``. Output: ``(B, embedding_size)``, rows of length 1.
+
+    Raises:
+        ValueError: If an argument breaks a rule; the message says what is possible.
+
+    Examples:
+        >>> trunk = GlobalLocalTrunk("resnet18", embedding_size=64, attention="solar", in_chans=1, output_stride=8)
+        >>> embeddings = trunk(torch.randn(2, 1, 32, 32))
+        >>> embeddings.shape, torch.allclose(embeddings.norm(dim=1), torch.ones(2))
+        (torch.Size([2, 64]), True)
+
+    Source:
+        Ebrahimpour, Qian, Beach: "Multi-Head Deep Metric Learning Using Global and Local Representations", WACV 2022.
+        Levels, pooling (Eq. 4), sizes and the one normalisation are the paper's; that local attention does not feed
+        the later layers is our reading. Initialisation is PyTorch's: the paper gives none.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet50",
+        embedding_size: int = 512,
+        pretrained: bool = False,
+        local_level: int = -2,
+        global_level: int = -1,
+        attention: Style | None = "printed",
+        pool_type: PoolType = "avg+max",
+        feature_channels: tuple[int, int] | None = None,
+        collect_stats: bool | None = None,
+        **timm_kwargs: Any,
+    ) -> None:
+        super().__init__(collect_stats=collect_stats)
+        if embedding_size < 2 or embedding_size % 2:
+            raise ValueError(f"embedding_size must be even and >= 2, got {embedding_size}")
+        if attention is not None and attention not in get_args(Style):
+            raise ValueError(f"attention must be None or one of {', '.join(get_args(Style))}, got {attention!r}")
+        if isinstance(backbone, str):
+            backbone = _create(backbone, pretrained, (local_level, global_level), timm_kwargs)
+        elif timm_kwargs or pretrained:
+            given = sorted({*timm_kwargs, *(["pretrained"] if pretrained else [])})
+            raise ValueError(f"{', '.join(given)} must not be given with a backbone that is a module")
+        if feature_channels is None:
+            if not hasattr(backbone, "feature_info"):
+                raise ValueError("feature_channels must be given for a backbone without feature_info, got None")
+            feature_channels = tuple(backbone.feature_info.channels())  # type: ignore[operator, union-attr]
+        self.backbone = backbone
+        self.out_features = embedding_size
+        self.channels_last_maps = getattr(backbone, "output_fmt", None) == "NHWC"
+        heads = [
+            _head(name, channels, embedding_size // 2, attention, pool_type, collect_stats)
+            for name, channels in zip(("local", "global"), feature_channels, strict=True)
+        ]
+        self.local_head, self.global_head = heads
+        self.local_level, self.global_level = local_level, global_level
+        self.add_to_recordable_attributes(list_of_names=["out_features", "local_level", "global_level"], is_stat=False)
+
+    def forward(self, images: Tensor, return_branches: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the embeddings.
+
+        Args:
+            images: ``(B, in_chans, H, W)``.
+            return_branches: Whether to return the two halves, ``(B, embedding_size / 2)`` each, instead: local, then
+                global. Concatenated they are the embeddings.
+        """
+        maps = self.feature_maps(images)
+        halves = [head(features) for head, features in zip((self.local_head, self.global_head), maps, strict=True)]
+        with full_precision(images.device):  # in float16 the norm of a row of zeros would give NaN
+            embeddings = nn.functional.normalize(torch.cat(halves, 1).float()).to(halves[0].dtype)
+        if return_branches:
+            local, glob = embeddings.chunk(2, 1)
+            return local, glob
+        return embeddings
+
+    def feature_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the backbone's local and global feature map, ``(B, C, H, W)`` each."""
+        local, glob = self.backbone(images)
+        if self.channels_last_maps:
+            local, glob = local.permute(0, 3, 1, 2), glob.permute(0, 3, 1, 2)
+        return local, glob
+
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how much each position of the two levels is looked at, ``(B, H, W)`` each, the mean over lookers.
+
+        Raises:
+            ValueError: If the trunk has no attention.
+        """
+        found = []
+        for head, features in zip((self.local_head, self.global_head), self.feature_maps(images), strict=True):
+            if not isinstance(head[0], SecondOrderAttention):
+                raise ValueError("attention must not be None for attention_maps, got a trunk without attention")
+            attention = head[0].attention_map(features).mean(1)
+            found.append(attention.reshape(-1, *features.shape[2:]))
+        return found[0], found[1]
+
+
+def _head(
+    name: str, channels: int, size: int, attention: Style | None, pool_type: PoolType, collect_stats: bool | None
+) -> nn.Sequential:
+    block: nn.Module = nn.Identity()
+    if attention is not None:
+        reduction = _SOLAR_REDUCTIONS[name] if attention == "solar" else 1
+        reduction = reduction if channels % reduction == 0 else 1
+        block = SecondOrderAttention(channels, reduction, attention, collect_stats=collect_stats)
+    return nn.Sequential(block, GlobalPool2d(pool_type, collect_stats=collect_stats), nn.Linear(channels, size))
+
+
+def _create(name: str, pretrained: bool, levels: tuple[int, int], timm_kwargs: dict[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models(), n=5) or timm.list_models()[:5]
+        raise ValueError(f"backbone must be a timm model such as {', '.join(close)}, got {name!r}")
+    with torch.device("meta"):  # without memory and initialisation: only to count
+        levels_of: Any = timm.create_model(name, features_only=True, **timm_kwargs).feature_info
+        num_levels = len(levels_of)
+    for argument, level in zip(("local_level", "global_level"), levels, strict=True):
+        if not -num_levels <= level < 0:
+            raise ValueError(f"{argument} must lie in {-num_levels} to -1 for {name}, got {level}")
+    if levels[0] >= levels[1]:
+        raise ValueError(f"local_level must come before global_level, got {levels[0]} and {levels[1]}")
+    module: nn.Module = timm.create_model(
+        name,
+        pretrained=pretrained,
+        features_only=True,
+        out_indices=[num_levels + level for level in levels],
+        **timm_kwargs,
+    )
+    return module

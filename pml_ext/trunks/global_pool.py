@@ -1,0 +1,72 @@
+"""From a feature map to one vector."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from torch import Tensor, nn
+
+from pml_ext.precision import full_precision
+
+PoolType = Literal["avg", "max", "avg+max", "gem"]
+
+
+class GlobalPool2d(ModuleWithRecords):
+    r"""Average, maximum, their sum, or a generalised mean over all positions.
+
+    "gem" is $(\frac{1}{HW} \sum_i \max(x_i, \epsilon)^p)^{1/p}$, computed in float32: $p = 1$ averages what is
+    positive, a large $p$ takes the maximum.
+
+    Args:
+        pool_type: "avg", "max", "avg+max" or "gem".
+        p: Where the exponent of "gem" starts, > 0. It is learned.
+        eps: $\epsilon$ > 0.
+        **kwargs: Passed to PML's ``ModuleWithRecords``.
+
+    Attributes:
+        p: The exponent, a parameter of shape ``(1,)``, or None.
+
+    Shape:
+        - features: ``(B, C, H, W)``, H and W >= 1. Output: ``(B, C)``, the same dtype.
+
+    Raises:
+        ValueError: If an argument or the shape breaks a rule.
+
+    Examples:
+        >>> GlobalPool2d("avg+max")(torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]]))
+        tensor([[9.]])
+
+    Source:
+        "avg+max" is Eq. 4 of Ebrahimpour et al., WACV 2022 (timm's ``avgmax`` is half of it). "gem": Radenovic et al.,
+        "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019.
+    """
+
+    def __init__(self, pool_type: PoolType = "avg+max", p: float = 3.0, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if pool_type not in get_args(PoolType):
+            raise ValueError(f"pool_type must be one of {', '.join(get_args(PoolType))}, got {pool_type!r}")
+        for name, value in (("p", p), ("eps", eps)):
+            if not value > 0:
+                raise ValueError(f"{name} must be > 0, got {value}")
+        self.pool_type = pool_type
+        self.eps = eps
+        self.p = nn.Parameter(torch.full((1,), float(p))) if pool_type == "gem" else None
+        self.add_to_recordable_attributes(name="eps", is_stat=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.ndim != 4 or not features.shape[2] * features.shape[3]:
+            raise ValueError(f"features must have shape (B, C, H, W) with H, W >= 1, got {tuple(features.shape)}")
+        if self.pool_type == "avg":
+            return features.mean((2, 3))
+        if self.pool_type == "max":
+            return features.amax((2, 3))
+        if self.pool_type == "avg+max":
+            return features.mean((2, 3)) + features.amax((2, 3))
+        assert self.p is not None
+        with full_precision(features.device):  # powers overflow half precision
+            powers = features.float().clamp_min(self.eps).pow(self.p.float())
+            return powers.mean((2, 3)).pow(1 / self.p.float()).to(features.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the kind of pooling."""
+        return f"pool_type={self.pool_type!r}"

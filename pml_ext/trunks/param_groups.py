@@ -1,0 +1,70 @@
+"""Parameter groups for any optimizer: backbone, new layers and proxies learn at their own speed."""
+
+from typing import Any
+
+from torch import nn
+
+
+def param_groups(
+    trunk: nn.Module,
+    loss_func: nn.Module | None = None,
+    lr: float = 1e-4,
+    head_lr: float | None = None,
+    proxy_lr: float = 1e-2,
+    weight_decay: float = 1e-4,
+) -> list[dict[str, Any]]:
+    """Return the parameters in groups, for any optimizer of PyTorch.
+
+    Norms and biases, that is all parameters of fewer than two dimensions, get no weight decay. Parameters that do not
+    require a gradient are left out.
+
+    Args:
+        trunk: Its attribute ``backbone``, if it has one, is the backbone; the rest are new layers. Without such an
+            attribute all of it is backbone.
+        loss_func: Its parameters are the proxies.
+        lr: Of the backbone, > 0.
+        head_lr: Of the new layers. None: ``lr``.
+        proxy_lr: Of the loss's parameters.
+        weight_decay: >= 0.
+
+    Returns:
+        Groups with the keys ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out.
+
+    Raises:
+        ValueError: If a rate is not positive, ``weight_decay`` is negative, or nothing requires a gradient.
+
+    Examples:
+        >>> groups = param_groups(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), lr=0.1)
+        >>> [(g["name"], len(g["params"]), g["weight_decay"]) for g in groups]
+        [('backbone', 1, 0.0001), ('backbone, no decay', 3, 0.0)]
+
+    Source:
+        The learning rates are those of MHGL (WACV 2022): 1e-4, 1e-4, and 1e-2 for proxies. The weight decay is that of
+        Proxy-Anchor's code; MHGL gives none.
+    """
+    head_lr = lr if head_lr is None else head_lr
+    for name, rate in (("lr", lr), ("head_lr", head_lr), ("proxy_lr", proxy_lr)):
+        if not rate > 0:
+            raise ValueError(f"{name} must be > 0, got {rate}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
+    parts: list[tuple[str, float, nn.Module]] = [("backbone", lr, getattr(trunk, "backbone", trunk))]
+    parts.append(("new layers", head_lr, trunk))
+    if loss_func is not None:
+        parts.append(("proxies", proxy_lr, loss_func))
+    groups, seen = [], set()
+    for name, rate, module in parts:
+        members: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for parameter in module.parameters():
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                members[parameter.ndim > 1].append(parameter)
+        for decays, params in members.items():
+            if params:
+                title = name if decays else f"{name}, no decay"
+                groups.append(
+                    {"name": title, "params": params, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
+                )
+    if not groups:
+        raise ValueError("trunk must have a parameter that requires a gradient, got none")
+    return groups

@@ -1,0 +1,140 @@
+"""Attention between all positions of a feature map (MHGL, SOLAR)."""
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from torch import Tensor, nn
+
+Style = Literal["printed", "solar"]
+
+SOLAR_NAMES = {"f": "query", "g": "key", "h": "value", "v": "out"}
+"""First part of the parameter names in SOLAR's released weights to ours."""
+
+
+class SecondOrderAttention(ModuleWithRecords):
+    r"""Add to each position what it gathers from all positions that resemble it.
+
+    $$A = \mathrm{softmax}(\zeta \sigma Q K^\top), \qquad F' = F + \varphi(A V)$$
+
+    $Q, K, V, \varphi$: pointwise linear maps of the feature map $F$, rows are positions. $\sigma$: ``attention_scale``.
+    The (HW x HW) matrix $A$ is not stored: PyTorch's fused attention computes it in tiles.
+
+    Args:
+        in_features: Channels C of the feature map, >= 1.
+        reduction: $k$ >= 1: queries, keys and values have C / k channels; must divide C.
+        style: "printed": four bare maps, $\sigma = 1$, as MHGL prints it. "solar": BatchNorm and ReLU after query and
+            key, $\sigma = (C / k)^{-1/2}$, and $\varphi$ starts at zero, so that a fresh block is the identity.
+        zeta: $\zeta$ > 0.
+        attention_scale: $\sigma$ > 0. None: that of the style. At the widths of MHGL (1024, 2048) attention without
+            scaling saturates.
+        **kwargs: Passed to PML's ``ModuleWithRecords`` (``collect_stats``). With statistics,
+            ``attention_entropy`` is that of the last forward: 0 where each position looks at one only, 1 where it looks
+            at all alike. That needs the explicit matrix.
+
+    Attributes:
+        query: 1 x 1 convolution, followed by BatchNorm and ReLU in style "solar".
+        key: Likewise.
+        value: 1 x 1 convolution.
+        out: $\varphi$, a 1 x 1 convolution.
+
+    Shape:
+        - features: ``(B, C, H, W)``, floating point. Output: the same.
+
+    Raises:
+        ValueError: If an argument or the shape of the features breaks a rule.
+
+    Examples:
+        >>> block = SecondOrderAttention(in_features=8, style="solar")
+        >>> features = torch.randn(2, 8, 5, 7)
+        >>> torch.equal(block(features), features)  # at the start
+        True
+
+    Source:
+        Ebrahimpour, Qian, Beach, WACV 2022, Eqs. 1 and 2 ("printed"), and the block released with Ng et al., "SOLAR:
+        Second-Order Loss and Attention for Image Retrieval", ECCV 2020 ("solar"). Its weights load after the first part
+        of each name is replaced as ``SOLAR_NAMES`` says: ``f.0.weight`` is ``query.0.weight``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        reduction: int = 1,
+        style: Style = "printed",
+        zeta: float = 1.0,
+        attention_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if style not in get_args(Style):
+            raise ValueError(f"style must be one of {', '.join(get_args(Style))}, got {style!r}")
+        if in_features < 1 or reduction < 1 or in_features % reduction:
+            raise ValueError(f"reduction must be >= 1 and divide in_features = {in_features}, got {reduction}")
+        width = in_features // reduction
+        if attention_scale is None:
+            attention_scale = 1.0 if style == "printed" else width**-0.5
+        for name, value in (("zeta", zeta), ("attention_scale", attention_scale)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+        self.in_features = in_features
+        self.reduction = reduction
+        self.style = style
+        self.zeta = zeta
+        self.attention_scale = attention_scale
+        self.query = _normalized_map(in_features, width) if style == "solar" else nn.Conv2d(in_features, width, 1)
+        self.key = _normalized_map(in_features, width) if style == "solar" else nn.Conv2d(in_features, width, 1)
+        self.value = nn.Conv2d(in_features, width, 1)
+        self.out = nn.Conv2d(width, in_features, 1)
+        if style == "solar":
+            nn.init.zeros_(self.out.weight)
+            if self.out.bias is not None:
+                nn.init.zeros_(self.out.bias)
+        self.add_to_recordable_attributes(
+            list_of_names=["in_features", "reduction", "zeta", "attention_scale"], is_stat=False
+        )
+        self.add_to_recordable_attributes(name="attention_entropy", is_stat=True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        self._check(features)
+        query, key, value = (_tokens(m(features)) for m in (self.query, self.key, self.value))
+        scale = self.zeta * self.attention_scale
+        gathered = nn.functional.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(1)  # (B, HW, C/k)
+        gathered = gathered.transpose(1, 2)  # (B, C/k, HW)
+        gathered = gathered.reshape(*gathered.shape[:2], *features.shape[2:])
+        if self.collect_stats:
+            self.attention_entropy = self._entropy(query, key)
+        return features + self.out(gathered)
+
+    def attention_map(self, features: Tensor) -> Tensor:
+        """Return $A$, ``(B, HW, HW)``, float32: row i tells where position i looks, and sums to 1."""
+        self._check(features)
+        return self._explicit(_tokens(self.query(features)), _tokens(self.key(features)))
+
+    def _explicit(self, query: Tensor, key: Tensor) -> Tensor:
+        scores = (query.squeeze(1) @ key.squeeze(1).transpose(1, 2)).float()
+        return (self.zeta * self.attention_scale * scores).softmax(2)
+
+    @torch.no_grad()
+    def _entropy(self, query: Tensor, key: Tensor) -> float:
+        attention = self._explicit(query, key)
+        positions = attention.shape[2]
+        entropy = torch.special.entr(attention).sum(2).mean()
+        return entropy.item() / math.log(positions) if positions > 1 else 0.0
+
+    def _check(self, features: Tensor) -> None:
+        if features.ndim != 4 or features.shape[1] != self.in_features:
+            raise ValueError(f"features must have shape (B, {self.in_features}, H, W), got {tuple(features.shape)}")
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"in_features={self.in_features}, reduction={self.reduction}, style={self.style!r}"
+
+
+def _normalized_map(in_features: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_features, width, 1), nn.BatchNorm2d(width), nn.ReLU())
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Return (B, C, H, W) as (B, 1, HW, C), in one piece of memory: the fused kernels need that to save any."""
+    return x.flatten(2).transpose(1, 2).contiguous().unsqueeze(1)

@@ -1,0 +1,210 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pml_ext.trunks import SOLAR_NAMES, SecondOrderAttention
+
+FEATURES = torch.randn(3, 8, 4, 5, generator=torch.Generator().manual_seed(0))
+STYLES = ["printed", "solar"]
+
+
+def make(style, reduction=2, dtype=torch.float64, **kwargs):
+    """A block whose every parameter, and every statistic, is random."""
+    torch.manual_seed(1)
+    block = SecondOrderAttention(8, reduction, style, **kwargs).to(dtype)
+    with torch.no_grad():
+        for name, x in block.state_dict().items():
+            if x.is_floating_point():
+                x.copy_(torch.rand_like(x) + 0.5 if "running_var" in name else torch.randn_like(x) / 3)
+    return block
+
+
+def reference(block, features, scale):
+    """Eqs. 1 and 2 with loops over positions; shares no code with the package and uses no torch."""
+    weights = {name: x.double().numpy() for name, x in block.state_dict().items()}
+
+    def pointwise(name, x):
+        matrix, bias = weights[f"{name}.weight"][:, :, 0, 0], weights[f"{name}.bias"]
+        return matrix @ x + bias
+
+    def query_or_key(name, x):
+        if block.style == "printed":
+            return pointwise(name, x)
+        x = pointwise(f"{name}.0", x)
+        mean, var = weights[f"{name}.1.running_mean"], weights[f"{name}.1.running_var"]
+        x = (x - mean) / np.sqrt(var + 1e-5) * weights[f"{name}.1.weight"] + weights[f"{name}.1.bias"]
+        return np.maximum(x, 0)
+
+    images = features.double().numpy()
+    result, maps = np.zeros_like(images), []
+    for b, image in enumerate(images):
+        positions = [image[:, i, j] for i in range(image.shape[1]) for j in range(image.shape[2])]
+        queries, keys, values = (
+            [f(n, x) for x in positions]
+            for f, n in ((query_or_key, "query"), (query_or_key, "key"), (pointwise, "value"))
+        )
+        attention = np.zeros((len(positions), len(positions)))
+        for p, q in enumerate(queries):
+            scores = np.exp([scale * (q @ k) for k in keys])
+            attention[p] = scores / scores.sum()
+            gathered = sum(a * v for a, v in zip(attention[p], values, strict=True))
+            i, j = divmod(p, image.shape[2])
+            result[b, :, i, j] = positions[p] + pointwise("out", gathered)
+        maps.append(attention)
+    return result, np.stack(maps)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("reduction", [1, 4])
+@pytest.mark.parametrize(("zeta", "attention_scale"), [(1.0, None), (0.5, 0.8)])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_matches_reference(style, reduction, zeta, attention_scale, dtype, tol, device):
+    block = make(style, reduction, dtype, zeta=zeta, attention_scale=attention_scale).eval()
+    scale = attention_scale or (1.0 if style == "printed" else (8 / reduction) ** -0.5)
+    expected, maps = reference(block, FEATURES, zeta * scale)
+    block, features = block.to(device), FEATURES.to(device, dtype)
+    actual = block(features).detach().cpu().numpy()
+    assert np.abs(expected - FEATURES.numpy()).max() > 0.1
+    np.testing.assert_allclose(actual, expected, rtol=tol, atol=tol)
+    np.testing.assert_allclose(block.attention_map(features).detach().cpu().numpy(), maps, atol=1e-6)
+
+
+def test_hand_computed():
+    """Two positions, one channel, all maps the identity: position 0 sees e^0 and e^0, position 1 e^0 and e^1."""
+    block = SecondOrderAttention(1)
+    for name, x in block.named_parameters():
+        torch.nn.init.constant_(x, float("weight" in name))
+    share = math.e / (1 + math.e)
+    actual = block(torch.tensor([[[[0.0, 1.0]]]]))
+    torch.testing.assert_close(actual, torch.tensor([[[[0.5, 1 + share]]]]))
+
+
+def test_solar_starts_as_the_identity():
+    assert torch.equal(SecondOrderAttention(8, 2, "solar")(FEATURES), FEATURES)
+    assert not torch.equal(SecondOrderAttention(8, 2, "printed")(FEATURES), FEATURES)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_order_of_positions(style):
+    """Permuting the positions permutes the output."""
+    block, order = make(style), torch.randperm(20)
+    features = FEATURES.double()
+    permuted = features.flatten(2)[..., order].view_as(features)
+    expected = block(features).flatten(2)[..., order].view_as(features)
+    torch.testing.assert_close(block(permuted), expected)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_gradients(style):
+    block = make(style).eval()  # in training batch norm takes away what a bias before it adds
+    features = FEATURES.double().requires_grad_()
+    block(features).square().mean().backward()
+    for name, x in [*block.named_parameters(), ("features", features)]:
+        assert x.grad.isfinite().all(), name
+        # a bias of the keys shifts all scores of a query alike: softmax does not see it
+        assert x.grad.abs().max() > (0 if name == "key.bias" else 1e-6), name
+    assert torch.autograd.gradcheck(make(style).eval(), FEATURES[:1, :, :2, :2].double().requires_grad_())
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_batch_of_one_and_eval(style):
+    block = make(style)
+    assert block(FEATURES[:1].double()).isfinite().all()
+    block.eval()
+    both = block(FEATURES.double())
+    torch.testing.assert_close(block(FEATURES[1:2].double()), both[1:2])
+    assert torch.equal(block(FEATURES.double()), both)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_state_dict_and_copy(style):
+    block = make(style).eval()
+    other = SecondOrderAttention(8, 2, style).double().eval()
+    other.load_state_dict(block.state_dict())
+    for twin in (other, copy.deepcopy(block)):
+        assert torch.equal(twin(FEATURES.double()), block(FEATURES.double()))
+
+
+def test_weights_named_as_in_solar():
+    """Random weights under SOLAR's names: f and g with batch norm, h, v."""
+    rng = torch.Generator().manual_seed(4)
+    theirs = {}
+    for name in ("f", "g"):
+        theirs |= {
+            f"{name}.0.weight": torch.randn(4, 8, 1, 1, generator=rng),
+            f"{name}.0.bias": torch.randn(4, generator=rng),
+        }
+        theirs |= {
+            f"{name}.1.{x}": torch.rand(4, generator=rng) for x in ("weight", "bias", "running_mean", "running_var")
+        }
+        theirs[f"{name}.1.num_batches_tracked"] = torch.tensor(7)
+    theirs |= {"h.weight": torch.randn(4, 8, 1, 1, generator=rng), "h.bias": torch.randn(4, generator=rng)}
+    theirs |= {"v.weight": torch.randn(8, 4, 1, 1, generator=rng), "v.bias": torch.randn(8, generator=rng)}
+    block = SecondOrderAttention(8, 2, "solar").eval()
+    block.load_state_dict({f"{SOLAR_NAMES[name[0]]}{name[1:]}": x for name, x in theirs.items()})
+    features = FEATURES.flatten(2)  # (B, C, N)
+
+    def branch(name):
+        x = (
+            torch.einsum("oc,bcn->bon", theirs[f"{name}.0.weight"][..., 0, 0], features)
+            + theirs[f"{name}.0.bias"][:, None]
+        )
+        mean, var, weight, bias = (theirs[f"{name}.1.{x}"] for x in ("running_mean", "running_var", "weight", "bias"))
+        return ((x - mean[:, None]) / (var[:, None] + 1e-5).sqrt() * weight[:, None] + bias[:, None]).relu()
+
+    attention = (branch("f").transpose(1, 2) @ branch("g") * 4**-0.5).softmax(-1)
+    value = torch.einsum("oc,bcn->bon", theirs["h.weight"][..., 0, 0], features) + theirs["h.bias"][:, None]
+    out = torch.einsum("oc,bcn->bon", theirs["v.weight"][..., 0, 0], value @ attention.transpose(1, 2))
+    expected = (features + out + theirs["v.bias"][:, None]).view_as(FEATURES)
+    torch.testing.assert_close(block(FEATURES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_matrix_of_positions_is_not_stored():
+    block, features = SecondOrderAttention(16), torch.randn(2, 16, 40, 40, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        block(features).sum().backward()
+    largest = max(event.self_cpu_memory_usage / max(event.count, 1) for event in profile.key_averages())
+    assert 0 < largest < 2 * 1600 * 1600 * 4 / 4
+
+
+def test_statistics():
+    block = make("printed", collect_stats=True)
+    assert block.attention_entropy == 0
+    block(FEATURES.double())
+    attention = block.attention_map(FEATURES.double())
+    expected = -(attention * attention.log()).sum(2).mean().item() / math.log(20)
+    assert block.attention_entropy == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected < 1
+    for x in (block.query, block.key):
+        torch.nn.init.zeros_(x.weight)
+        torch.nn.init.zeros_(x.bias)
+    block(FEATURES.double())
+    assert block.attention_entropy == pytest.approx(1)
+    block(FEATURES[:, :, :1, :1].double())
+    assert block.attention_entropy == 0
+    assert not hasattr(make("printed"), "attention_entropy")
+    assert {"in_features", "reduction", "zeta", "attention_scale"} <= set(block._record_these)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"style": "new"}, "style must be one of printed, solar, got 'new'"),
+        ({"reduction": 3}, "reduction must be >= 1 and divide in_features = 8, got 3"),
+        ({"reduction": 0}, "reduction must be >= 1 and divide in_features = 8, got 0"),
+        ({"zeta": 0}, "zeta must be > 0 and finite, got 0"),
+        ({"attention_scale": -1.0}, r"attention_scale must be > 0 and finite, got -1\.0"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SecondOrderAttention(8, **kwargs)
+
+
+def test_bad_features():
+    for shape in ((2, 8, 5), (2, 7, 4, 4)):
+        with pytest.raises(ValueError, match=r"features must have shape \(B, 8, H, W\), got"):
+            SecondOrderAttention(8)(torch.zeros(shape))

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+import torch
+
+from pml_ext.visualization import attention_overlay
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.rand(8, 6),
+        torch.rand(1, 8, 6),
+        torch.rand(3, 8, 6),
+        (255 * torch.rand(3, 8, 6)).byte(),
+        "pil L",
+        "pil RGB",
+    ],
+    ids=str,
+)
+def test_image_forms(image):
+    if isinstance(image, str):
+        from PIL import Image
+
+        image = Image.new(image.split()[1], (6, 8), 100)
+    found = attention_overlay(image, torch.rand(2, 3))
+    assert found.shape == (8, 6, 3)
+    assert found.dtype == np.uint8
+
+
+def test_colours():
+    """Bright where attention is large; the image alone with alpha 0, the colours alone with alpha 1."""
+    attention = torch.tensor([[0.0, 1.0]])
+    image = torch.full((4, 8), 0.5)
+    assert (attention_overlay(image, attention, alpha=0) == 128).all()
+    colors = attention_overlay(image, attention, alpha=1, cmap="gray")
+    assert (colors[:, 0] == 0).all()
+    assert (colors[:, -1] == 255).all()
+    assert (attention_overlay(image, torch.zeros(2, 2), alpha=1, cmap="gray") == 0).all()
+    torch.testing.assert_close(attention_overlay(image, 7 * attention), attention_overlay(image, attention))
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"alpha must lie in 0 to 1, got 1\.5"):
+        attention_overlay(torch.rand(4, 4), torch.rand(2, 2), alpha=1.5)
+    with pytest.raises(ValueError, match=r"attention must have shape \(h, w\), got \(1, 2, 2\)"):
+        attention_overlay(torch.rand(4, 4), torch.rand(1, 2, 2))
+    with pytest.raises(ValueError, match=r"image must have shape .* got \(4, 4, 4\)"):
+        attention_overlay(torch.rand(4, 4, 4), torch.rand(2, 2))
