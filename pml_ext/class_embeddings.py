@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def from_samples(features: Tensor, labels: Tensor, num_classes: int | None = Non
         raise ValueError(
             f"features and labels must have one row a sample, got shapes {tuple(features.shape)}, {tuple(labels.shape)}"
         )
+    if num_classes is not None and (not isinstance(num_classes, Integral) or num_classes < 1):
+        raise ValueError(f"num_classes must be None or an integer >= 1, got {num_classes}")
     low, high = int(labels.min()), int(labels.max())
     num_classes = high + 1 if num_classes is None else num_classes
     if low < 0 or high >= num_classes:
@@ -134,7 +137,9 @@ def _model_path(model: str | Path) -> str:
         return name
     module = name.replace("-", "_")
     spec = find_spec(module) if module.isidentifier() else None
-    if spec is None or spec.origin is None:
+    if spec is None or not spec.submodule_search_locations:  # not installed, or a module without a folder of its own
         return name
-    folders = sorted(Path(spec.origin).parent.rglob("modules.json"))  # which each saved model has
+    folders = sorted(
+        f for p in spec.submodule_search_locations for f in Path(p).rglob("modules.json")
+    )  # of saved models
     return str(folders[0].parent) if folders else name

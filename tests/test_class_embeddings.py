@@ -49,6 +49,15 @@ def test_model_in_an_installed_package(model_folder, monkeypatch):
         assert torch.equal(from_text(NAMES, model=name, device="cpu"), expected)
 
 
+def test_module_without_a_folder_is_no_model(model_folder, monkeypatch):
+    """Its parent folder is that of all packages: models of others must not be found there."""
+    root = model_folder.parent.parent
+    (root / "tiny_plain_module.py").touch()
+    monkeypatch.syspath_prepend(str(root))
+    importlib.invalidate_caches()
+    assert class_embeddings._model_path("tiny_plain_module") == "tiny_plain_module"
+
+
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'pml-ext\[text\]'"):
@@ -116,6 +125,13 @@ def test_class_means():
             None,
             ValueError,
             "labels must be >= 0 and < num_classes = 1, got -1",
+        ),
+        (
+            torch.ones(2, 2),
+            torch.tensor([0, 1]),
+            2.5,
+            ValueError,
+            r"num_classes must be None or an integer >= 1, got 2\.5",
         ),
         (torch.ones(2, 2), torch.tensor([0, 3]), 3, ValueError, "labels must be >= 0 and < num_classes = 3, got 3"),
     ],

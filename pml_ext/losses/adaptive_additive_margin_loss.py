@@ -207,8 +207,9 @@ def _checked(name: str, x: Any, num_classes: int) -> Tensor:
     if x.isinf().any():
         raise ValueError(f"{name} must be finite, or NaN for a class without description, got an infinite value")
     if name == "class_distances":
-        if (x < 0).any():
-            raise ValueError(f"{name} must be >= 0, got {x.nan_to_num(nan=0.0).min().item()}")
+        others = x.clone().fill_diagonal_(0.0)
+        if (others < 0).any():
+            raise ValueError(f"{name} must be >= 0, got {others.nan_to_num(nan=0.0).min().item()}")
         diagonal = x.diagonal().nan_to_num(nan=0.0).abs().max().item()
         if diagonal > 1e-4 * x.nan_to_num(nan=0.0).max().item():
             raise ValueError(f"{name} must be zero on the diagonal (distances, not similarities), got {diagonal}")

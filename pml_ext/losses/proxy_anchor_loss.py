@@ -118,7 +118,8 @@ class ProxyAnchorLoss(BaseProxyLoss):
         """Whether reducing is dividing by the divisor, which the walk does: then it also computes the gradients."""
         by_name = getattr(self.reducer, "reducers", {})
         return not self.collect_stats and all(
-            name in by_name and type(by_name[name]) is DivisorReducer for name in self._sub_loss_names()
+            name in by_name and type(by_name[name]) is DivisorReducer and not by_name[name].collect_stats
+            for name in self._sub_loss_names()
         )
 
     def element_labels(self, labels: Tensor | None) -> Tensor:

@@ -114,14 +114,11 @@ def write_gradient(grad: Tensor, chunk: Chunk, out: Tensor) -> None:
     Args:
         grad: The gradient by ``chunk.rows``; changed.
         chunk: The chunk.
-        out: The gradient by all proxies, ``(C, D)``.
+        out: The gradient by all proxies, ``(C, D)``, of the same dtype.
     """
     out = out[chunk.start : chunk.stop]
     if chunk.inverse is None:
         out.copy_(grad)
         return
     grad.addcmul_(chunk.rows, (grad * chunk.rows).sum(1, keepdim=True), value=-1)  # as through_norm, in place
-    if out.dtype == grad.dtype:
-        torch.mul(grad, chunk.inverse, out=out)  # the only pass over memory that is not in the cache
-    else:
-        out.copy_(grad.mul_(chunk.inverse))
+    torch.mul(grad, chunk.inverse, out=out)  # the only pass over memory that is not in the cache

@@ -28,11 +28,14 @@ def prepare_embeddings(embeddings: Tensor, metric: ClassMetric, normalize: bool)
     rows = embeddings.nan_to_num(nan=0.0) * described[:, None]
     if metric == "cosine":  # half the squared distance of unit vectors
         rows = torch.nn.functional.normalize(rows) / 2**0.5
+    rounding = (8 * torch.finfo(rows.dtype).eps) ** 2 * rows.square().sum(1).max()
     center = rows.sum(0) / described.sum().clamp_min(1)
     rows = (rows - center) * described[:, None]
-    if normalize:
-        largest = _largest_square(rows[described])
-        rows = rows / (largest**0.5 if largest > 0 else 1.0)
+    largest = _largest_square(rows[described])
+    if largest <= rounding:  # all equal: dividing by the largest would blow rounding up
+        rows = torch.zeros_like(rows)
+    elif normalize:
+        rows = rows / largest**0.5
     return rows, described
 
 

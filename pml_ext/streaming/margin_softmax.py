@@ -107,7 +107,7 @@ def _gradients(
     slopes = (settings.scale * upstream)[:, None]
     weighted = walk.unit * slopes
     emb_grad = torch.zeros_like(embeddings) if needs[0] else None
-    proxy_grad = torch.empty_like(proxies) if needs[1] else None
+    proxy_grad = torch.empty_like(proxies, dtype=embeddings.dtype) if needs[1] else None
     buffer = embeddings.new_empty(walk.chunks.size, embeddings.shape[1])
     for chunk in walk.chunks:
         block = walk.logits(chunk).sub_(log_total).exp2_()
@@ -121,7 +121,7 @@ def _gradients(
         emb_grad *= slopes
         if walk.inverse is not None:
             emb_grad = through_norm(emb_grad, walk.unit, walk.inverse)
-    return emb_grad, proxy_grad
+    return emb_grad, None if proxy_grad is None else proxy_grad.to(proxies.dtype)
 
 
 class _Walk:

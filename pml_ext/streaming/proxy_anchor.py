@@ -60,9 +60,11 @@ def proxy_anchor_loss(
         derivatives only: differentiating a gradient raises NotImplementedError.
 
     Raises:
-        ValueError: If ``chunk_size`` is no integer >= 1.
+        ValueError: If ``chunk_size`` is no integer >= 1, or ``sample_shift`` requires a gradient.
     """
     check_chunk_size(chunk_size)
+    if sample_shift is not None and sample_shift.requires_grad:
+        raise ValueError("sample_shift must not require a gradient, got one that does")
     with full_precision(embeddings.device):
         embeddings = embeddings.to(torch.promote_types(_promoted(embeddings, proxies), torch.float32))
         settings = _Settings(alpha, margin, normalize, per_class, chunk_size)
@@ -118,6 +120,7 @@ class _ProxyAnchor(torch.autograd.Function):
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(factor)
+            grads = grads[0], None if grads[1] is None else grads[1].to(proxies.dtype)
         return (*first_derivative_only("Proxy-Anchor", grads, (embeddings, proxies)), None, None, None, None)
 
 
@@ -140,7 +143,9 @@ def _walk(
     shift = None if shift is None else shift[:, None] * _LOG2_E
     pos, neg = embeddings.new_zeros(len(proxies)), embeddings.new_empty(len(proxies))
     emb_grad = torch.zeros_like(embeddings) if upstream is not None and needs[0] else None
-    proxy_grad = torch.empty_like(proxies) if upstream is not None and needs[1] else None
+    proxy_grad = None  # in the walk's dtype: before it is scaled, float16 could not hold it
+    if upstream is not None and needs[1]:
+        proxy_grad = torch.empty_like(proxies, dtype=embeddings.dtype)
     chunks = ProxyChunks(proxies, labels, normalize, embeddings.dtype, chunk_size)
     buffer = embeddings.new_empty(chunks.size if proxy_grad is not None else 0, embeddings.shape[1])
     for chunk in chunks:

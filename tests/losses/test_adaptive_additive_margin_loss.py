@@ -242,10 +242,25 @@ def test_largest_distance_by_sample(monkeypatch):
     assert 1 < torch.cdist(sampled, sampled).max() < 5
 
 
-def test_equal_descriptions():
-    """All distances are 0: dividing by the largest is not possible, and not needed."""
-    loss_func = make(class_embeddings=torch.ones(NUM_CLASSES, 3), base_margin=0.2)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "lengths", [torch.ones(6), torch.tensor([1.0, 2.0, 3.0, 7.0, 0.3, 1.1])], ids=["equal", "parallel"]
+)
+def test_equal_descriptions(metric, dtype, lengths):
+    """All distances are 0: dividing by the largest would make margins of rounding."""
+    if metric != "cosine":
+        lengths = torch.ones(6)
+    text = lengths[:, None].double() * torch.tensor([1.0, 2.0, 3.0]) / 7
+    loss_func = make(class_embeddings=text.to(dtype), class_metric=metric, base_margin=0.2)
     torch.testing.assert_close(loss_func(EMB, LABELS), make(base_margin=0.2)(EMB, LABELS))
+
+
+def test_rounding_on_the_diagonal_of_distances():
+    distances = (1 - torch.eye(NUM_CLASSES)).fill_diagonal_(-1e-8)
+    torch.testing.assert_close(
+        make(class_distances=distances)(EMB, LABELS), make(class_distances=1 - torch.eye(NUM_CLASSES))(EMB, LABELS)
+    )
 
 
 def test_close_classes_keep_their_distance():

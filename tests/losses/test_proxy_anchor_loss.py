@@ -156,10 +156,11 @@ def test_walks(reducer, monkeypatch):
 
 
 def test_statistics_of_the_reducer_are_recorded():
-    loss_func = make(collect_stats=True)
-    torch.testing.assert_close(loss_func(EMB, LABELS), make()(EMB, LABELS))
-    assert loss_func.reducer.reducers["pos_loss"].divisor == 4
-    assert loss_func.reducer.reducers["neg_loss"].divisor == 6
+    for kwargs in ({"collect_stats": True}, {"reducer": DivisorReducer(collect_stats=True)}):
+        loss_func = make(**kwargs)
+        torch.testing.assert_close(loss_func(EMB, LABELS), make()(EMB, LABELS))
+        assert loss_func.reducer.reducers["pos_loss"].divisor == 4
+        assert loss_func.reducer.reducers["neg_loss"].divisor == 6
 
 
 @pytest.mark.parametrize("num_classes", [6, 2000])

@@ -217,6 +217,24 @@ def test_half_precision(problem, half, device):
             torch.testing.assert_close(x.grad, e.grad.to(x.dtype), rtol=1e-2, atol=1e-3)
 
 
+def test_half_proxies_with_scaled_loss():
+    """A gradient below float16's range is scaled up first, as GradScaler expects, and rounded then."""
+    emb, proxies = torch.randn(4, 8), (30 * torch.randn(60_000, 8)).half()
+    labels, grads = torch.arange(4), []
+    for dtype in (torch.float16, torch.float32):
+        w = leaf(proxies, dtype)
+        (2.0**16 * sum(proxy_anchor_loss(emb, w, labels, 2.0))).backward()
+        grads.append(w.grad.float())
+    assert (grads[1].abs() / 2.0**16).median() < 6e-8  # most would be lost
+    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
+
+
+def test_shift_has_no_gradient(problem):
+    emb, proxies, labels, shift = problem
+    with pytest.raises(ValueError, match="sample_shift must not require a gradient"):
+        proxy_anchor_loss(emb, proxies, labels, sample_shift=shift.requires_grad_())
+
+
 def test_inputs_are_not_changed(problem):
     emb, proxies, labels, shift = problem
     copies = [x.clone() for x in problem]
