@@ -117,10 +117,20 @@ class GlobalLocalTrunk(ModuleWithRecords):
         return embeddings
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the backbone's local and global feature map, ``(B, C, H, W)`` each."""
+        """Return the backbone's local and global feature map, ``(B, C, H, W)`` each.
+
+        Raises:
+            ValueError: If a map has no positions.
+        """
         local, glob = self.backbone(images)
         if self.channels_last_maps:
             local, glob = local.permute(0, 3, 1, 2), glob.permute(0, 3, 1, 2)
+        for level, features in (("local", local), ("global", glob)):
+            if not features.shape[2] * features.shape[3]:
+                raise ValueError(
+                    f"images must be large enough for the {level} level, got {tuple(images.shape)}, which leaves "
+                    f"features of {tuple(features.shape)}"
+                )
         return local, glob
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import timm
 import torch
 from pytorch_metric_learning import losses, testers, trainers
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -123,6 +124,33 @@ def test_grayscale_and_small_images():
     early = make_small(in_chans=1, local_level=-3, global_level=-2)
     assert [tuple(m.shape[2:]) for m in early.feature_maps(images)] == [(4, 4), (2, 2)]
     assert trunk(images).shape == early(images).shape == (2, 16)
+
+
+def test_vision_transformer_on_small_images():
+    trunk = GlobalLocalTrunk("vit_tiny_patch16_224", 8, attention="solar", img_size=32, patch_size=4).eval()
+    assert [tuple(m.shape[2:]) for m in trunk.feature_maps(torch.zeros(1, 3, 32, 32))] == [(8, 8), (8, 8)]
+
+
+def test_empty_level():
+    class Shrinking(Tiny):
+        def forward(self, images):
+            local, glob = super().forward(images)
+            return local, glob[:, :, 3:]
+
+    trunk = GlobalLocalTrunk(Shrinking(), 8, feature_channels=(6, 10))
+    assert trunk(IMAGES).isfinite().all()
+    with pytest.raises(ValueError, match=r"large enough for the global level, got \(2, 3, 16, 16\), which leaves"):
+        trunk(IMAGES[:, :, :16, :16])
+
+
+def test_pretrained_weights_are_loaded(tmp_path):
+    """From a local file, with timm's own loading code."""
+    donor = timm.create_model("resnet18")
+    torch.save(donor.state_dict(), tmp_path / "weights.pth")
+    kwargs = {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}}
+    trunk = GlobalLocalTrunk("resnet18", 8, pretrained=True, **kwargs)
+    assert torch.equal(trunk.backbone.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
+    assert not torch.equal(GlobalLocalTrunk("resnet18", 8).backbone.conv1.weight, donor.conv1.weight)
 
 
 def test_attention_maps():
