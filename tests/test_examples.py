@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from examples import adaptive_margin, global_local, quickstart
@@ -41,8 +42,10 @@ def test_adaptive_margin(tmp_path, capsys):
         mean = sum(100 * one["precision_at_1"] for one in found) / 2
         assert 0 < mean < 100
         assert f"{mean:.1f} (" in printed
-    means = [sum(one["mean_average_precision_at_r"] for one in found) for found in results.values()]
-    assert len(set(means)) == 4  # four different losses
+    losses = adaptive_margin.make_losses(4, torch.randn(4, 3)).values()
+    margins = [loss_func.get_margins(torch.arange(4)) for loss_func in losses]
+    assert all(not torch.equal(a, b) for i, a in enumerate(margins) for b in margins[:i])
+    assert margins[1].mean().item() == pytest.approx(margins[2].mean().item(), rel=1e-4)  # constant and distance
     assert (tmp_path / "adaptive_margin.png").read_bytes().startswith(b"\x89PNG")
 
 

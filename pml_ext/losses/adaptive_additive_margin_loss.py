@@ -12,7 +12,7 @@ from pml_ext.streaming.class_distances import ClassMetric, prepare_distances, pr
 from pml_ext.streaming.class_margins import ClassMargins, Kind
 from pml_ext.streaming.margin_softmax import margin_softmax_loss
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_settings
+from pml_ext.validation import check_batch, check_settings
 
 Direction = Literal["distance", "similarity"]
 
@@ -39,7 +39,8 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
             ``pml_ext.class_embeddings`` makes. A row with NaN, or of zeros: a class without description. It is kept
             as a buffer of that name, centred and scaled so that $d$ is a plain distance of its rows.
         class_distances: Instead, the distances themselves, ``(num_classes, num_classes)``, >= 0 with a zero diagonal;
-            row $y$ holds the margins of samples of class $y$. Kept as a buffer. With neither every margin is $m_0$.
+            row $y$ holds the margins of samples of class $y$. A class whose row and column are NaN, or zeros: without
+            description. Kept as a buffer. With neither every margin is $m_0$.
         class_metric: Distance of class embeddings: "cosine" (1 - cosine), "euclidean" (slower: no matrix product) or
             "squared_euclidean".
         normalize: Whether to divide by the largest distance. For class embeddings that is exact up to 20,000 described
@@ -63,6 +64,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         TypeError: If ``class_embeddings`` or ``class_distances`` is no tensor or array of numbers.
         ValueError: If both are given, their shape or a value breaks a rule, no class is described, an argument is out
             of range, ``labels`` are missing or out of range, or ``ref_emb`` is given.
+        NotImplementedError: If a gradient of the streamed loss is differentiated.
 
     Examples:
         >>> names = torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])  # class 1 is close to class 0, class 2 is not
@@ -116,7 +118,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         elif class_distances is not None:
             class_distances = _checked("class_distances", class_distances, num_classes)
             class_distances, described = prepare_distances(class_distances, normalize)
-        if described is not None and not described.any():
+        if described is not None and num_classes > 1 and not described.any():
             name = "class_distances" if class_embeddings is None else "class_embeddings"
             raise ValueError(f"{name} must describe a class, got rows of zeros or NaN only")
         self.register_buffer("class_embeddings", class_embeddings)
@@ -157,9 +159,16 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
 
     @torch.no_grad()
     def get_margins(self, labels: Tensor) -> Tensor:
-        """Return the margins $m_{y_i j}$ of samples of given classes, ``(B, num_classes)``, 0 for the own class."""
+        """Return the margins $m_{y_i j}$ of samples of given classes, ``(B, num_classes)``, 0 for the own class.
+
+        Raises:
+            TypeError: If ``labels`` are no integers.
+            ValueError: If a label is out of range.
+        """
+        dtype = torch.promote_types(self.proxies.dtype, torch.float32)
+        check_batch(self.proxies.new_zeros(len(labels), 1, dtype=dtype), labels, num_classes=self.num_classes)
         labels = labels.to(self.proxies.device).long()
-        margins = torch.full((len(labels), self.num_classes), float(self.base_margin), device=labels.device)
+        margins = self.proxies.new_full((len(labels), self.num_classes), self.base_margin, dtype=dtype)
         self._add_margins(margins, labels)
         return margins.scatter_(1, labels[:, None], 0.0)
 
@@ -207,10 +216,12 @@ def _checked(name: str, x: Any, num_classes: int) -> Tensor:
     if x.isinf().any():
         raise ValueError(f"{name} must be finite, or NaN for a class without description, got an infinite value")
     if name == "class_distances":
-        others = x.clone().fill_diagonal_(0.0)
-        if (others < 0).any():
-            raise ValueError(f"{name} must be >= 0, got {others.nan_to_num(nan=0.0).min().item()}")
-        diagonal = x.diagonal().nan_to_num(nan=0.0).abs().max().item()
-        if diagonal > 1e-4 * x.nan_to_num(nan=0.0).max().item():
+        known = x.nan_to_num(nan=0.0)
+        tolerance = 1e-4 * known.max().item()  # for rounding, as in 1 - T @ T.T
+        if known.min() < -tolerance:
+            raise ValueError(f"{name} must be >= 0, got {known.min().item()}")
+        x.clamp_min_(0.0)
+        diagonal = known.diagonal().abs().max().item()
+        if diagonal > tolerance:
             raise ValueError(f"{name} must be zero on the diagonal (distances, not similarities), got {diagonal}")
     return x

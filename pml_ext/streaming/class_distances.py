@@ -25,10 +25,11 @@ def prepare_embeddings(embeddings: Tensor, metric: ClassMetric, normalize: bool)
         ``(C, E)``, with zeros for classes that are not described, and which are, ``(C,)``, bool.
     """
     described = ~embeddings.isnan().any(1) & embeddings.any(1)
-    rows = embeddings.nan_to_num(nan=0.0) * described[:, None]
-    if metric == "cosine":  # half the squared distance of unit vectors
+    rows = embeddings.nan_to_num(nan=0.0).double() * described[:, None]
+    if metric == "cosine":  # half the squared distance of unit vectors; of any length, so that no square is lost
+        rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         rows = torch.nn.functional.normalize(rows) / 2**0.5
-    rounding = (8 * torch.finfo(rows.dtype).eps) ** 2 * rows.square().sum(1).max()
+    rounding = (8 * torch.finfo(embeddings.dtype).eps) ** 2 * rows.square().sum(1).max()
     center = rows.sum(0) / described.sum().clamp_min(1)
     rows = (rows - center) * described[:, None]
     largest = _largest_square(rows[described])
@@ -36,21 +37,23 @@ def prepare_embeddings(embeddings: Tensor, metric: ClassMetric, normalize: bool)
         rows = torch.zeros_like(rows)
     elif normalize:
         rows = rows / largest**0.5
-    return rows, described
+    return rows.to(embeddings.dtype), described
 
 
 def prepare_distances(distances: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Return the matrix, zero where a class is not described, and which are.
 
     Args:
-        distances: ``(C, C)``, float32 or float64, >= 0. A row of zeros, or NaN but for the diagonal, describes nothing.
+        distances: ``(C, C)``, float32 or float64, >= 0. A class whose row and column are zeros or NaN, but for the
+            diagonal, is not described.
         normalize: Whether to divide by the largest distance.
 
     Raises:
         ValueError: If a distance between two described classes is NaN.
     """
     others = ~torch.eye(len(distances), dtype=torch.bool, device=distances.device)
-    described = (distances.nan_to_num(nan=0.0) * others).any(1)
+    known = distances.nan_to_num(nan=0.0) * others
+    described = known.any(1) | known.any(0)
     valid = others & described & described[:, None]
     missing = (distances.isnan() & valid).nonzero()
     if len(missing):

@@ -14,7 +14,7 @@ def first_derivative_only(name: str, grads: tuple[Tensor | None, ...], inputs: t
     Args:
         name: What cannot be differentiated twice.
         grads: The gradients, some may be None.
-        inputs: What they depend on.
+        inputs: What they depend on, the gradients from above included.
     """
     if not torch.is_grad_enabled():
         return list(grads)

@@ -89,7 +89,7 @@ class _MarginSoftmax(torch.autograd.Function):
         embeddings, proxies, labels, losses = ctx.saved_tensors
         with torch.no_grad(), full_precision(embeddings.device):
             grads = _gradients(embeddings, proxies, labels, losses, ctx.settings, grad, ctx.needs_input_grad)
-        return (*first_derivative_only("margin softmax", grads, (embeddings, proxies)), None, None)
+        return (*first_derivative_only("margin softmax", grads, (embeddings, proxies, grad)), None, None)
 
 
 def _gradients(

@@ -121,7 +121,8 @@ class _ProxyAnchor(torch.autograd.Function):
                     if grad is not None:
                         grad.mul_(factor)
             grads = grads[0], None if grads[1] is None else grads[1].to(proxies.dtype)
-        return (*first_derivative_only("Proxy-Anchor", grads, (embeddings, proxies)), None, None, None, None)
+        inputs = (embeddings, proxies, *(x for x in (pos_grad, neg_grad) if x is not None))
+        return (*first_derivative_only("Proxy-Anchor", grads, inputs), None, None, None, None)
 
 
 def _walk(

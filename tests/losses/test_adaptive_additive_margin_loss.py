@@ -256,6 +256,49 @@ def test_equal_descriptions(metric, dtype, lengths):
     torch.testing.assert_close(loss_func(EMB, LABELS), make(base_margin=0.2)(EMB, LABELS))
 
 
+def test_distances_with_rounding():
+    """1 - T T^T in float32 is not quite >= 0."""
+    text = torch.nn.functional.normalize(torch.randn(NUM_CLASSES, 8))
+    distances = 1 - text @ text.T
+    distances[0, 1] = distances[1, 0] = -1e-7
+    margins = make(class_distances=distances).get_margins(torch.arange(NUM_CLASSES))
+    assert margins[0, 1] == 0
+    assert margins.max() == pytest.approx(0.3)
+
+
+def test_class_at_distance_zero_from_all_keeps_its_column():
+    distances = torch.tensor([[0, 1.0, 0.5], [0, 0, 0], [0.5, 1, 0]])
+    loss_func = AdaptiveAdditiveMarginLoss(3, 4, class_distances=distances)
+    torch.testing.assert_close(loss_func.get_margins(torch.arange(3)), 0.3 * distances)
+
+
+@pytest.mark.parametrize("length", [1e-20, 1e15])
+def test_length_of_descriptions(length):
+    """Cosines do not depend on it."""
+    for metric in METRICS:
+        expected = make(class_embeddings=TEXT, class_metric=metric).get_margins(torch.arange(NUM_CLASSES))
+        scaled = make(torch.float32, class_embeddings=(length * TEXT).float(), class_metric=metric)
+        torch.testing.assert_close(
+            scaled.get_margins(torch.arange(NUM_CLASSES)), expected.float(), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_close_classes_by_euclidean_distance():
+    text = TEXT.clone()
+    text[1] = text[0] + 1e-4
+    margins = margins_by_loops(text.numpy(), "euclidean", True, 0.3, 0.0, "distance")
+    found = make(torch.float32, class_embeddings=text, class_metric="euclidean").get_margins(torch.tensor([0]))
+    assert 0 < margins[0, 1] < 1e-4
+    assert found[0, 1].item() == pytest.approx(margins[0, 1], rel=1e-2)
+
+
+def test_labels_of_margins_are_checked():
+    with pytest.raises(ValueError, match="labels must be < num_classes = 6, got 6"):
+        make().get_margins(torch.tensor([6]))
+    with pytest.raises(TypeError, match="labels must have an integer dtype"):
+        make().get_margins(torch.tensor([0.5]))
+
+
 def test_rounding_on_the_diagonal_of_distances():
     distances = (1 - torch.eye(NUM_CLASSES)).fill_diagonal_(-1e-8)
     torch.testing.assert_close(

@@ -243,6 +243,9 @@ def test_reducer_and_weight_regularizer():
     regularized = make(weight_regularizer=LpRegularizer(), weight_reg_weight=0.5)
     expected = plain(EMB, LABELS) + 0.5 * PROXIES.norm(dim=1).mean()
     torch.testing.assert_close(regularized(EMB, LABELS), expected)
+    by_both, by_loss = (torch.autograd.grad(f(EMB, LABELS), f.proxies)[0] for f in (regularized, plain))
+    unit = PROXIES / PROXIES.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(by_both - by_loss, 0.5 * unit / NUM_CLASSES)
 
 
 @pytest.mark.parametrize(

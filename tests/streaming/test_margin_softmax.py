@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from pml_ext.streaming import ClassMargins, margin_softmax_loss
+from tests.largest_tensor import LargestTensor
 from tests.streaming.test_proxy_anchor import BATCHES, distance, leaf, problem  # noqa: F401 (a fixture)
 
 
@@ -147,14 +148,43 @@ def test_no_overflow(problem, scale, kind, device):  # noqa: F811
     assert emb.grad.isfinite().all() and proxies.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("chunk_size", [None, 20_000])
+def test_memory_does_not_grow_with_batch_times_classes(chunk_size):
+    emb, proxies = torch.randn(64, 4, requires_grad=True), torch.randn(20_000, 4, requires_grad=True)
+    margins = ClassMargins(torch.randn(20_000, 3), torch.ones(20_000, dtype=torch.bool), "squared", 0.0, 0.1)
+    with LargestTensor() as largest:
+        margin_softmax_loss(
+            emb, proxies, torch.arange(64), class_margins=margins, chunk_size=chunk_size
+        ).sum().backward()
+    assert (largest.numel < 64 * 20_000 / 4) == (chunk_size is None)
+
+
+def test_dependence_on_the_upstream_gradient_is_not_lost():
+    emb, weight = torch.randn(4, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    value = weight * margin_softmax_loss(emb, torch.randn(5, 3), torch.arange(4)).mean()
+    (grad,) = torch.autograd.grad(value, emb, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(grad.square().sum() + weight**2, weight)
+
+
+def test_second_derivatives_by_proxies_raise():
+    proxies = torch.randn(5, 3, requires_grad=True)
+    value = margin_softmax_loss(torch.randn(4, 3), proxies, torch.arange(4)).sum()
+    (grad,) = torch.autograd.grad(value, proxies, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        grad.square().sum().backward()
+
+
 def test_small_losses_are_exact(device):
     """A sample on its proxy, the other one opposite: log(1 + exp(-2 s)) is exp(-2 s), not 0, and so are gradients."""
-    emb, proxies = torch.tensor([[1.0, 0.0]], device=device), torch.tensor([[1.0, 0.0], [-1.0, 1e-3]], device=device)
+    emb, proxies = torch.tensor([[1.0, 1e-3]], device=device), torch.tensor([[1.0, 0.0], [-1.0, 0.0]], device=device)
     emb.requires_grad_()
+    proxies.requires_grad_()
     loss = margin_softmax_loss(emb, proxies, torch.tensor([0], device=device), 20.0)
     assert loss.item() == pytest.approx(np.exp(-40), rel=1e-4)
     loss.backward()
-    assert emb.grad[0, 1].item() == pytest.approx(20 * np.exp(-40) * 1e-3, rel=1e-3)
+    assert emb.grad[0, 1].item() == pytest.approx(40 * np.exp(-40) * 1e-3, rel=1e-3)
+    assert proxies.grad[0, 1].item() == pytest.approx(-20 * np.exp(-40) * 1e-3, rel=1e-3)  # by the own slope alone
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from pml_ext.streaming import proxy_anchor_loss
+from tests.largest_tensor import LargestTensor
 
 BATCHES = {
     "random": (23, [3, 22, 7, 7, 0, 19, 5, 5, 5, 11]),
@@ -249,11 +250,39 @@ def test_bad_chunk_size(problem, chunk_size):
         proxy_anchor_loss(emb, proxies, labels, chunk_size=chunk_size)
 
 
-def test_memory_does_not_grow_with_batch_times_classes():
-    """Without gradients by proxies, no allocation comes near a matrix of batch times classes, forward or backward."""
-    emb, proxies = torch.randn(64, 4, requires_grad=True), torch.randn(20_000, 4)
-    labels = torch.arange(64)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        sum(proxy_anchor_loss(emb, proxies, labels)).backward()
-    largest = max(event.self_cpu_memory_usage / max(event.count, 1) for event in profile.key_averages())
-    assert 0 < largest < 64 * 20_000 * 4 / 4
+@pytest.mark.parametrize("chunk_size", [None, 20_000])
+def test_memory_does_not_grow_with_batch_times_classes(chunk_size):
+    """No tensor comes near a matrix of batch times classes, forward or backward; unless one chunk holds all."""
+    emb, proxies = torch.randn(64, 4, requires_grad=True), torch.randn(20_000, 4, requires_grad=True)
+    with LargestTensor() as largest:
+        sum(proxy_anchor_loss(emb, proxies, torch.arange(64), chunk_size=chunk_size)).backward()
+    assert (largest.numel < 64 * 20_000 / 4) == (chunk_size is None)
+
+
+def test_dependence_on_the_upstream_gradient_is_not_lost(problem):
+    """A learned weight of the loss: a gradient by it through the gradient would silently miss a part."""
+    emb, proxies, labels, _ = problem
+    for per_class in (False, True):
+        weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        emb = leaf(emb)
+        value = sum(part.sum() for part in proxy_anchor_loss(emb, proxies, labels, 4.0, per_class=per_class))
+        (grad,) = torch.autograd.grad(weight * value, emb, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            torch.autograd.grad(grad.square().sum() + weight**2, weight)
+
+
+def test_second_derivatives_by_proxies_raise(problem):
+    emb, proxies, labels, _ = problem
+    proxies = leaf(proxies)
+    (grad,) = torch.autograd.grad(sum(proxy_anchor_loss(emb, proxies, labels)), proxies, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        grad.square().sum().backward()
+
+
+def test_large_shifts_do_not_overflow(problem):
+    emb, proxies, labels, _ = problem
+    shift = torch.full((len(labels),), 100.0)
+    pos, neg, _ = reference(emb, proxies, labels, 6.0, 0.1, shift)
+    actual = proxy_anchor_loss(emb.float(), proxies.float(), labels, 6.0, 0.1, shift)
+    assert actual[0].item() == pytest.approx(pos.sum() / len(labels.unique()), rel=1e-6)
+    assert actual[1].item() == pytest.approx(neg.mean(), rel=1e-6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pml_ext.trunks import SOLAR_NAMES, SecondOrderAttention
+from tests.largest_tensor import LargestTensor
 
 FEATURES = torch.randn(3, 8, 4, 5, generator=torch.Generator().manual_seed(0))
 STYLES = ["printed", "solar"]
@@ -164,10 +165,12 @@ def test_weights_named_as_in_solar():
 
 def test_matrix_of_positions_is_not_stored():
     block, features = SecondOrderAttention(16), torch.randn(2, 16, 40, 40, requires_grad=True)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with LargestTensor() as largest:
         block(features).sum().backward()
-    largest = max(event.self_cpu_memory_usage / max(event.count, 1) for event in profile.key_averages())
-    assert 0 < largest < 2 * 1600 * 1600 * 4 / 4
+    assert 0 < largest.numel < 2 * 1600 * 1600 / 4
+    with LargestTensor() as largest:
+        block.attention_map(features)
+    assert largest.numel == 2 * 1600 * 1600
 
 
 def test_statistics():
