@@ -168,15 +168,11 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         dtype = torch.promote_types(self.proxies.dtype, torch.float32)
         check_batch(self.proxies.new_zeros(len(labels), 1, dtype=dtype), labels, num_classes=self.num_classes)
         labels = labels.to(self.proxies.device).long()
-        margins = self.proxies.new_full((len(labels), self.num_classes), self.base_margin, dtype=dtype)
-        self._add_margins(margins, labels)
-        return margins.scatter_(1, labels[:, None], 0.0)
+        return self._margins(labels, dtype)
 
     def _dense(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         logits = self._logits(embeddings)
-        margins = torch.full_like(logits, self.base_margin, requires_grad=False)
-        self._add_margins(margins, labels)
-        logits = logits + self.scale * margins.scatter(1, labels[:, None], 0.0)
+        logits = logits + self.scale * self._margins(labels, logits.dtype)
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def _logits(self, embeddings: Tensor) -> Tensor:
@@ -195,10 +191,13 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
             constant, slope = slope, -slope
         return ClassMargins(table.to(device), self.class_is_described.to(device), kind, constant, slope)
 
-    def _add_margins(self, margins: Tensor, labels: Tensor) -> None:
-        class_margins = self._class_margins(margins.device)
+    def _margins(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        size = len(labels), self.num_classes
+        margins = torch.full(size, float(self.base_margin), dtype=dtype, device=labels.device)
+        class_margins = self._class_margins(labels.device)
         if class_margins is not None:
-            class_margins.of(labels, margins.dtype).add_to(margins, 0)
+            class_margins.of(labels, dtype).add_to(margins, 0)
+        return margins.scatter_(1, labels[:, None], 0.0)
 
 
 def _checked(name: str, x: Any, num_classes: int) -> Tensor:
@@ -210,12 +209,13 @@ def _checked(name: str, x: Any, num_classes: int) -> Tensor:
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must have a floating point or integer dtype, got {x.dtype}")
     x = x.clone() if x.dtype == torch.float64 else x.float().clone()
-    width = num_classes if name == "class_distances" else "E"
-    if x.ndim != 2 or len(x) != num_classes or x.shape[1] != (x.shape[1] if width == "E" else width) or not x.shape[1]:
+    square = name == "class_distances"
+    if x.ndim != 2 or len(x) != num_classes or not x.shape[1] or (square and x.shape[1] != num_classes):
+        width = num_classes if square else "E"
         raise ValueError(f"{name} must have shape ({num_classes}, {width}), got {tuple(x.shape)}")
     if x.isinf().any():
         raise ValueError(f"{name} must be finite, or NaN for a class without description, got an infinite value")
-    if name == "class_distances":
+    if square:
         known = x.nan_to_num(nan=0.0)
         tolerance = 1e-4 * known.max().item()  # for rounding, as in 1 - T @ T.T
         if known.min() < -tolerance:

@@ -66,14 +66,11 @@ def proxy_anchor_loss(
     if sample_shift is not None and sample_shift.requires_grad:
         raise ValueError("sample_shift must not require a gradient, got one that does")
     with full_precision(embeddings.device):
-        embeddings = embeddings.to(torch.promote_types(_promoted(embeddings, proxies), torch.float32))
+        dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
+        embeddings = embeddings.to(dtype)
         settings = _Settings(alpha, margin, normalize, per_class, chunk_size)
         pos, neg = _ProxyAnchor.apply(embeddings, proxies, labels, sample_shift, settings, torch.is_grad_enabled())
         return pos, neg
-
-
-def _promoted(*tensors: Tensor) -> torch.dtype:
-    return torch.promote_types(tensors[0].dtype, tensors[1].dtype)
 
 
 class _ProxyAnchor(torch.autograd.Function):
