@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pml_ext import class_embeddings, datasets, losses, streaming, trunks, visualization
+    from pml_ext import class_embeddings, datasets, losses, regularizers, streaming, trunks, visualization
     from pml_ext.validation import set_validation
 
 __version__ = "0.1.0"
@@ -16,13 +16,14 @@ __all__ = [
     "class_embeddings",
     "datasets",
     "losses",
+    "regularizers",
     "set_validation",
     "streaming",
     "trunks",
     "visualization",
 ]
 
-_SUBPACKAGES = ("class_embeddings", "datasets", "losses", "streaming", "trunks", "visualization")
+_SUBPACKAGES = ("class_embeddings", "datasets", "losses", "regularizers", "streaming", "trunks", "visualization")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from pml_ext.losses.adaptive_additive_margin_loss import AdaptiveAdditiveMarginLoss
 from pml_ext.losses.cross_batch_memory import CrossBatchMemory
+from pml_ext.losses.divergence_loss import DivergenceLoss
+from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.losses.hybrid_loss import HybridLoss
 from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
@@ -10,6 +12,8 @@ from pml_ext.losses.self_supervised_loss import SelfSupervisedLoss
 __all__ = [
     "AdaptiveAdditiveMarginLoss",
     "CrossBatchMemory",
+    "DivergenceLoss",
+    "EnsembleLoss",
     "HybridLoss",
     "MultiSimilarityLoss",
     "ProxyAnchorLoss",

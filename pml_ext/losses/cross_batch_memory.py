@@ -7,6 +7,8 @@ from pytorch_metric_learning import losses
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
+from pml_ext.losses.children import compared_losses
+from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.losses.hybrid_loss import HybridLoss
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices
@@ -17,15 +19,17 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     """Compare each batch with the embeddings of earlier batches too.
 
     PML's class, with these changes. It takes ``HybridLoss`` where the pair part is a loss that PML admits: the pair
-    part sees the memory, the proxy part the batch. The state dict holds the position in the queue; without it, as in
+    part sees the memory, the proxy part the batch; and ``EnsembleLoss`` of such losses, whose divergence sees the
+    batch. The state dict holds the position in the queue; without it, as in
     PML's, a loaded memory counts as empty. Bad input is refused before it enters the memory, which stays float32 or
     better. Where ``enqueue_mask`` lets nothing in, the memory stays as it is (PML's counts as full from then on).
 
     Args:
-        loss: ``HybridLoss``, ``MultiSimilarityLoss``, or a loss that PML's class takes.
+        loss: ``HybridLoss``, ``EnsembleLoss``, ``MultiSimilarityLoss``, or a loss that PML's class takes.
         embedding_size: Width of the embeddings.
         memory_size: Number of embeddings kept, at least as many as enter at once.
-        miner: Mines between batch and memory. None: the miner of a ``HybridLoss``, else all pairs.
+        miner: Mines between batch and memory. None: the miner of a ``HybridLoss`` or
+            ``EnsembleLoss``, else all pairs.
 
     Shape:
         - embeddings: ``(B, embedding_size)``. labels: ``(B,)``. enqueue_mask: ``(B,)``, bool, or None.
@@ -52,10 +56,10 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     def __init__(
         self, loss: Any, embedding_size: int, memory_size: int = 1024, miner: Any = None, **kwargs: Any
     ) -> None:
-        if isinstance(loss, HybridLoss):
-            pair_loss = type(loss.pair_loss).__name__
-            if pair_loss not in losses.CrossBatchMemory.supported_losses():
-                raise TypeError(f"loss.pair_loss must be one that supports ref_emb, got {pair_loss}")
+        if isinstance(loss, HybridLoss | EnsembleLoss):
+            for name, child in compared_losses(loss):
+                if type(child).__name__ not in losses.CrossBatchMemory.supported_losses():
+                    raise TypeError(f"{name} must be one that supports ref_emb, got {type(child).__name__}")
             miner = loss.miner if miner is None else miner
         known = getattr(loss, "embedding_size", None) or embedding_size
         if known != embedding_size:
@@ -64,7 +68,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     @staticmethod
     def supported_losses() -> list[str]:
-        return [*losses.CrossBatchMemory.supported_losses(), "HybridLoss"]
+        return [*losses.CrossBatchMemory.supported_losses(), "EnsembleLoss", "HybridLoss"]
 
     @classmethod
     def check_loss_support(cls, loss_name: str) -> None:

@@ -6,11 +6,11 @@ from typing import Any, Literal
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
-from pytorch_metric_learning.reducers import DoNothingReducer
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.children import agreed_size, check_child
 from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
 from pml_ext.precision import full_precision, raise_half
@@ -104,12 +104,13 @@ class HybridLoss(BaseLoss):
                     f"proxy_loss), got num_classes={num_classes}, embedding_size={embedding_size}"
                 )
             proxy_loss = ProxyAnchorLoss(num_classes, embedding_size, **proxy_kwargs, **common)
-        for name, child in (("pair_loss", pair_loss), ("proxy_loss", proxy_loss)):
-            _check_child(name, child)
+        children = {"pair_loss": pair_loss, "proxy_loss": proxy_loss}
+        for name, child in children.items():
+            check_child(name, child)
         self.pair_loss = pair_loss
         self.proxy_loss = proxy_loss
-        self.num_classes = self._agree("num_classes", num_classes)
-        self.embedding_size = self._agree("embedding_size", embedding_size)
+        self.num_classes = agreed_size("num_classes", num_classes, children)
+        self.embedding_size = agreed_size("embedding_size", embedding_size, children)
         self.pair_weight = pair_weight
         self.proxy_weight = proxy_weight
         self.miner = miner
@@ -185,23 +186,12 @@ class HybridLoss(BaseLoss):
             logits: Tensor = self.proxy_loss.get_logits(raise_half(embeddings))
         return logits
 
+    def compares_with_refs(self) -> dict[str, BaseMetricLossFunction]:
+        """Return the children that see ``ref_emb``, by name."""
+        return {"pair_loss": self.pair_loss}
+
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
 
     def _sub_loss_names(self) -> list[str]:
         return ["pair_loss", "proxy_loss"]
-
-    def _agree(self, name: str, given: int | None) -> int | None:
-        """Return the one value of a size that the argument and the children give, None if none does."""
-        known = [given, getattr(self.pair_loss, name, None), getattr(self.proxy_loss, name, None)]
-        values = {value for value in known if value}  # some of PML's losses record the name with the value 0
-        if len(values) > 1:
-            raise ValueError(f"{name} must agree with pair_loss and proxy_loss, got {known}")
-        return values.pop() if values else None
-
-
-def _check_child(name: str, child: Any) -> None:
-    if not isinstance(child, BaseMetricLossFunction):
-        raise TypeError(f"{name} must be a BaseMetricLossFunction, got {type(child).__name__}")
-    if isinstance(child.reducer, DoNothingReducer):
-        raise ValueError(f"{name} must reduce its losses to one number, got a loss with DoNothingReducer")

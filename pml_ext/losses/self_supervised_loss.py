@@ -5,15 +5,18 @@ from typing import Any
 from pytorch_metric_learning import losses
 from torch import Tensor
 
+from pml_ext.losses.ensemble_loss import EnsembleLoss
+
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
     """Compare two views of each sample, without labels.
 
-    PML's class, which takes the ``MultiSimilarityLoss`` of this package too. Losses with proxies are refused: the
-    labels made here are positions in the batch, so that a proxy would stand for another sample in every batch.
+    PML's class, which takes the ``MultiSimilarityLoss`` of this package and an ``EnsembleLoss`` of such losses too.
+    Losses with proxies are refused: the labels made here are positions in the batch, so that a proxy would stand for
+    another sample in every batch.
 
     Args:
-        loss: ``MultiSimilarityLoss``, or a loss that PML's class takes.
+        loss: ``MultiSimilarityLoss``, ``EnsembleLoss``, or a loss that PML's class takes.
         symmetric: Whether views of both kinds are anchors.
 
     Shape:
@@ -36,6 +39,14 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
 
     def __init__(self, loss: Any, symmetric: bool = True, **kwargs: Any) -> None:
         super().__init__(loss, symmetric=symmetric, **kwargs)
+        children = loss.compares_with_refs() if isinstance(loss, EnsembleLoss) else {}
+        for name, child in children.items():
+            if type(child).__name__ not in losses.SelfSupervisedLoss.supported_losses():
+                raise TypeError(f"loss.{name} must be one that takes two views, got {type(child).__name__}")
+
+    @staticmethod
+    def supported_losses() -> list[str]:
+        return [*losses.SelfSupervisedLoss.supported_losses(), "EnsembleLoss"]
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """Return the loss of two views, row by row."""

@@ -1,5 +1,6 @@
 """Networks that turn images into embeddings, and what training them takes."""
 
+from pml_ext.trunks.attention_ensemble import AttentionEnsemble
 from pml_ext.trunks.freeze_batch_norm import freeze_batch_norm
 from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
 from pml_ext.trunks.global_pool import GlobalPool2d
@@ -8,6 +9,7 @@ from pml_ext.trunks.second_order_attention import SOLAR_NAMES, SecondOrderAttent
 
 __all__ = [
     "SOLAR_NAMES",
+    "AttentionEnsemble",
     "GlobalLocalTrunk",
     "GlobalPool2d",
     "SecondOrderAttention",

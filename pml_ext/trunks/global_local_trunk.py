@@ -1,6 +1,5 @@
 """One embedding from two feature levels of a backbone (MHGL)."""
 
-from difflib import get_close_matches
 from typing import Any, get_args
 
 import timm
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from pml_ext.precision import full_precision
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
+from pml_ext.trunks.model_names import check_model_name
 from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style
 
 _SOLAR_REDUCTIONS = {"local": 4, "global": 2}  # as released with SOLAR, for conv4 and conv5
@@ -161,9 +161,7 @@ def _head(
 
 
 def _create(name: str, pretrained: bool, levels: tuple[int, int], timm_kwargs: dict[str, Any]) -> nn.Module:
-    if not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), n=5) or timm.list_models()[:5]
-        raise ValueError(f"backbone must be a timm model such as {', '.join(close)}, got {name!r}")
+    check_model_name(name)
     with torch.device("meta"):  # without memory and initialisation: only to count
         levels_of: Any = timm.create_model(name, features_only=True, **timm_kwargs).feature_info
         num_levels = len(levels_of)

@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pml_ext.losses import AdaptiveAdditiveMarginLoss, HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.losses import (
+    AdaptiveAdditiveMarginLoss,
+    DivergenceLoss,
+    EnsembleLoss,
+    HybridLoss,
+    MultiSimilarityLoss,
+    ProxyAnchorLoss,
+)
 
 NUM_CLASSES, SIZE = 5, 6
 LABELS = torch.tensor([4, 4, 1, 1, 1, 0, 0, 4, 3, 0, 2, 2])
@@ -19,19 +26,55 @@ class Case(NamedTuple):
     wrapper_refs: bool  # CrossBatchMemory takes it
     per_class: bool = False  # its "element" losses are per class
     reduced: bool = False  # its losses are already reduced: reducers see one number for each sub-loss
+    uses_labels: bool = True  # otherwise labels and indices_tuple are ignored
+    without_pairs: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # what is left when nothing is mined
+
+
+def make_margin_loss(embedding_size: int = SIZE, **kwargs: Any) -> AdaptiveAdditiveMarginLoss:
+    descriptions = torch.randn(NUM_CLASSES, 4)
+    return AdaptiveAdditiveMarginLoss(
+        NUM_CLASSES, embedding_size, class_embeddings=descriptions, base_margin=0.1, **kwargs
+    )
 
 
 CASES = {
     "MultiSimilarityLoss": Case(MultiSimilarityLoss, refs=True, wrapper_refs=True),
     "ProxyAnchorLoss": Case(lambda **kw: ProxyAnchorLoss(NUM_CLASSES, SIZE, **kw), False, False, per_class=True),
-    "AdaptiveAdditiveMarginLoss": Case(
-        lambda **kw: AdaptiveAdditiveMarginLoss(
-            NUM_CLASSES, SIZE, class_embeddings=torch.randn(NUM_CLASSES, 4), base_margin=0.1, **kw
+    "AdaptiveAdditiveMarginLoss": Case(make_margin_loss, refs=False, wrapper_refs=False),
+    "HybridLoss": Case(
+        lambda **kw: HybridLoss(NUM_CLASSES, SIZE, **kw),
+        refs=True,
+        wrapper_refs=True,
+        reduced=True,
+        without_pairs=lambda loss_func, emb: loss_func.proxy_weight * loss_func.proxy_loss(emb, LABELS),
+    ),
+    "DivergenceLoss": Case(lambda **kw: DivergenceLoss(3, margin=4.0, **kw), False, False, uses_labels=False),
+    "EnsembleLoss": Case(
+        lambda **kw: EnsembleLoss(MultiSimilarityLoss(), 2, divergence_weight=0.1, divergence_margin=4.0, **kw),
+        refs=True,
+        wrapper_refs=True,
+        reduced=True,
+        without_pairs=lambda loss_func, emb: 0.1 * loss_func.divergence(emb),
+    ),
+    "EnsembleLoss of HybridLoss": Case(
+        lambda **kw: EnsembleLoss(HybridLoss(NUM_CLASSES, SIZE // 2), 2, divergence_weight=0.5, **kw),
+        refs=True,
+        wrapper_refs=True,
+        reduced=True,
+        without_pairs=lambda loss_func, emb: (
+            0.5 * loss_func.divergence(emb)
+            + sum(
+                0.03 * child.proxy_loss(own, LABELS)
+                for child, own in zip(loss_func.losses.values(), emb.chunk(2, 1), strict=True)
+            )
         ),
+    ),
+    "EnsembleLoss of AdaptiveAdditiveMarginLoss": Case(
+        lambda **kw: EnsembleLoss(lambda: make_margin_loss(SIZE // 2), 2, divergence_weight=0.5, **kw),
         refs=False,
         wrapper_refs=False,
+        reduced=True,
     ),
-    "HybridLoss": Case(lambda **kw: HybridLoss(NUM_CLASSES, SIZE, **kw), True, True, reduced=True),
 }
 
 

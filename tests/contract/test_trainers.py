@@ -70,7 +70,8 @@ def test_trains_in_metric_loss_only(case, with_miner, tmp_path):
         end_of_epoch_hook=hooks.end_of_epoch_hook(tester, {"val": val_set}, str(tmp_path / "models")),
     )
     trainer.train(num_epochs=6)
-    assert precision(trunk, val_set) > start + 0.1
+    if case.uses_labels:
+        assert precision(trunk, val_set) > start + 0.1
     for name, p in loss_func.named_parameters():
         assert not torch.equal(p, before[name])
     saved = torch.load(tmp_path / "models" / "metric_loss_6.pth", weights_only=True)
@@ -92,4 +93,5 @@ def test_inference_model(case):
     inference.train_knn(train_set)
     _, indices = inference.get_nearest_neighbors(test_set.tensors[0], k=1)
     found = train_set.tensors[1][indices.squeeze(1)]
-    assert (found == test_set.tensors[1]).float().mean() > 0.5  # chance: 0.2
+    if case.uses_labels:
+        assert (found == test_set.tensors[1]).float().mean() > 0.5  # chance: 0.2

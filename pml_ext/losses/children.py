@@ -1,0 +1,47 @@
+"""What a loss made of other losses demands of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import DoNothingReducer
+
+
+def check_child(name: str, child: Any) -> None:
+    """Check that a child is one of PML's losses and reduces to one number.
+
+    Raises:
+        TypeError: If it is no ``BaseMetricLossFunction``.
+        ValueError: If its reducer is a ``DoNothingReducer``.
+    """
+    if not isinstance(child, BaseMetricLossFunction):
+        raise TypeError(f"{name} must be a BaseMetricLossFunction, got {type(child).__name__}")
+    if isinstance(child.reducer, DoNothingReducer):
+        raise ValueError(f"{name} must reduce its losses to one number, got a loss with DoNothingReducer")
+
+
+def agreed_size(name: str, given: int | None, children: dict[str, Any]) -> int | None:
+    """Return the one value of a size that the argument and the children give, None if none does.
+
+    Args:
+        name: ``num_classes`` or ``embedding_size``.
+        given: The argument.
+        children: Names and losses.
+
+    Raises:
+        ValueError: If two values differ.
+    """
+    known = [given, *(getattr(child, name, None) for child in children.values())]
+    values = {value for value in known if value}  # some of PML's losses record the name with the value 0
+    if len(values) > 1:
+        raise ValueError(f"{name} must agree with {' and '.join(children)}, got {known}")
+    return values.pop() if values else None
+
+
+def compared_losses(loss: Any, name: str = "loss") -> Iterator[tuple[str, Any]]:
+    """Yield what compares samples with ``ref_emb``, with its path: the loss, or the leaves of a composite one."""
+    if not hasattr(loss, "compares_with_refs"):
+        yield name, loss
+        return
+    for child_name, child in loss.compares_with_refs().items():
+        yield from compared_losses(child, f"{name}.{child_name}")

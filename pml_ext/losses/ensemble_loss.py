@@ -1,0 +1,260 @@
+"""Any loss for each learner of an ensemble, plus what keeps the learners different (ABE)."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.losses import BaseMetricLossFunction, ContrastiveLoss
+from pytorch_metric_learning.reducers import PerAnchorReducer
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import Tensor, nn
+
+from pml_ext.learners import check_divergence_settings, split_learners
+from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.children import agreed_size, check_child
+from pml_ext.losses.divergence_loss import DivergenceLoss
+from pml_ext.precision import full_precision, raise_half
+from pml_ext.types import Indices, LossDict
+from pml_ext.validation import (
+    already_valid,
+    check_batch,
+    check_indices_tuple,
+    validation_enabled,
+    validation_wanted,
+)
+
+
+class EnsembleLoss(BaseLoss):
+    r"""Train M learners, whose vectors lie side by side in one embedding, and keep them different.
+
+    $$L = \sum_{m} L_m(b_m) + \lambda \, L_\text{div}(b_1, \ldots, b_M)$$
+
+    $b_m$: slice m of the embeddings, as it is: a loss with a cosine or a normalised distance normalises it.
+    $L_\text{div}$: ``DivergenceLoss``, the mean over the batch. Children are called through their own ``forward``:
+    their reducers and regularizers act. The sum over learners is not a mean: with M learners, the learner part is about
+    M times that of one loss.
+
+    The paper's contrastive loss is PML's with squared distances and sums over pairs, divided by the batch size:
+
+        def sum_over_pairs(losses, num_per_row):
+            return losses.sum(1)
+
+        ContrastiveLoss(
+            pos_margin=0,
+            neg_margin=1,
+            distance=LpDistance(power=2),
+            reducer=PerAnchorReducer(aggregation_func=sum_over_pairs),
+        )
+
+    ``EnsembleLoss.paper`` has it.
+
+    Args:
+        loss: What each learner is trained with, any loss of PML or of this package, sized for one slice. Without
+            parameters: one loss, which all learners share. With parameters each learner has its own: a list of M
+            losses; or a function without arguments that makes one, called M times; or one loss, of which M copies are
+            made, their parameters drawn afresh by ``reset_parameters`` or ``weight_init_func`` (PML's losses with
+            proxies have the latter).
+        num_learners: M >= 1.
+        divergence_weight: $\lambda$ >= 0. May be changed during training.
+        divergence_margin: ``margin`` of the ``DivergenceLoss``.
+        miner: Mines for each learner on its own slice whenever no ``indices_tuple`` is given. An ``indices_tuple``
+            (mined on the whole vector) goes to every learner. ``CrossBatchMemory`` takes this miner for its own, which
+            sees whole vectors.
+        **kwargs: Passed to PML's ``BaseMetricLossFunction``. With ``collect_stats``, ``learner_0_loss``,
+            ``learner_1_loss``, ... and ``learner_similarity`` (the mean cosine between two learners of one sample) are
+            recorded. ``distance`` is refused: it belongs to ``loss``. Reducers get two numbers that are already
+            reduced: Threshold-, ClassWeighted- and PerAnchorReducer have no effect here, but act in a child.
+
+    Attributes:
+        losses: The learners' losses, ``learner_0``, ``learner_1``, ..., or the one that all share, ``shared``.
+        divergence: The ``DivergenceLoss``.
+
+    Shape:
+        - embeddings: ``(B, M * d)``, floating point. labels: ``(B,)``, integers, where ``loss`` needs them.
+        - output: scalar. To the reducer: ``learner_loss`` and ``divergence_loss``, weighted, reduction type
+          "already_reduced".
+
+    Raises:
+        TypeError: If ``loss`` is none of the above, or ``miner`` cannot be called.
+        ValueError: If an argument breaks a rule, ``num_learners`` does not divide the width, two learners share
+            parameters, the parameters of a single loss cannot be drawn afresh, or ``ref_emb`` is given and ``loss``
+            does not support it.
+
+    Examples:
+        >>> from pml_ext.losses import HybridLoss, MultiSimilarityLoss
+        >>> _ = torch.manual_seed(0)
+        >>> emb, labels = torch.randn(8, 64), torch.arange(8) // 2
+        >>> bool(EnsembleLoss(MultiSimilarityLoss(), num_learners=4)(emb, labels) > 0)
+        True
+        >>> loss_func = EnsembleLoss(HybridLoss(num_classes=10, embedding_size=16), num_learners=4)
+        >>> bool(loss_func(emb, labels) > 0), len(list(loss_func.parameters()))
+        (True, 4)
+
+    Source:
+        Kim, Goyal, Chawla, Lee, Kwon: "Attention-based Ensemble for Deep Metric Learning", ECCV 2018: sum over
+        learners, weight 1 and margin 1 are the paper's.
+    """
+
+    def __init__(
+        self,
+        loss: BaseMetricLossFunction | Sequence[BaseMetricLossFunction] | Callable[[], BaseMetricLossFunction],
+        num_learners: int,
+        divergence_weight: float = 1.0,
+        divergence_margin: float = 1.0,
+        miner: Callable[..., Indices] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_divergence_settings(num_learners, divergence_margin, margin_name="divergence_margin")
+        if not 0 <= divergence_weight < float("inf"):
+            raise ValueError(f"divergence_weight must be >= 0 and finite, got {divergence_weight}")
+        if miner is not None and not callable(miner):
+            raise TypeError(f"miner must be callable, got {type(miner).__name__}")
+        if kwargs.get("distance") is not None:
+            raise ValueError(f"distance must be given to loss itself, got {type(kwargs['distance']).__name__}")
+        super().__init__(**kwargs)
+        self.losses = nn.ModuleDict(_one_for_each(loss, num_learners))
+        self.divergence = DivergenceLoss(num_learners, divergence_margin, collect_stats=self.collect_stats)
+        self.num_learners = num_learners
+        self.num_classes = agreed_size("num_classes", None, dict(self.losses))
+        slice_size = agreed_size("embedding_size", None, dict(self.losses))
+        self.embedding_size = slice_size and num_learners * slice_size
+        self.divergence_weight = divergence_weight
+        self.miner = miner
+        self.add_to_recordable_attributes(list_of_names=["num_learners", "divergence_weight"], is_stat=False)
+        stats = [f"learner_{m}_loss" for m in range(num_learners)]
+        self.add_to_recordable_attributes(list_of_names=[*stats, "learner_similarity"], is_stat=True)
+
+    @classmethod
+    def paper(cls, num_learners: int = 8, **kwargs: Any) -> "EnsembleLoss":
+        r"""Return the loss with the numbers of the ABE paper.
+
+        $$L_m = \frac{1}{N} \sum_{i, j} y_{ij} D^2_{ij} + (1 - y_{ij}) [1 - D^2_{ij}]_+$$
+
+        $D$: distance of unit vectors, $y_{ij}$: 1 for a positive pair, 0 for a negative one, N: batch size.
+
+        Args:
+            num_learners: M.
+            **kwargs: Passed to ``EnsembleLoss``.
+        """
+        reducer = PerAnchorReducer(aggregation_func=_sum_over_pairs)
+        loss = ContrastiveLoss(pos_margin=0, neg_margin=1, distance=LpDistance(power=2), reducer=reducer)
+        return cls(loss, num_learners, **kwargs)
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> LossDict:
+        slices = split_learners(embeddings, self.num_learners).unbind(1)
+        refs: Sequence[Tensor | None] = [None] * self.num_learners
+        if ref_emb is embeddings:
+            ref_labels = None
+        else:
+            refs = split_learners(ref_emb, self.num_learners, "ref_emb").unbind(1)
+        values = []
+        with already_valid():
+            for m, (own, ref) in enumerate(zip(slices, refs, strict=True)):
+                mined = indices_tuple
+                if mined is None and self.miner is not None:
+                    mined = self._mine(own, labels, ref, ref_labels)
+                values.append(self._loss_of(m)(own, labels, mined, ref, ref_labels))
+            divergence = self.divergence(embeddings)
+        if self.collect_stats:
+            self.learner_similarity = self.divergence.learner_similarity
+            for m, value in enumerate(values):
+                setattr(self, f"learner_{m}_loss", value.item())
+        weighted = {"learner_loss": torch.stack(values).sum(), "divergence_loss": self.divergence_weight * divergence}
+        return {
+            name: {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+            for name, value in weighted.items()
+        }
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Return the mean of the learners' logits, ``(B, num_classes)``.
+
+        Raises:
+            TypeError: If a learner's loss has no ``get_logits``.
+        """
+        for name, child in self.losses.items():
+            if not hasattr(child, "get_logits"):
+                raise TypeError(f"losses[{name!r}] must have get_logits, {type(child).__name__} has not")
+        if validation_wanted():
+            check_batch(embeddings, embedding_size=self.embedding_size)
+        with full_precision(embeddings.device), already_valid():
+            slices = split_learners(raise_half(embeddings), self.num_learners).unbind(1)
+            logits = [self._loss_of(m).get_logits(own) for m, own in enumerate(slices)]  # type: ignore[operator]
+        return torch.stack(logits).mean(0)
+
+    def compares_with_refs(self) -> dict[str, nn.Module]:
+        """Return the children that see ``ref_emb``, by name."""
+        return {f"losses[{name!r}]": child for name, child in self.losses.items()}
+
+    def _mine(self, own: Tensor, labels: Tensor | None, ref: Tensor | None, ref_labels: Tensor | None) -> Indices:
+        c_f.labels_required(labels)
+        assert self.miner is not None
+        mined = self.miner(own, labels, ref, ref_labels)
+        if validation_enabled():
+            check_indices_tuple(mined, len(own), len(own if ref is None else ref))
+        return mined
+
+    def _loss_of(self, m: int) -> nn.Module:
+        return self.losses["shared" if "shared" in self.losses else f"learner_{m}"]
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["learner_loss", "divergence_loss"]
+
+
+def _sum_over_pairs(losses: Tensor, num_per_row: Tensor) -> Tensor:
+    return losses.sum(1)
+
+
+def _one_for_each(loss: Any, num_learners: int) -> dict[str, BaseMetricLossFunction]:
+    """Return the learners' losses, or the one that all share, under names that PML's record keeper can use."""
+    if isinstance(loss, BaseMetricLossFunction):
+        check_child("loss", loss)
+        if not any(True for _ in loss.parameters()):
+            return {"shared": loss}
+        made = [_drawn_afresh(copy.deepcopy(loss), num_learners) for _ in range(num_learners)]
+    elif isinstance(loss, list | tuple | nn.ModuleList):
+        made = list(loss)
+        if len(made) != num_learners:
+            raise ValueError(f"loss must be num_learners = {num_learners} losses, got a list of {len(made)}")
+    elif callable(loss) and not isinstance(loss, nn.Module):
+        made = [loss() for _ in range(num_learners)]
+    else:
+        raise TypeError(
+            "loss must be a BaseMetricLossFunction, a list of them or a function that makes one, got "
+            f"{type(loss).__name__}"
+        )
+    seen: set[int] = set()
+    for m, child in enumerate(made):
+        check_child(f"loss[{m}]", child)
+        parameters = {id(p) for p in child.parameters()}
+        if parameters & seen:
+            raise ValueError(f"loss must be one of its own for each learner, got loss[{m}] with parameters of another")
+        seen |= parameters
+    return {f"learner_{m}": child for m, child in enumerate(made)}
+
+
+def _drawn_afresh(loss: BaseMetricLossFunction, num_learners: int) -> BaseMetricLossFunction:
+    for module in loss.modules():
+        own = list(module.parameters(recurse=False))
+        if not own:
+            continue
+        if callable(getattr(module, "reset_parameters", None)):
+            module.reset_parameters()
+        elif callable(getattr(module, "weight_init_func", None)):
+            with torch.no_grad():
+                for parameter in own:
+                    module.weight_init_func(parameter)
+        else:
+            raise ValueError(
+                f"loss must be a list of {num_learners} losses or a function that makes one, got one "
+                f"{type(module).__name__}, whose parameters no reset_parameters or weight_init_func draws afresh"
+            )
+    return loss

@@ -1,0 +1,299 @@
+"""M learners that share a network and look at different parts of an image (ABE)."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_again_in_backward
+
+from pml_ext.learners import learner_similarity
+from pml_ext.precision import full_precision
+from pml_ext.trunks.cut_backbone import cut_backbone, cut_points, evaluating
+from pml_ext.trunks.model_names import check_model_name
+from pml_ext.trunks.stage_copy import copy_stage
+
+MaskActivation = Literal["sigmoid", "batchnorm+relu"]
+
+_USUAL_SPLITS = ("maxpool3", "layer2")  # GoogLeNet, ResNets
+
+
+class AttentionEnsemble(ModuleWithRecords):
+    r"""Give each learner its own mask on the features of a shared stem, and embed what it leaves by a shared head.
+
+    $$b_m(x) = \frac{W\, G(S(x) \odot A_m(S(x)))}{\lVert W\, G(S(x) \odot A_m(S(x))) \rVert}$$
+
+    $S$: stem. $A_m$: attention trunk, 1 x 1 convolution of learner m and ``mask_activation``; one number for each
+    channel and position. $G$: head. The embedding is $b_1, \ldots, b_M$ side by side: one 2-D tensor, as PML wants it.
+    The M masked maps are folded into the batch, so that G runs once. Mask convolutions and $W$ are drawn by Xavier's
+    rule, each learner's for itself: learners that coincide would stay so.
+
+    Args:
+        stem: $S$: images to one map ``(B, C, H, W)``.
+        attention: The trunk of $A$: the stem's map to a map ``(B, A, H, W)`` of the same grid.
+        head: $G$: a map like the stem's to ``(B, F)``; ends after pooling.
+        num_learners: M >= 1.
+        embedding_size: Of all learners together; a multiple of M.
+        mask_activation: "sigmoid", or "batchnorm+relu".
+        share_attention_trunk: Whether learners share the attention trunk and differ in their 1 x 1 convolutions only.
+            Otherwise each gets a copy of it.
+        input_size: Channels, height and width of an image, for the dry run that finds out the widths. Images of other
+            sizes may be given later, where stem and head take them.
+        checkpoint: Whether to keep nothing of G's inside for backward, and run it twice: time for memory. Running
+            statistics see each batch once.
+        collect_stats: As in PML. With statistics, ``learner_similarity`` is the mean cosine between two learners of one
+            image of the last batch.
+
+    Attributes:
+        out_features: ``embedding_size``, as in timm.
+        attention: The attention trunks, one or M.
+        mask_conv: The 1 x 1 convolutions of all learners as one, learner by learner.
+        linear: $W$, shared.
+        backbone: Stem and head, for ``param_groups`` and ``freeze_batch_norm``.
+
+    Shape:
+        - images: ``(B, *input_size)``. Output: ``(B, embedding_size)``; each slice of ``embedding_size / M`` has
+          length 1.
+
+    Raises:
+        ValueError: If an argument breaks a rule, or stem, attention and head do not fit together.
+
+    Examples:
+        >>> stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU())
+        >>> attention = nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.ReLU())
+        >>> head = nn.Sequential(nn.Conv2d(8, 10, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> trunk = AttentionEnsemble(stem, attention, head, 4, embedding_size=32, input_size=(3, 32, 32))
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> trunk(images).shape, trunk(images, return_learners=True).shape, trunk.masks(images).shape
+        (torch.Size([2, 32]), torch.Size([2, 4, 8]), torch.Size([2, 4, 8, 8, 8]))
+
+    Source:
+        Kim, Goyal, Chawla, Lee, Kwon: "Attention-based Ensemble for Deep Metric Learning", ECCV 2018. Two independent
+        ports share the attention trunk; the paper's text that we have does not say. "batchnorm+relu" is another port's.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        attention: nn.Module,
+        head: nn.Module,
+        num_learners: int = 8,
+        embedding_size: int = 512,
+        mask_activation: MaskActivation = "sigmoid",
+        share_attention_trunk: bool = True,
+        input_size: tuple[int, int, int] = (3, 224, 224),
+        checkpoint: bool = False,
+        collect_stats: bool | None = None,
+    ) -> None:
+        super().__init__(collect_stats=collect_stats)
+        if num_learners < 1:
+            raise ValueError(f"num_learners must be >= 1, got {num_learners}")
+        if embedding_size < 1 or embedding_size % num_learners:
+            rule = f">= 1 and a multiple of num_learners = {num_learners}"
+            raise ValueError(f"embedding_size must be {rule}, got {embedding_size}")
+        if mask_activation not in get_args(MaskActivation):
+            known = ", ".join(get_args(MaskActivation))
+            raise ValueError(f"mask_activation must be one of {known}, got {mask_activation!r}")
+        channels, attention_channels, in_features = _widths(stem, attention, head, input_size)
+        self.stem = stem
+        trunks = 1 if share_attention_trunk else num_learners
+        self.attention = nn.ModuleList([attention, *(copy.deepcopy(attention) for _ in range(trunks - 1))])
+        self.head = head
+        masks = num_learners * channels
+        self.mask_conv = nn.Conv2d(trunks * attention_channels, masks, 1, groups=trunks)
+        with torch.no_grad():
+            for weight in self.mask_conv.weight.chunk(num_learners):  # each learner's, or fan_out would be that of all
+                nn.init.xavier_uniform_(weight)
+        norm = [nn.BatchNorm2d(masks), nn.ReLU()]
+        self.mask_activation = nn.Sigmoid() if mask_activation == "sigmoid" else nn.Sequential(*norm)
+        self.linear = nn.Linear(in_features, embedding_size // num_learners)
+        nn.init.xavier_uniform_(self.linear.weight)
+        for bias in (self.mask_conv.bias, self.linear.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        self.num_learners = num_learners
+        self.out_features = embedding_size
+        self.checkpoint = checkpoint
+        self.add_to_recordable_attributes(list_of_names=["num_learners", "out_features"], is_stat=False)
+        self.add_to_recordable_attributes(name="learner_similarity", is_stat=True)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | nn.Module,
+        split: str | None = None,
+        num_learners: int = 8,
+        embedding_size: int = 512,
+        pretrained: bool = False,
+        copy_weights: bool = True,
+        mask_activation: MaskActivation = "sigmoid",
+        share_attention_trunk: bool = True,
+        input_size: tuple[int, int, int] = (3, 224, 224),
+        checkpoint: bool = False,
+        collect_stats: bool | None = None,
+        **timm_kwargs: Any,
+    ) -> "AttentionEnsemble":
+        """Cut a backbone into stem and head, and copy its next stage as attention trunk.
+
+        Args:
+            backbone: "googlenet" (torchvision's, the paper's), the name of a timm model, or a module that maps images
+                to pooled features ``(B, F)``. Any network with one map ``(B, C, H, W)`` at the cut; not a vision
+                transformer.
+            split: Name of the module behind which to cut. None: "maxpool3" (GoogLeNet) or "layer2" (ResNets), whichever
+                there is.
+            num_learners: M >= 1.
+            embedding_size: Of all learners together.
+            pretrained: Whether weights of the backbone are downloaded.
+            copy_weights: Whether the attention trunk starts with the weights of the stage that it copies.
+            mask_activation: As above.
+            share_attention_trunk: As above.
+            input_size: As above; its channels are those of the network.
+            checkpoint: As above.
+            collect_stats: As above.
+            **timm_kwargs: Passed to ``timm.create_model``. ``output_stride=8`` for small images.
+
+        Raises:
+            ValueError: If there is no such model or module, or it cannot be cut there.
+
+        Examples:
+            >>> size = (1, 64, 64)
+            >>> trunk = AttentionEnsemble.from_backbone("resnet18", num_learners=4, embedding_size=64, input_size=size)
+            >>> trunk(torch.randn(2, 1, 64, 64)).shape
+            torch.Size([2, 64])
+        """
+        if isinstance(backbone, str):
+            backbone = _create(backbone, pretrained, input_size[0], timm_kwargs)
+        elif timm_kwargs or pretrained:
+            given = sorted({*timm_kwargs, *(["pretrained"] if pretrained else [])})
+            raise ValueError(f"{', '.join(given)} must not be given with a backbone that is a module")
+        if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
+            raise ValueError(f"backbone must have maps of (B, C, H, W), got a {type(backbone).__name__}, which has not")
+        if split is None:
+            names = dict(backbone.named_modules())
+            split = next((name for name in _USUAL_SPLITS if name in names), None)
+            if split is None:
+                raise ValueError(f"split must be given for this backbone, one of {', '.join(cut_points(backbone))}")
+        stem, head = cut_backbone(backbone, split)
+        features = _features(stem, input_size)
+        with evaluating(head):
+            attention = copy_stage(head, features, copy_weights)
+        return cls(
+            stem,
+            attention,
+            head,
+            num_learners,
+            embedding_size,
+            mask_activation,
+            share_attention_trunk,
+            input_size,
+            checkpoint,
+            collect_stats,
+        )
+
+    @property
+    def backbone(self) -> nn.ModuleList:
+        """Stem and head: what was there before the ensemble."""
+        return nn.ModuleList([self.stem, self.head])
+
+    def forward(self, images: Tensor, return_learners: bool = False) -> Tensor:
+        """Return the embeddings.
+
+        Args:
+            images: ``(B, *input_size)``.
+            return_learners: Whether to return them as ``(B, M, embedding_size / M)``, learner by learner.
+        """
+        features = self.stem(images)
+        masked = (features.unsqueeze(1) * self._masks(features)).flatten(0, 1)  # (B * M, C, H, W)
+        learners = self.linear(self._run_head(masked))
+        learners = learners.reshape(images.shape[0], self.num_learners, learners.shape[1])  # (B, M, d)
+        with full_precision(images.device):  # in float16 the norm of a row of zeros would give NaN
+            learners = nn.functional.normalize(learners.float(), dim=2).to(learners.dtype)
+        embeddings: Tensor = learners.flatten(1)
+        if self.collect_stats:
+            self.learner_similarity = learner_similarity(embeddings, self.num_learners)
+        return learners if return_learners else embeddings
+
+    def masks(self, images: Tensor) -> Tensor:
+        """Return each learner's mask, ``(B, M, C, H, W)``; with "sigmoid" in 0 to 1."""
+        return self._masks(self.stem(images))
+
+    def _masks(self, features: Tensor) -> Tensor:
+        attended = torch.cat([trunk(features) for trunk in self.attention], 1)
+        if attended.shape[2:] != features.shape[2:]:
+            shapes = f"{tuple(features.shape[2:])}, got {tuple(attended.shape[2:])}"
+            raise ValueError(f"attention must keep the grid of the stem, {shapes}")
+        masks: Tensor = self.mask_activation(self.mask_conv(attended))
+        return masks.reshape(features.shape[0], self.num_learners, *features.shape[1:])
+
+    def _run_head(self, masked: Tensor) -> Tensor:
+        if not (self.checkpoint and torch.is_grad_enabled()):
+            return self.head(masked)
+        found: Tensor = run_again_in_backward(
+            self.head, masked, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(self.head))
+        )
+        return found
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Run a module on copies of its buffers: running statistics do not see a batch twice."""
+    kept = [(m, dict(m._buffers)) for m in module.modules()]
+    for m, buffers in kept:
+        m._buffers.update({name: None if x is None else x.clone() for name, x in buffers.items()})
+    try:
+        yield
+    finally:
+        for m, buffers in kept:
+            m._buffers.update(buffers)
+
+
+def _create(name: str, pretrained: bool, channels: int, timm_kwargs: dict[str, Any]) -> nn.Module:
+    """Return a network that ends after pooling."""
+    check_model_name(name, others=("googlenet",))
+    if name != "googlenet":
+        model: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=0, **({"in_chans": channels} | timm_kwargs)
+        )
+        return model
+    from torchvision.models import GoogLeNet_Weights, googlenet
+
+    if channels != 3:
+        raise ValueError(f"input_size must have 3 channels for googlenet, got {channels}")
+    if pretrained:  # with the auxiliary outputs that its weights have, which it then drops
+        google = googlenet(weights=GoogLeNet_Weights.IMAGENET1K_V1, **timm_kwargs)
+    else:
+        google = googlenet(weights=None, aux_logits=False, init_weights=True, **timm_kwargs)
+    google.dropout, google.fc = nn.Identity(), nn.Identity()
+    return google
+
+
+@torch.no_grad()
+def _features(stem: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    """Return what the stem makes of one image of zeros."""
+    like = next(stem.parameters(), torch.empty(0))
+    with evaluating(stem):
+        features = stem(torch.zeros(1, *input_size, device=like.device, dtype=like.dtype))
+    if not isinstance(features, Tensor) or features.ndim != 4:
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"stem must give one map (B, C, H, W), got {got}")
+    return features
+
+
+@torch.no_grad()
+def _widths(
+    stem: nn.Module, attention: nn.Module, head: nn.Module, input_size: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """Return the channels of the stem and of the attention trunk, and the width of the head, from a dry run."""
+    features = _features(stem, input_size)
+    with evaluating(attention), evaluating(head):
+        attended, pooled = attention(features), head(features)
+    if attended.ndim != 4 or attended.shape[2:] != features.shape[2:]:
+        shapes = f"{tuple(features.shape)} to (1, A, {features.shape[2]}, {features.shape[3]})"
+        raise ValueError(f"attention must keep the grid of the stem, {shapes}, got {tuple(attended.shape)}")
+    if pooled.ndim != 2:
+        raise ValueError(f"head must end after pooling, with (B, F), got {tuple(pooled.shape)}")
+    return features.shape[1], attended.shape[1], pooled.shape[1]

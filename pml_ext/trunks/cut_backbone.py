@@ -1,0 +1,144 @@
+"""Cut a network in two at a named module."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx, nn
+
+
+def cut_backbone(model: nn.Module, split: str) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Return what a network computes up to a module, and what it computes from there on.
+
+    The parts hold the network's own modules. One after the other they are the network, in training and in evaluation:
+    only the modules around the cut are traced through, all others are called as they are.
+
+    Args:
+        model: A network of one input.
+        split: Name of the module behind which to cut, as in ``model.named_modules()``.
+
+    Returns:
+        Stem and head.
+
+    Raises:
+        ValueError: If there is no such module, it does not run exactly once, the network cannot be traced, or something
+            from before the cut is used behind it.
+    """
+    if split not in dict(model.named_modules()) or not split:
+        raise ValueError(f"split must be one of {', '.join(cut_points(model))} (or a module in one), got {split!r}")
+    stem, head = _trace(model, split), _trace(model, split)
+    end = _find(stem, split)
+    (old_output,) = (node for node in stem.nodes if node.op == "output")
+    stem.erase_node(old_output)
+    stem.output(end)
+    _drop_unused(stem)
+
+    cut = _find(head, split)
+    before = _depending_on_inputs(head, cut)
+    with head.inserting_before(cut):
+        features = head.placeholder("features")
+    cut.replace_all_uses_with(features)
+    _drop_unused(head)
+    for node in list(head.nodes):
+        if node in before and not before.issuperset(node.users):
+            raise ValueError(
+                f"split must be passed by all that is used behind it, got {split!r}, which {_name(node)} passes by"
+            )
+    for node in list(head.nodes):
+        if node.op == "placeholder" and node is not features and not node.users:
+            head.erase_node(node)
+    return fx.GraphModule(model, stem, "Stem"), fx.GraphModule(model, head, "Head")
+
+
+def cut_points(model: nn.Module) -> list[str]:
+    """Return the names of the modules that a network calls one after the other."""
+    names: list[str] = []
+    for node in _trace(model, "").nodes:
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            names.append(str(node.target))
+            if isinstance(module, nn.Sequential):
+                names += [f"{node.target}.{name}" for name, _ in module.named_children()]
+    return names
+
+
+@contextmanager
+def evaluating(module: nn.Module, training: bool = False) -> Iterator[None]:
+    """Put a module into eval (or train) mode; afterwards each part has its own mode again."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+class _Tracer(fx.Tracer):
+    """Calls every module as it is but those that contain the cut."""
+
+    def __init__(self, split: str = "") -> None:  # without: for the unpickling of parts
+        super().__init__()
+        self.split = split
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not self.split.startswith(module_qualified_name + ".")
+
+
+def _trace(model: nn.Module, split: str) -> fx.Graph:
+    graphs = []
+    for training in (True, False):
+        with evaluating(model, training):
+            try:
+                graphs.append(_bind_defaults(_Tracer(split).trace(model)))
+            except Exception as error:  # whatever a forward makes of a symbol
+                name = type(model).__name__
+                raise ValueError(f"backbone must be traceable by torch.fx, got a {name}: {error}") from error
+    if str(graphs[0]) != str(graphs[1]):
+        raise ValueError(
+            f"backbone must do the same in training and in evaluation outside of its modules, got a "
+            f"{type(model).__name__} that does not (dropout of the head, auxiliary outputs: turn them off)"
+        )
+    return graphs[0]
+
+
+def _bind_defaults(graph: fx.Graph) -> fx.Graph:
+    """Put the default values of all arguments but the first in their places."""
+    for optional in [node for node in graph.nodes if node.op == "placeholder"][1:]:
+        if optional.args:
+
+            def bound(node: fx.Node, optional: fx.Node = optional) -> Any:
+                return optional.args[0] if node is optional else node
+
+            for user in list(optional.users):
+                user.args, user.kwargs = fx.node.map_arg(user.args, bound), fx.node.map_arg(user.kwargs, bound)
+            graph.erase_node(optional)
+    return graph
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+
+
+def _find(graph: fx.Graph, split: str) -> fx.Node:
+    found = [node for node in graph.nodes if node.op == "call_module" and node.target == split]
+    if len(found) != 1:
+        raise ValueError(f"split must be a module that runs once, got {split!r}, which runs {len(found)} times")
+    return found[0]
+
+
+def _depending_on_inputs(graph: fx.Graph, cut: fx.Node) -> set[fx.Node]:
+    """Return what is computed from the input before the cut, the input included."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node is cut:
+            return found
+        if node.op == "placeholder" or found & set(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _name(node: fx.Node) -> Any:
+    return repr(node.target) if node.op == "call_module" else f"the value {node.name!r}"
