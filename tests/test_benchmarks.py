@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import glyph_classes, hybrid_defaults, losses, proxy_scaling, second_order_attention
+from benchmarks import ensemble, glyph_classes, hybrid_defaults, losses, proxy_scaling, second_order_attention
+from pml_ext.trunks import AttentionEnsemble
 
-RUNS = {"glyph_classes", "hybrid_defaults", "losses", "proxy_scaling", "second_order_attention"}
+RUNS = {"ensemble", "glyph_classes", "hybrid_defaults", "losses", "proxy_scaling", "second_order_attention"}
 
 
 def test_every_benchmark_is_run_here():
@@ -79,3 +80,30 @@ def test_second_order_attention(tmp_path, capsys, monkeypatch):
     assert peaks["ours"] < peaks["explicit"] / 3
     assert "| 48 x 48 x 16 | SecondOrderAttention |" in capsys.readouterr().out
     assert (tmp_path / "out.json").stat().st_size > 0
+
+
+def test_ensemble(tmp_path, capsys):
+    found = ensemble.main(
+        image_size=32,
+        batch_size=2,
+        loss_batch_size=16,
+        repeats=2,
+        learners=(2, 4),
+        counted=("resnet18",),
+        threads=torch.get_num_threads(),
+        out=tmp_path / "out.json",
+    )
+    assert {(row["learners"], row["name"]) for row in found["trunks"]} == {
+        (m, name) for m in (2, 4) for name in ("folded", "loop", "backbone alone")
+    }
+    assert all(row["ms"] > 0 and row["ratio"] > 0 for row in found["trunks"] + found["losses"])
+    counts = found["parameters"]["resnet18"]
+    assert counts["shared attention trunk"] < counts["an attention trunk each"] < counts["separate networks"]
+    assert "| M = 2 | folded |" in capsys.readouterr().out
+    assert (tmp_path / "out.json").stat().st_size > 0
+
+
+def test_ensemble_compares_the_same_embeddings():
+    trunk = AttentionEnsemble.from_backbone("resnet18", None, 2, 8, input_size=(3, 32, 32)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ensemble.in_a_loop(trunk, images), trunk(images))

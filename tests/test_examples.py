@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import adaptive_margin, global_local, quickstart
+from examples import adaptive_margin, attention_ensemble, global_local, quickstart
 
-RUNS = {"adaptive_margin", "global_local", "quickstart"}
+RUNS = {"adaptive_margin", "attention_ensemble", "global_local", "quickstart"}
 
 
 def test_every_example_is_run_here():
@@ -78,3 +78,17 @@ def test_global_local_on_glyphs():
     assert labels.unique().tolist() == list(range(267))
     for make in global_local.make_trunks("resnet10t", 1).values():
         assert make()(images[:2]).shape == (2, global_local.EMBEDDING_SIZE)
+
+
+def test_attention_ensemble(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attention_ensemble, "EMBEDDING_SIZE", 12)
+    results = attention_ensemble.main(epochs=1, seeds=2, learners=(2,), samples_per_class=4, out=tmp_path)
+    printed = capsys.readouterr().out
+    assert list(results) == ["single head", "M = 1", "M = 2, no divergence", "M = 2, with divergence"]
+    for found in results.values():
+        mean = sum(50 * one["precision_at_1"] for one in found)
+        assert 0 < mean < 100
+        assert f"{mean:.1f} (" in printed
+    collapsed, apart = ([one["cosine"] for one in results[f"M = 2, {x} divergence"]] for x in ("no", "with"))
+    assert all(a > b for a, b in zip(collapsed, apart, strict=True))
+    assert (tmp_path / "attention_ensemble_masks.png").read_bytes().startswith(b"\x89PNG")

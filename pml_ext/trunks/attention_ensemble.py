@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from pml_ext.learners import learner_similarity
 from pml_ext.precision import full_precision
-from pml_ext.trunks.cut_backbone import cut_backbone, cut_points, evaluating
+from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
 from pml_ext.trunks.model_names import check_model_name
+from pml_ext.trunks.modes import evaluating
 from pml_ext.trunks.stage_copy import copy_stage
 
 MaskActivation = Literal["sigmoid", "batchnorm+relu"]

@@ -1,10 +1,10 @@
 """Cut a network in two at a named module."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
+
+from pml_ext.trunks.modes import evaluating
 
 
 def cut_backbone(model: nn.Module, split: str) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -60,18 +60,6 @@ def cut_points(model: nn.Module) -> list[str]:
             if isinstance(module, nn.Sequential):
                 names += [f"{node.target}.{name}" for name, _ in module.named_children()]
     return names
-
-
-@contextmanager
-def evaluating(module: nn.Module, training: bool = False) -> Iterator[None]:
-    """Put a module into eval (or train) mode; afterwards each part has its own mode again."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.train(training)
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 class _Tracer(fx.Tracer):

@@ -6,7 +6,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, fx, nn
 
-from pml_ext.trunks.cut_backbone import evaluating
+from pml_ext.trunks.modes import evaluating
 
 
 @torch.no_grad()

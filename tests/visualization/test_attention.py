@@ -39,7 +39,15 @@ def test_colours():
     torch.testing.assert_close(attention_overlay(image, 7 * attention), attention_overlay(image, attention))
 
 
+def test_brightest():
+    attention = torch.tensor([[0.0, 0.5]])
+    colors = attention_overlay(torch.zeros(4, 8), attention, alpha=1, cmap="gray", brightest=1.0)
+    assert colors[:, -1].tolist() == [[128] * 3] * 4 or colors[:, -1].tolist() == [[127] * 3] * 4
+
+
 def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"brightest must be > 0, got 0"):
+        attention_overlay(torch.rand(4, 4), torch.rand(2, 2), brightest=0)
     with pytest.raises(ValueError, match=r"alpha must lie in 0 to 1, got 1\.5"):
         attention_overlay(torch.rand(4, 4), torch.rand(2, 2), alpha=1.5)
     with pytest.raises(ValueError, match=r"attention must have shape \(h, w\), got \(1, 2, 2\)"):
