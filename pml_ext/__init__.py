@@ -7,7 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pml_ext import class_embeddings, datasets, losses, regularizers, streaming, trunks, visualization
+    from pml_ext import (
+        class_embeddings,
+        datasets,
+        graphs,
+        inference,
+        losses,
+        regularizers,
+        streaming,
+        trunks,
+        visualization,
+    )
     from pml_ext.validation import set_validation
 
 __version__ = "0.1.0"
@@ -15,6 +25,8 @@ __all__ = [
     "__version__",
     "class_embeddings",
     "datasets",
+    "graphs",
+    "inference",
     "losses",
     "regularizers",
     "set_validation",
@@ -23,7 +35,17 @@ __all__ = [
     "visualization",
 ]
 
-_SUBPACKAGES = ("class_embeddings", "datasets", "losses", "regularizers", "streaming", "trunks", "visualization")
+_SUBPACKAGES = (
+    "class_embeddings",
+    "datasets",
+    "graphs",
+    "inference",
+    "losses",
+    "regularizers",
+    "streaming",
+    "trunks",
+    "visualization",
+)
 
 
 def __getattr__(name: str) -> Any:

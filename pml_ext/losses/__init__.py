@@ -5,6 +5,8 @@ from pml_ext.losses.cross_batch_memory import CrossBatchMemory
 from pml_ext.losses.divergence_loss import DivergenceLoss
 from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.losses.hybrid_loss import HybridLoss
+from pml_ext.losses.intra_batch_loss import IntraBatchLoss
+from pml_ext.losses.label_smoothing_cross_entropy_loss import LabelSmoothingCrossEntropyLoss
 from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
 from pml_ext.losses.self_supervised_loss import SelfSupervisedLoss
@@ -15,6 +17,8 @@ __all__ = [
     "DivergenceLoss",
     "EnsembleLoss",
     "HybridLoss",
+    "IntraBatchLoss",
+    "LabelSmoothingCrossEntropyLoss",
     "MultiSimilarityLoss",
     "ProxyAnchorLoss",
     "SelfSupervisedLoss",

@@ -144,16 +144,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
             losses = self._dense(embeddings, labels)
         if indices_tuple is not None:
             losses = losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
-        if len(labels):
-            entry = {
-                "losses": losses,
-                "indices": c_f.torch_arange_from_size(embeddings),
-                "reduction_type": "element",
-                "divisor": len(labels),
-            }
-        else:  # the mean of nothing would be NaN
-            entry = {"losses": losses.sum(), "indices": None, "reduction_type": "already_reduced"}
-        loss_dict = {"loss": entry}
+        loss_dict = {"loss": self.element_losses(losses)}
         self._regularize_proxies(loss_dict, embeddings)
         return loss_dict
 

@@ -75,6 +75,14 @@ class BaseLoss(BaseMetricLossFunction):
         """Return what the indices of "element" losses index: the labels of the batch, unless losses are per class."""
         return labels
 
+    @staticmethod
+    def element_losses(losses: Tensor) -> dict[str, Any]:
+        """Return what reducers take for the losses of the batch's samples, ``(B,)``; of no samples, 0."""
+        if not len(losses):  # the mean of nothing would be NaN
+            return {"losses": losses.sum(), "indices": None, "reduction_type": "already_reduced"}
+        indices = c_f.torch_arange_from_size(losses)
+        return {"losses": losses, "indices": indices, "reduction_type": "element", "divisor": len(losses)}
+
     def set_reducer(self, reducer: Any) -> None:
         """Set the reducer as PML does, but refuse a ``MultipleReducers`` with keys that are no sub-loss."""
         if isinstance(reducer, MultipleReducers):

@@ -69,16 +69,7 @@ class DivergenceLoss(BaseLoss):
         ref_labels: Tensor | None,
     ) -> LossDict:
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        if not len(embeddings):
-            return self.zero_losses()
         losses = divergence(embeddings, self.num_learners, self.margin, self.reduction_over_pairs)
         if self.collect_stats:
             self.learner_similarity = learner_similarity(embeddings, self.num_learners)
-        return {
-            "loss": {
-                "losses": losses,
-                "indices": c_f.torch_arange_from_size(embeddings),
-                "reduction_type": "element",
-                "divisor": len(embeddings),
-            }
-        }
+        return {"loss": self.element_losses(losses)}

@@ -242,17 +242,15 @@ def _one_for_each(loss: Any, num_learners: int) -> dict[str, BaseMetricLossFunct
 
 
 def _drawn_afresh(loss: BaseMetricLossFunction, num_learners: int) -> BaseMetricLossFunction:
-    for module in loss.modules():
+    for module in reversed(list(loss.modules())):  # what contains a module may draw its parameters in another way
         own = list(module.parameters(recurse=False))
-        if not own:
-            continue
         if callable(getattr(module, "reset_parameters", None)):
             module.reset_parameters()
-        elif callable(getattr(module, "weight_init_func", None)):
+        elif own and callable(getattr(module, "weight_init_func", None)):
             with torch.no_grad():
                 for parameter in own:
                     module.weight_init_func(parameter)
-        else:
+        elif own:
             raise ValueError(
                 f"loss must be a list of {num_learners} losses or a function that makes one, got one "
                 f"{type(module).__name__}, whose parameters no reset_parameters or weight_init_func draws afresh"

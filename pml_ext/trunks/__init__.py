@@ -4,15 +4,19 @@ from pml_ext.trunks.attention_ensemble import AttentionEnsemble
 from pml_ext.trunks.freeze_batch_norm import freeze_batch_norm
 from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
 from pml_ext.trunks.global_pool import GlobalPool2d
+from pml_ext.trunks.intra_batch_refiner import IBC_NAMES, IntraBatchRefiner, rename_ibc_weights
 from pml_ext.trunks.param_groups import param_groups
 from pml_ext.trunks.second_order_attention import SOLAR_NAMES, SecondOrderAttention
 
 __all__ = [
+    "IBC_NAMES",
     "SOLAR_NAMES",
     "AttentionEnsemble",
     "GlobalLocalTrunk",
     "GlobalPool2d",
+    "IntraBatchRefiner",
     "SecondOrderAttention",
     "freeze_batch_norm",
     "param_groups",
+    "rename_ibc_weights",
 ]

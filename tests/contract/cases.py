@@ -10,9 +10,12 @@ from pml_ext.losses import (
     DivergenceLoss,
     EnsembleLoss,
     HybridLoss,
+    IntraBatchLoss,
+    LabelSmoothingCrossEntropyLoss,
     MultiSimilarityLoss,
     ProxyAnchorLoss,
 )
+from pml_ext.trunks import IntraBatchRefiner
 
 NUM_CLASSES, SIZE = 5, 6
 LABELS = torch.tensor([4, 4, 1, 1, 1, 0, 0, 4, 3, 0, 2, 2])
@@ -27,6 +30,7 @@ class Case(NamedTuple):
     per_class: bool = False  # its "element" losses are per class
     reduced: bool = False  # its losses are already reduced: reducers see one number for each sub-loss
     uses_labels: bool = True  # otherwise labels and indices_tuple are ignored
+    batch_norm: bool = False  # eval mode is another loss
     without_pairs: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # what is left when nothing is mined
 
 
@@ -35,6 +39,10 @@ def make_margin_loss(embedding_size: int = SIZE, **kwargs: Any) -> AdaptiveAddit
     return AdaptiveAdditiveMarginLoss(
         NUM_CLASSES, embedding_size, class_embeddings=descriptions, base_margin=0.1, **kwargs
     )
+
+
+def make_intra_batch_loss(**kwargs: Any) -> IntraBatchLoss:
+    return IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.0), **kwargs)
 
 
 CASES = {
@@ -76,12 +84,33 @@ CASES = {
         reduced=True,
     ),
 }
+CASES |= {
+    "LabelSmoothingCrossEntropyLoss": Case(
+        lambda **kw: LabelSmoothingCrossEntropyLoss(NUM_CLASSES, SIZE, **kw), refs=False, wrapper_refs=False
+    ),
+    "IntraBatchLoss": Case(lambda **kw: make_intra_batch_loss(**kw), False, False, reduced=True, batch_norm=True),
+    "IntraBatchLoss of HybridLoss": Case(
+        lambda **kw: make_intra_batch_loss(loss=HybridLoss(NUM_CLASSES, SIZE), **kw),
+        refs=False,
+        wrapper_refs=False,
+        reduced=True,
+        without_pairs=lambda loss_func, emb: (
+            0.03 * loss_func.refined_losses["shared"].proxy_loss(loss_func.refine(emb), LABELS)
+            + loss_func.raw_loss(emb, LABELS)
+        ),
+    ),
+}
 
 
 def make(case: Case, **kwargs: Any) -> Any:
     """Return the loss with the same parameters in every call."""
     torch.manual_seed(7)
     return case.make(**kwargs)
+
+
+def trained(loss_func: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that an optimizer changes, by name."""
+    return {name: p for name, p in loss_func.named_parameters() if p.requires_grad}
 
 
 def embeddings(dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -20,7 +20,7 @@ def build(case):
 
 
 def gradients(module):
-    return [p.grad.clone() for p in module.parameters()]
+    return [p.grad.clone() for p in module.parameters() if p.requires_grad]
 
 
 def sum_over_ranks(model, loss_func):
@@ -97,5 +97,5 @@ def test_proxy_gradients_are_world_size_times_too_large(found, name):
     """PML's wrapper multiplies the loss by the world size, which DDP's mean undoes for the model alone."""
     _, _, loss_func, single = found[name, False]
     for a, b in zip(loss_func, single, strict=True):
-        assert b.abs().max() > 1e-3
-        torch.testing.assert_close(a, WORLD_SIZE * b, rtol=1e-9, atol=1e-12)
+        assert b.any()
+        torch.testing.assert_close(a, WORLD_SIZE * b, rtol=1e-9, atol=1e-15)

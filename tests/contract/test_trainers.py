@@ -10,7 +10,7 @@ from pytorch_metric_learning.utils import logging_presets
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import InferenceModel
 
-from tests.contract.cases import CASES, NUM_CLASSES, SIZE, make
+from tests.contract.cases import CASES, NUM_CLASSES, SIZE, make, trained
 
 IN_FEATURES, PER_CLASS = 16, 24
 
@@ -41,7 +41,7 @@ def test_trains_in_metric_loss_only(case, with_miner, tmp_path):
     logging.getLogger("PML").setLevel(logging.ERROR)
     train_set, val_set = clusters(1), clusters(2)
     loss_func = make(case, collect_stats=True)
-    before = {name: p.detach().clone() for name, p in loss_func.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trained(loss_func).items()}
     torch.manual_seed(0)
     trunk = torch.nn.Linear(IN_FEATURES, SIZE)
     start = precision(trunk, val_set)
@@ -72,7 +72,7 @@ def test_trains_in_metric_loss_only(case, with_miner, tmp_path):
     trainer.train(num_epochs=6)
     if case.uses_labels:
         assert precision(trunk, val_set) > start + 0.1
-    for name, p in loss_func.named_parameters():
+    for name, p in trained(loss_func).items():
         assert not torch.equal(p, before[name])
     saved = torch.load(tmp_path / "models" / "metric_loss_6.pth", weights_only=True)
     make(case).load_state_dict(saved)

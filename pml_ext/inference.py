@@ -1,0 +1,110 @@
+"""What can be done with embeddings at test time."""
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pml_ext.graphs import check_embeddings, similarity_chunks, unit_embeddings
+from pml_ext.trunks.modes import evaluating
+
+
+@torch.no_grad()
+def refine_with_neighbors(
+    refiner: nn.Module, embeddings: Tensor, k1: int = 30, size: int = 8, progress: bool = False
+) -> Tensor:
+    r"""Refine each embedding by messages from its neighbours in the gallery, without labels.
+
+    Each item forms a small batch with its k-reciprocal neighbours, as in re-ranking: items among each other's ``k1``
+    nearest; together with the round(k1 / 2)-reciprocal neighbours of each of them, where more than two thirds of those
+    are among its own. The nearest ``size`` of them are taken, filled up with plain neighbours if there are fewer; the
+    item itself is always one of them. The refined embedding of the item is kept.
+
+    This costs all similarities of the gallery and a pass of the refiner over ``size`` times as many embeddings, and the
+    embedding of an item then depends on what else is in the gallery: an index must be built anew when items are added.
+    Results that use it must say so.
+
+    Args:
+        refiner: An ``IntraBatchRefiner``, or a module that takes embeddings and ``batch``. Used in eval mode.
+        embeddings: ``(N, D)``, floating point, finite; normalised here, as ``IntraBatchLoss`` does.
+        k1: Length of the lists of neighbours, >= 1.
+        size: Items in a small batch, the item included, >= 1.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``(N, D)``, or ``(N, L * D)`` for a refiner with output "cat"; with "every", the last layer's.
+
+    Raises:
+        TypeError: If ``embeddings`` are not floating point.
+        ValueError: If an argument breaks a rule.
+
+    Examples:
+        >>> from pml_ext.trunks import IntraBatchRefiner
+        >>> _ = torch.manual_seed(0)
+        >>> refine_with_neighbors(IntraBatchRefiner(embedding_size=8), torch.randn(100, 8)).shape
+        torch.Size([100, 8])
+
+    Source:
+        The optional test mode of Seidenschwarz et al., ICML 2021, by the authors' code (k1 = 30, 8 items); neighbours
+        as in Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017.
+    """
+    check_embeddings(embeddings)
+    for name, value in (("k1", k1), ("size", size)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if not len(embeddings):
+        return embeddings.new_empty(0, getattr(refiner, "out_features", embeddings.shape[1]))
+    unit, found = unit_embeddings(embeddings), []
+    groups = neighbor_groups(unit, k1, size)  # (N, size), the item first
+    with evaluating(refiner):
+        for group in tqdm(torch.split(groups, max(1, 8192 // size)), desc="refining", disable=not progress):
+            batch = torch.arange(len(group), device=unit.device).repeat_interleave(group.shape[1])
+            refined = refiner(unit[group.flatten()], batch=batch)
+            refined = refined[-1] if isinstance(refined, list) else refined
+            found.append(refined[:: group.shape[1]])
+    return torch.cat(found).to(embeddings.dtype)
+
+
+@torch.no_grad()
+def neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
+    """Return each item, then its k-reciprocal neighbours and others, each from near to far, ``(N, size)``.
+
+    Args:
+        unit: ``(N, D)``, rows of length 1.
+        k1: As in ``refine_with_neighbors``.
+        size: As in ``refine_with_neighbors``; fewer where there are fewer items.
+    """
+    nearest = torch.cat([_nearest(similarity, rows, k1 + 1) for rows, similarity in similarity_chunks(unit)])
+    half = nearest[:, : round(k1 / 2) + 1]  # lists include the item itself
+    is_mutual, is_half_mutual = _is_mutual(nearest), _is_mutual(half)
+    found = []
+    for rows, similarity in similarity_chunks(unit):
+        member = torch.zeros_like(similarity, dtype=torch.bool)  # (n, N): who is a k-reciprocal neighbour
+        _mark(member, nearest[rows], is_mutual[rows])
+        own = member.clone()
+        for column in range(nearest.shape[1]):
+            neighbor = nearest[rows, column]
+            theirs, mutual = half[neighbor], is_half_mutual[neighbor]  # (n, h)
+            shared = (own.gather(1, theirs) & mutual).sum(1)
+            overlaps = is_mutual[rows, column] & (3 * shared > 2 * mutual.sum(1))
+            _mark(member, theirs, mutual & overlaps[:, None])
+        similarity += 4.0 * member  # neighbours first, then the others, each from near to far
+        found.append(_nearest(similarity, rows, size))
+    return torch.cat(found)
+
+
+def _nearest(similarity: Tensor, rows: Tensor, k: int) -> Tensor:
+    """Return the k most similar of each row, the row itself first."""
+    similarity[torch.arange(len(rows), device=rows.device), rows] = torch.inf
+    return similarity.topk(min(k, similarity.shape[1]), dim=1).indices
+
+
+def _is_mutual(nearest: Tensor) -> Tensor:
+    """Return which neighbours have the item among theirs, ``(N, k)``."""
+    items = torch.arange(len(nearest), device=nearest.device)[:, None]
+    return torch.stack([(nearest[column] == items).any(1) for column in nearest.T], 1)
+
+
+def _mark(member: Tensor, indices: Tensor, which: Tensor) -> None:
+    """Set the marked ones of some indices of each row to True."""
+    rows = torch.arange(len(indices), device=indices.device)[:, None].expand_as(indices)
+    member[rows[which], indices[which]] = True

@@ -1,0 +1,270 @@
+"""Classify embeddings before and after the samples of a batch have exchanged messages (IBC)."""
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import Tensor, nn
+
+from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.children import agreed_size, check_child
+from pml_ext.losses.label_smoothing_cross_entropy_loss import LabelSmoothingCrossEntropyLoss
+from pml_ext.precision import full_precision, raise_half
+from pml_ext.types import Indices, LossDict
+from pml_ext.validation import already_valid, check_batch, validation_wanted
+
+
+class IntraBatchLoss(BaseLoss):
+    r"""Let the embeddings of a batch exchange messages before they are classified, and classify them raw as well.
+
+    $$L = w_r \, \mathrm{LS}\big(W_r \, \mathrm{BN}(R(\hat{X})) / T\big) + w_0 \, \mathrm{LS}\big((W_0 X + b) / T\big)$$
+
+    $X$: the embeddings. $\hat{X}$: the same, normalised to length 1. $R$: the refiner, through which each sample's
+    gradient carries what the batch knows. LS: cross-entropy with label smoothing. The bias of the batch norm stays 0.
+    At test time the loss is gone and the trunk's embeddings are used as they are.
+
+    Give it batches of few classes with many samples each (PML's ``MPerClassSampler``), and its parameters to an
+    optimizer.
+
+    Args:
+        num_classes: C. May be None where both losses are given.
+        embedding_size: D.
+        refiner: $R$: a module that takes ``(B, D)`` and has ``out_features``. Default: ``IntraBatchRefiner(D)``.
+        loss: Takes the place of batch norm, classifier and LS on the refined embeddings: any loss of PML or of this
+            package, of the refiner's ``out_features``.
+        raw_loss: Takes the place of the raw classifier and its LS: any loss of embeddings of width D.
+        temperature: $T$ > 0 of the default losses.
+        label_smoothing: Of the default losses, 0 to 1, 1 excluded.
+        refined_weight: $w_r$ >= 0. With 0 there is no refiner.
+        raw_weight: $w_0$ >= 0. With 0 there is no raw loss. One of both must be positive; a positive weight may be
+            changed during training.
+        **kwargs: Passed to PML's ``BaseMetricLossFunction``. With ``collect_stats``, ``refined_loss_value`` and
+            ``raw_loss_value`` are recorded. ``distance`` is refused: it belongs to ``loss`` and ``raw_loss``. Reducers
+            get two numbers that are already reduced, and act in the given losses only.
+
+    Attributes:
+        refiner: $R$, or None.
+        norms: The batch norms, one for each output of the refiner; none with ``loss``.
+        refined_losses: The losses of the refined embeddings, one for each output; or ``loss``, which all outputs share.
+        raw_loss: The raw loss, or None.
+
+    Shape:
+        - embeddings: ``(B, D)``, floating point. labels: ``(B,)``, integers in 0 to C - 1.
+        - output: scalar. To the reducer: ``refined_loss`` and ``raw_loss``, weighted, reduction type "already_reduced".
+          A refiner with output "every" has one loss for each layer, of which the mean is taken.
+
+    In training, a batch of one sample is normalised with the running statistics. In eval mode the loss is
+    deterministic: no dropout, running statistics.
+
+    Raises:
+        TypeError: If a child is not a PML loss, or the refiner no module.
+        ValueError: If an argument breaks a rule, a size contradicts a child, ``ref_emb`` is given, or the loss is not
+            on the device of the embeddings.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> emb, labels = torch.randn(8, 16), torch.arange(8) // 4
+        >>> bool(IntraBatchLoss(num_classes=10, embedding_size=16)(emb, labels) > 0)
+        True
+        >>> from pml_ext.losses import HybridLoss
+        >>> loss_func = IntraBatchLoss(num_classes=10, embedding_size=16, loss=HybridLoss(10, 16))
+        >>> loss_func(emb, labels).shape
+        torch.Size([])
+
+    Source:
+        Seidenschwarz, Elezi, Leal-Taixe: "Learning Intra-Batch Connections for Deep Metric Learning", ICML 2021, and
+        the authors' code. Temperature 0.2, one layer and two heads are those for CUB.
+    """
+
+    def __init__(
+        self,
+        num_classes: int | None,
+        embedding_size: int,
+        refiner: nn.Module | None = None,
+        loss: BaseMetricLossFunction | None = None,
+        raw_loss: BaseMetricLossFunction | None = None,
+        temperature: float = 0.2,
+        label_smoothing: float = 0.1,
+        refined_weight: float = 1.0,
+        raw_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        for name, weight in (("refined_weight", refined_weight), ("raw_weight", raw_weight)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
+        if not refined_weight and not raw_weight:
+            raise ValueError("refined_weight or raw_weight must be positive, got 0 for both")
+        if kwargs.get("distance") is not None:
+            got = type(kwargs["distance"]).__name__
+            raise ValueError(f"distance must be given to loss or raw_loss itself, got {got}")
+        for name, given, weight in (
+            ("refiner", refiner, refined_weight),
+            ("loss", loss, refined_weight),
+            ("raw_loss", raw_loss, raw_weight),
+        ):
+            if given is not None and not weight:
+                raise ValueError(f"{name} must not be given where its weight is 0, got a {type(given).__name__}")
+        if refiner is not None and not isinstance(refiner, nn.Module):
+            raise TypeError(f"refiner must be a torch.nn.Module, got {type(refiner).__name__}")
+        super().__init__(**kwargs)
+        settings: dict[str, Any] = {"temperature": temperature, "label_smoothing": label_smoothing}
+        self.refined_weight, self.raw_weight = refined_weight, raw_weight
+        self.refiner: nn.Module | None = None
+        self.norms, self.refined_losses = nn.ModuleDict(), nn.ModuleDict()
+        if refined_weight:
+            self.refiner = _default_refiner(embedding_size) if refiner is None else refiner
+            self._check_refiner(embedding_size)
+            if loss is None:
+                self._build_classifiers(_known(num_classes), settings)
+            else:
+                check_child("loss", loss)
+                agreed_size("embedding_size", self._out_features(), {"loss": loss})
+                self.refined_losses["shared"] = loss
+        if raw_weight and raw_loss is None:
+            raw_loss = LabelSmoothingCrossEntropyLoss(_known(num_classes), embedding_size, **settings)
+        if raw_loss is not None:
+            check_child("raw_loss", raw_loss)
+            agreed_size("embedding_size", embedding_size, {"raw_loss": raw_loss})
+        self.raw_loss = raw_loss
+        children = {name: child for name, child in (("loss", loss), ("raw_loss", raw_loss)) if child is not None}
+        self.num_classes = agreed_size("num_classes", num_classes, children)
+        self.embedding_size = embedding_size
+        self.add_to_recordable_attributes(list_of_names=["refined_weight", "raw_weight"], is_stat=False)
+        self.add_to_recordable_attributes(list_of_names=["refined_loss_value", "raw_loss_value"], is_stat=True)
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> LossDict:
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        found = {"refined_loss": embeddings.sum() * 0, "raw_loss": embeddings.sum() * 0}
+        if not len(embeddings):  # batch norm cannot take that; a gradient for each parameter all the same
+            found["raw_loss"] = found["raw_loss"] + sum((p.sum() * 0 for p in self.parameters()), torch.zeros(()))
+        else:
+            with already_valid():
+                if self.refiner is not None:
+                    refined = self._refined_loss(embeddings, labels, indices_tuple)
+                    found["refined_loss"] = self.refined_weight * refined
+                if self.raw_loss is not None:
+                    found["raw_loss"] = self.raw_weight * self.raw_loss(embeddings, labels, indices_tuple)
+        if self.collect_stats:
+            for name, weight in (("refined_loss", self.refined_weight), ("raw_loss", self.raw_weight)):
+                setattr(self, f"{name}_value", found[name].item() / weight if weight else 0.0)
+        return {
+            name: {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+            for name, value in found.items()
+        }
+
+    def refine(self, embeddings: Tensor) -> Tensor | list[Tensor]:
+        """Return the refined embeddings of a batch, as the refiner gives them.
+
+        Raises:
+            ValueError: If ``refined_weight`` is 0, or the embeddings break a rule.
+        """
+        if self.refiner is None:
+            raise ValueError("refined_weight must be positive for refine, got 0")
+        if validation_wanted():
+            check_batch(embeddings, embedding_size=self.embedding_size)
+        parameter = next(self.refiner.parameters(), embeddings)
+        if parameter.device != embeddings.device:
+            raise ValueError(
+                f"the loss must be on the device of embeddings, {embeddings.device}: call loss_func.to(device), got a "
+                f"refiner on {parameter.device}"
+            )
+        with full_precision(embeddings.device):
+            unit = nn.functional.normalize(raise_half(embeddings))
+            refined: Tensor | list[Tensor] = self.refiner(unit.to(raise_half(parameter).dtype))
+        return refined
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Return the logits of the raw classifier, ``(B, num_classes)``: they do not depend on the batch.
+
+        Raises:
+            TypeError: If there is no raw loss, or it has no ``get_logits``.
+        """
+        if not hasattr(self.raw_loss, "get_logits"):
+            raise TypeError(f"raw_loss must have get_logits, {type(self.raw_loss).__name__} has not")
+        logits: Tensor = self.raw_loss.get_logits(embeddings)  # type: ignore[union-attr]
+        return logits
+
+    def load_released(self, state_dict: dict[str, Tensor]) -> None:
+        """Load the authors' released weights of refiner, batch norm and classifier (their ``GNNReID``).
+
+        The raw classifier is part of their encoder, and stays as it is.
+
+        Raises:
+            RuntimeError: If names or shapes do not fit.
+        """
+        from pml_ext.trunks import rename_ibc_weights
+
+        renamed = {f"refiner.{name}": x for name, x in rename_ibc_weights(state_dict).items()}
+        for name, x in state_dict.items():
+            part, *rest = name.split(".")
+            if part == "bottleneck":
+                renamed[f"norms.layer_{rest[0]}.{rest[1]}"] = x
+            elif part == "fc":
+                renamed[f"refined_losses.layer_{rest[0]}.{rest[1]}"] = x
+        own = {name: x for name, x in self.state_dict().items() if name.startswith("raw_loss.")}
+        self.load_state_dict(own | renamed)
+
+    def _refined_loss(self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Indices | None) -> Tensor:
+        refined = self.refine(embeddings)
+        outputs = refined if isinstance(refined, list) else [refined]
+        losses = []
+        for i, x in enumerate(outputs):
+            name = f"layer_{i}"
+            if name in self.norms:
+                x = _normalize(self.norms[name], x)
+            loss_func = self.refined_losses["shared" if "shared" in self.refined_losses else name]
+            losses.append(loss_func(x, labels, indices_tuple))
+        return torch.stack(losses).mean()
+
+    def _build_classifiers(self, num_classes: int, settings: dict[str, Any]) -> None:
+        width = self._out_features()
+        for i in range(getattr(self.refiner, "num_layers", 1) if getattr(self.refiner, "output", "") == "every" else 1):
+            norm = nn.BatchNorm1d(width)
+            norm.bias.requires_grad_(False)
+            self.norms[f"layer_{i}"] = norm
+            small = c_f.TorchInitWrapper(nn.init.normal_, std=0.001)
+            self.refined_losses[f"layer_{i}"] = LabelSmoothingCrossEntropyLoss(
+                num_classes, width, bias=False, weight_init_func=small, **settings
+            )
+
+    def _out_features(self) -> int:
+        width: int = self.refiner.out_features  # type: ignore[union-attr, assignment]
+        return width
+
+    def _check_refiner(self, embedding_size: int) -> None:
+        if not isinstance(getattr(self.refiner, "out_features", None), int):
+            raise ValueError(f"refiner must have out_features, {type(self.refiner).__name__} has not")
+        width = getattr(self.refiner, "in_features", embedding_size)
+        if width != embedding_size:
+            raise ValueError(f"refiner must take embeddings of embedding_size = {embedding_size}, got one for {width}")
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["refined_loss", "raw_loss"]
+
+
+def _default_refiner(embedding_size: int) -> nn.Module:
+    from pml_ext.trunks import IntraBatchRefiner  # here, or every import of losses would load timm and torch-geometric
+
+    return IntraBatchRefiner(embedding_size)
+
+
+def _known(num_classes: int | None) -> int:
+    if num_classes is None:
+        raise ValueError("num_classes must be given unless both loss and raw_loss are, got None")
+    return num_classes
+
+
+def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply batch norm; to a single sample, which has no statistics, with the running ones."""
+    if norm.training and len(x) == 1:
+        return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)  # type: ignore[arg-type]
+    normalized: Tensor = norm(x)
+    return normalized

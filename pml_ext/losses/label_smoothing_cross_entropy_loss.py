@@ -1,0 +1,129 @@
+"""A linear classifier's cross-entropy with temperature and label smoothing."""
+
+from numbers import Integral
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import Tensor
+
+from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.precision import full_precision, raise_half
+from pml_ext.types import Indices, LossDict
+from pml_ext.validation import check_batch, check_settings, validation_wanted
+
+
+class LabelSmoothingCrossEntropyLoss(WeightRegularizerMixin, BaseLoss):
+    r"""Classify embeddings by a linear map.
+
+    $$\ell_i = -w_i \sum_c t_{ic} \log \mathrm{softmax}_c\big((W x_i + b) / T\big), \qquad
+    t_{ic} = (1 - \epsilon) [c = y_i] + \epsilon / C$$
+
+    $w_i$: share of sample i in ``indices_tuple``, 1 without a miner. The embeddings are taken as they are, not
+    normalised. For classes without a bias and with normalisation see ``AdaptiveAdditiveMarginLoss``.
+
+    Args:
+        num_classes: C >= 1.
+        embedding_size: D >= 1.
+        temperature: $T$ > 0. Small: sharp.
+        label_smoothing: $\epsilon$, 0 to 1, 1 excluded.
+        bias: Whether there is $b$; it starts at zero.
+        **kwargs: Passed to PML's mixin and base: ``weight_init_func`` (default: that of ``torch.nn.Linear``),
+            ``weight_regularizer``, ``reducer``, ... ``distance`` is not used.
+
+    Attributes:
+        weight: $W$, ``(num_classes, embedding_size)``.
+        bias: $b$, ``(num_classes,)``, or None.
+
+    Shape:
+        - embeddings: ``(B, D)``, floating point. labels: ``(B,)``, integers in 0 to C - 1.
+        - output: scalar. To the reducer: ``loss``, ``(B,)``, reduction type "element".
+
+    Raises:
+        ValueError: If an argument breaks a rule, ``labels`` are missing or ``ref_emb`` is given.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> loss_func = LabelSmoothingCrossEntropyLoss(num_classes=10, embedding_size=8, temperature=0.2)
+        >>> bool(loss_func(torch.randn(4, 8), torch.arange(4)) > 0)
+        True
+
+    Source:
+        The loss of Seidenschwarz et al., ICML 2021 (temperature 0.1 to 0.6, smoothing 0.1), which is
+        ``torch.nn.functional.cross_entropy`` on scaled logits.
+    """
+
+    num_classes: int
+    embedding_size: int
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        temperature: float = 1.0,
+        label_smoothing: float = 0.1,
+        bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        check_settings(positive={"temperature": temperature}, finite={})
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in 0 to 1, 1 excluded, got {label_smoothing}")
+        self.num_classes = num_classes
+        self.embedding_size = embedding_size
+        self.temperature = temperature
+        self.label_smoothing = label_smoothing
+        self.weight = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
+        self.bias = torch.nn.Parameter(torch.empty(num_classes)) if bias else None
+        self.reset_parameters()
+        names = ["num_classes", "embedding_size", "temperature", "label_smoothing"]
+        self.add_to_recordable_attributes(list_of_names=names, is_stat=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight by ``weight_init_func``; the bias becomes zero."""
+        with torch.no_grad():
+            self.weight_init_func(self.weight)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
+    ) -> LossDict:
+        c_f.labels_required(labels)
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        logits = self._logits(embeddings)
+        losses = torch.nn.functional.cross_entropy(
+            logits, labels, reduction="none", label_smoothing=self.label_smoothing
+        )
+        if indices_tuple is not None:
+            losses = losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
+        loss_dict: LossDict = {"loss": self.element_losses(losses)}
+        if self.weight_regularizer is not None:
+            self.add_weight_regularization_to_loss_dict(loss_dict, self.weight.to(logits.device, logits.dtype))
+        return loss_dict
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Return the logits divided by the temperature, ``(B, num_classes)``, float32 or better."""
+        if validation_wanted():
+            check_batch(embeddings, embedding_size=self.embedding_size)
+        with full_precision(embeddings.device):
+            return self._logits(raise_half(embeddings))
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, embeddings.dtype)  # moved where used, and never cast
+        weight = self.weight.to(embeddings.device, dtype)
+        bias = None if self.bias is None else self.bias.to(embeddings.device, dtype)
+        return torch.nn.functional.linear(embeddings.to(dtype), weight, bias) / self.temperature
+
+    def get_default_weight_init_func(self) -> c_f.TorchInitWrapper:
+        return c_f.TorchInitWrapper(torch.nn.init.kaiming_uniform_, a=5**0.5)

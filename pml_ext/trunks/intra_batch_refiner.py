@@ -1,0 +1,264 @@
+"""Messages between the samples of a batch, for training only (IBC)."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from torch import Tensor, nn
+
+from pml_ext.trunks.attention_layer import Attention, AttentionLayer, DotAttention
+from pml_ext.trunks.modes import evaluating
+
+Output = Literal["last", "cat", "every"]
+
+IBC_NAMES = {
+    "dim_red.": "input.",
+    "gnn_model.node_model.layers.": "layers.",
+    ".att.q_linear.": ".attend.query.",
+    ".att.k_linear.": ".attend.key.",
+    ".att.v_linear.": ".attend.value.",
+    ".att.out.": ".out.",
+}
+"""Parts of parameter names in the authors' released weights to ours; the rest of a layer's names are the same."""
+
+
+class IntraBatchRefiner(ModuleWithRecords):
+    r"""Refine each embedding by messages from the other samples of its batch.
+
+    L layers of multi-head attention over senders j (h heads, of width $d = D / h$), a projection, and a feed-forward
+    part of width 4 D, each with a residual and LayerNorm after it:
+
+    $$m_i = W_o \Big[ \sum_j \frac{\exp s_{ij}}{1 + \sum_{j'} \exp s_{ij'}} v_j \Big]_\text{heads}, \qquad
+    s_{ij} = \frac{q_i \cdot k_j}{\sqrt{d}}$$
+
+    $$y_i = \mathrm{LN}(x_i + m_i), \qquad x'_i = \mathrm{LN}(y_i + W_2 [W_1 y_i]_+)$$
+
+    It belongs into a loss (``IntraBatchLoss``): gradients then carry what the batch knows, and the trunk's embeddings
+    are used as they are at test time.
+
+    Args:
+        embedding_size: D >= 1.
+        num_layers: L >= 1.
+        heads: h >= 1, divides D.
+        attention: "dot", the equation above; without ``edge_index`` it is computed densely, as one fused product.
+            "gatv2": torch-geometric's ``GATv2Conv``, always along edges.
+        dropout: Of attention weights, messages and the feed-forward part, 0 to 1.
+        null_message: Whether the denominator has the 1: a sender with score 0 and message 0. None: as the authors' code
+            for "dot", and no for "gatv2", which cannot have it.
+        output: "last" layer's embeddings, all layers' side by side ("cat"), or a list with those of "every" layer.
+        input_projection: Whether a linear map D to D comes first, as in the authors' code.
+        collect_stats: As in PML. With statistics (and "dot"), ``self_weight`` is the mean weight that a sample of the
+            last batch gives to itself in the last layer, and ``null_weight`` what it leaves to the null message.
+
+    Attributes:
+        in_features: D.
+        out_features: D, or L * D with "cat".
+        layers: The layers.
+
+    Shape:
+        - embeddings: ``(B, D)``, floating point. edge_index: ``(2, E)``, integers. batch: ``(B,)``, sorted integers.
+        - output: ``(B, D)``, ``(B, L * D)`` or a list of L tensors ``(B, D)``.
+
+    Raises:
+        TypeError: If ``edge_index`` or ``batch`` are no integers.
+        ValueError: If an argument or a shape breaks a rule; the message names it.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> refiner = IntraBatchRefiner(embedding_size=8).eval()
+        >>> embeddings = torch.randn(4, 8)
+        >>> refined = refiner(embeddings)
+        >>> everyone = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T  # the complete graph, edge by edge
+        >>> refined.shape, torch.allclose(refiner(embeddings, edge_index=everyone), refined, atol=1e-5)
+        (torch.Size([4, 8]), True)
+
+    Source:
+        Seidenschwarz, Elezi, Leal-Taixe: "Learning Intra-Batch Connections for Deep Metric Learning", ICML 2021, and
+        the authors' code, which has the 1 in the denominator; the paper prints an ordinary softmax
+        (``null_message=False``). Released weights load after ``rename_ibc_weights``.
+    """
+
+    def __init__(
+        self,
+        embedding_size: int,
+        num_layers: int = 1,
+        heads: int = 2,
+        attention: Attention = "dot",
+        dropout: float = 0.1,
+        null_message: bool | None = None,
+        output: Output = "last",
+        input_projection: bool = True,
+        collect_stats: bool | None = None,
+    ) -> None:
+        super().__init__(collect_stats=collect_stats)
+        for name, value, known in (
+            ("attention", attention, get_args(Attention)),
+            ("output", output, get_args(Output)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for name, number in (("embedding_size", embedding_size), ("num_layers", num_layers)):
+            if number < 1:
+                raise ValueError(f"{name} must be >= 1, got {number}")
+        if heads < 1 or embedding_size % heads:
+            raise ValueError(f"heads must be >= 1 and divide embedding_size = {embedding_size}, got {heads}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in 0 to 1, 1 excluded, got {dropout}")
+        if null_message and attention == "gatv2":
+            raise ValueError("null_message must not be True with attention 'gatv2', which has none, got True")
+        null_message = attention == "dot" if null_message is None else null_message
+        self.in_features = embedding_size
+        self.out_features = num_layers * embedding_size if output == "cat" else embedding_size
+        self.num_layers = num_layers
+        self.heads = heads
+        self.attention = attention
+        self.null_message = null_message
+        self.output = output
+        self.input = nn.Linear(embedding_size, embedding_size) if input_projection else nn.Identity()
+        self.layers = nn.ModuleList(
+            AttentionLayer(embedding_size, heads, attention, dropout, null_message) for _ in range(num_layers)
+        )
+        self.add_to_recordable_attributes(list_of_names=["in_features", "num_layers", "heads"], is_stat=False)
+        self.add_to_recordable_attributes(list_of_names=["self_weight", "null_weight"], is_stat=True)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters afresh."""
+        for module in (self.input, *self.layers):
+            if not isinstance(module, nn.Identity):
+                module.reset_parameters()
+
+    def forward(
+        self, embeddings: Tensor, edge_index: Tensor | None = None, batch: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
+        """Return the refined embeddings.
+
+        Args:
+            embeddings: ``(B, D)``. The authors normalise them to length 1 before.
+            edge_index: ``(2, E)``: messages go from samples ``edge_index[0]`` to ``edge_index[1]``. None: everyone
+                sends to everyone, itself included. A sample without senders gets a zero message.
+            batch: ``(B,)``, sorted: the mini-batch of each sample, for several in one call. Without ``edge_index``,
+                messages stay inside of a mini-batch.
+        """
+        self._check(embeddings, edge_index, batch)
+        if edge_index is None and self.attention == "gatv2":
+            edge_index = complete_graph(len(embeddings), batch, embeddings.device)
+        x, outputs = self.input(embeddings), []
+        for layer in self.layers:
+            if self.collect_stats and layer is self.layers[-1]:
+                self._record(x, layer)
+            x = layer(x, edge_index, batch)
+            outputs.append(x)
+        if self.output == "every":
+            return outputs
+        return torch.cat(outputs, 1) if self.output == "cat" else x
+
+    @torch.no_grad()
+    def attention_weights(self, embeddings: Tensor) -> Tensor:
+        """Return who listens to whom in a batch, ``(L, h, B, B)``: rows receive, columns send.
+
+        Rows sum to 1 less what the null message gets. Without dropout, for attention "dot".
+
+        Raises:
+            ValueError: If attention is "gatv2".
+        """
+        if self.attention != "dot":
+            raise ValueError(f"attention must be 'dot' for attention_weights, got {self.attention!r}")
+        self._check(embeddings, None, None)
+        x, found = self.input(embeddings), []
+        with evaluating(self):
+            for layer in self.layers:
+                found.append(layer.attend.attention(x))  # type: ignore[operator, union-attr]
+                x = layer(x, None, None)
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def _record(self, x: Tensor, layer: nn.Module) -> None:
+        if isinstance(layer.attend, DotAttention):
+            weights = layer.attend.attention(x)
+            self.self_weight = weights.diagonal(dim1=1, dim2=2).mean().item()
+            self.null_weight = 1 - weights.sum(2).mean().item()
+
+    def _check(self, embeddings: Tensor, edge_index: Tensor | None, batch: Tensor | None) -> None:
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.in_features:
+            raise ValueError(f"embeddings must have shape (B, {self.in_features}), got {tuple(embeddings.shape)}")
+        if edge_index is not None:
+            check_edge_index(edge_index, len(embeddings))
+        if batch is not None:
+            check_mini_batches(batch, len(embeddings))
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return (
+            f"in_features={self.in_features}, heads={self.heads}, attention={self.attention!r}, "
+            f"null_message={self.null_message}, output={self.output!r}"
+        )
+
+
+def complete_graph(num_nodes: int, batch: Tensor | None, device: torch.device) -> Tensor:
+    """Return the edges between all nodes of each mini-batch, self loops included, ``(2, E)``."""
+    if batch is None:
+        nodes = torch.arange(num_nodes, device=device)
+        return torch.stack([nodes.repeat(num_nodes), nodes.repeat_interleave(num_nodes)])
+    sizes = torch.unique_consecutive(batch, return_counts=True)[1]
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # of each node's mini-batch
+    senders = sizes.repeat_interleave(sizes)  # how many each node has
+    receiver = torch.arange(num_nodes, device=batch.device).repeat_interleave(senders)
+    first_edge = (senders.cumsum(0) - senders).repeat_interleave(senders)
+    sender = torch.arange(len(receiver), device=batch.device) - first_edge + starts.repeat_interleave(senders)
+    return torch.stack([sender, receiver])
+
+
+def check_edge_index(edge_index: Tensor, num_nodes: int) -> None:
+    """Check that edges are ``(2, E)`` integers in 0 to ``num_nodes`` - 1.
+
+    Raises:
+        TypeError: If they are no integers.
+        ValueError: If shape or range are wrong.
+    """
+    _check_integers("edge_index", edge_index)
+    if edge_index.ndim != 2 or len(edge_index) != 2:
+        raise ValueError(f"edge_index must have shape (2, E), got {tuple(edge_index.shape)}")
+    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < num_nodes:
+        found = f"{int(edge_index.min())} to {int(edge_index.max())}"
+        raise ValueError(f"edge_index must lie in 0 to {num_nodes - 1}, got {found}")
+
+
+def check_mini_batches(batch: Tensor, num_nodes: int) -> None:
+    """Check that there is one sorted integer >= 0 for each node.
+
+    Raises:
+        TypeError: If they are no integers.
+        ValueError: If shape, range or order are wrong.
+    """
+    _check_integers("batch", batch)
+    if batch.shape != (num_nodes,):
+        raise ValueError(f"batch must have shape (B,) = ({num_nodes},), got {tuple(batch.shape)}")
+    if num_nodes and (int(batch[0]) < 0 or bool((batch[1:] < batch[:-1]).any())):
+        raise ValueError("batch must be sorted and >= 0, got numbers that are not")
+
+
+def _check_integers(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+
+
+def rename_ibc_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the authors' released weights under the names of ``IntraBatchRefiner``.
+
+    Classifier and batch norm (``fc``, ``bottleneck``) are left out: they belong to the loss.
+
+    Args:
+        state_dict: Weights of the authors' ``GNNReID``.
+
+    Examples:
+        >>> list(rename_ibc_weights({"gnn_model.node_model.layers.0.att.q_linear.bias": torch.zeros(2)}))
+        ['layers.0.attend.query.bias']
+    """
+    found = {}
+    for name, x in state_dict.items():
+        if name.split(".")[0] in ("fc", "bottleneck"):
+            continue
+        for theirs, ours in IBC_NAMES.items():
+            name = name.replace(theirs, ours)
+        found[name] = x
+    return found

@@ -1,0 +1,98 @@
+import builtins
+
+import pytest
+import torch
+
+from pml_ext.graphs import knn_graph
+
+EMB = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+
+
+def neighbors_of(edge_index, i):
+    return edge_index[0, edge_index[1] == i].tolist()
+
+
+def by_hand(emb, k):
+    unit = emb.double() / emb.double().norm(dim=1, keepdim=True)
+    similarity = unit @ unit.T
+    return [[j for j in similarity[i].argsort(descending=True).tolist() if j != i][:k] for i in range(len(emb))]
+
+
+@pytest.fixture(params=["faiss", "torch"])
+def engine(request, monkeypatch):
+    if request.param == "torch":
+        real = builtins.__import__
+
+        def without_faiss(name, *args, **kwargs):
+            if name == "faiss":
+                raise ImportError(name)
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", without_faiss)
+    return request.param
+
+
+@pytest.mark.parametrize("k", [1, 5, 100])
+def test_neighbours(engine, k, device):
+    edge_index = knn_graph(EMB.to(device), k).cpu()
+    for i, expected in enumerate(by_hand(EMB, k)):
+        assert neighbors_of(edge_index, i) == expected
+    assert edge_index.shape == (2, 40 * min(k, 39))
+    assert (edge_index[1].diff() >= 0).all()
+
+
+def test_reciprocal(engine):
+    expected = by_hand(EMB, 4)
+    edge_index = knn_graph(EMB, 4, reciprocal=True)
+    for i in range(40):
+        assert neighbors_of(edge_index, i) == [j for j in expected[i] if i in expected[j]]
+    assert 0 < edge_index.shape[1] < 160
+
+
+def test_mini_batches(engine):
+    batch = torch.tensor([0] * 10 + [3] * 1 + [7] * 29)
+    edge_index = knn_graph(EMB, 3, batch=batch)
+    assert torch.equal(batch[edge_index[0]], batch[edge_index[1]])
+    for start, stop in ((0, 10), (10, 11), (11, 40)):
+        for i, expected in enumerate(by_hand(EMB[start:stop], 3)):
+            assert neighbors_of(edge_index, start + i) == [start + j for j in expected]
+
+
+def test_equal_rows(engine):
+    """A sample is never its own neighbour, though others lie as near."""
+    edge_index = knn_graph(torch.ones(6, 3), 2)
+    assert edge_index.shape == (2, 12)
+    assert (edge_index[0] != edge_index[1]).all()
+
+
+def test_chunks(monkeypatch):
+    whole = knn_graph(EMB.double(), 5)
+    monkeypatch.setattr("pml_ext.graphs._CHUNK_ELEMENTS", 130)  # three rows at a time
+    assert torch.equal(knn_graph(EMB.double(), 5), whole)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half(half):
+    assert torch.equal(knn_graph(EMB.to(half), 3), knn_graph(EMB.to(half).float(), 3))
+
+
+def test_few_samples():
+    assert knn_graph(EMB[:1], 3).shape == (2, 0)
+    assert knn_graph(EMB[:0], 3).shape == (2, 0)
+    assert knn_graph(EMB[:0], 3, reciprocal=True).dtype == torch.long
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((EMB, 0), ValueError, "k must be >= 1, got 0"),
+        ((EMB.long(), 1), TypeError, r"embeddings must be a floating point tensor, got torch\.int64"),
+        ((EMB[0], 1), ValueError, r"embeddings must have shape \(N, D\), got \(6,\)"),
+        ((EMB / 0, 1), ValueError, "embeddings must be finite"),
+        ((EMB, 1, False, torch.arange(40).flip(0)), ValueError, "batch must be sorted"),
+        ((EMB, 1, False, torch.arange(4)), ValueError, r"batch must have shape"),
+    ],
+)
+def test_bad_input(args, error, message):
+    with pytest.raises(error, match=message):
+        knn_graph(*args)
