@@ -25,7 +25,7 @@ LEARNERS = (2, 4, 8)
 
 
 def in_a_loop(trunk, images):
-    """Return the same embeddings, one learner after the other."""
+    """Return the embeddings, one learner after the other: the same in eval mode."""
     features = trunk.stem(images)
     masks = trunk._masks(features)
     slices = [trunk.linear(trunk.head(features * masks[:, m])) for m in range(trunk.num_learners)]

@@ -4,7 +4,7 @@ Run: python examples/attention_ensemble.py (no download; about eight minutes on 
 
 All get the same backbone, number of images, loss (Multi-Similarity, for each learner) and seeds; they are compared on
 characters that none of them has seen: the whole vector, and the learners one by one. M = 1 is a single learner with its
-mask. Learners cost time: the single head does a fifth of the arithmetic of M = 8.
+mask. Learners cost time: benchmarks/ensemble.py tells how much.
 """
 
 import argparse

@@ -39,12 +39,14 @@ def learner_cosines(embeddings: Tensor, num_learners: int) -> Tensor:
         num_learners: M >= 1.
 
     Returns:
-        ``(B, M, M)``, symmetric. A slice of zeros has cosine 0 with all, itself included.
+        ``(B, M, M)``, symmetric. A slice of zeros has cosine 0 with all, itself included, and gets no gradient.
 
     Raises:
         ValueError: If the width is not a multiple of ``num_learners``.
     """
-    unit = torch.nn.functional.normalize(split_learners(embeddings, num_learners), dim=2)
+    slices = split_learners(embeddings, num_learners)
+    norms = torch.linalg.vector_norm(slices, dim=2, keepdim=True)
+    unit = slices * torch.where(norms > 0, norms.clamp_min(1e-30).reciprocal(), 0)
     return unit @ unit.transpose(1, 2)
 
 
@@ -85,9 +87,14 @@ def check_divergence_settings(
     num_learners: int, margin: float, reduction_over_pairs: str = "sum", margin_name: str = "margin"
 ) -> None:
     """Raise a ValueError that names what breaks a rule."""
-    if not isinstance(num_learners, Integral) or isinstance(num_learners, bool) or num_learners < 1:
-        raise ValueError(f"num_learners must be an integer >= 1, got {num_learners!r}")
+    check_num_learners(num_learners)
     if reduction_over_pairs not in get_args(PairReduction):
         known = ", ".join(get_args(PairReduction))
         raise ValueError(f"reduction_over_pairs must be one of {known}, got {reduction_over_pairs!r}")
     check_settings(positive={margin_name: margin}, finite={})
+
+
+def check_num_learners(num_learners: int) -> None:
+    """Raise a ValueError if it is no integer >= 1."""
+    if not isinstance(num_learners, Integral) or isinstance(num_learners, bool) or num_learners < 1:
+        raise ValueError(f"num_learners must be an integer >= 1, got {num_learners!r}")

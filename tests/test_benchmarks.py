@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ensemble, glyph_classes, hybrid_defaults, losses, proxy_scaling, second_order_attention
+from benchmarks import ensemble, glyph_classes, hybrid_defaults, losses, proxy_scaling, refiner, second_order_attention
 from pml_ext.trunks import AttentionEnsemble
 
-RUNS = {"ensemble", "glyph_classes", "hybrid_defaults", "losses", "proxy_scaling", "second_order_attention"}
+RUNS = {"ensemble", "glyph_classes", "hybrid_defaults", "losses", "proxy_scaling", "refiner", "second_order_attention"}
 
 
 def test_every_benchmark_is_run_here():
@@ -107,3 +107,33 @@ def test_ensemble_compares_the_same_embeddings():
     trunk = AttentionEnsemble.from_backbone("resnet18", None, 2, 8, input_size=(3, 32, 32)).eval()
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ensemble.in_a_loop(trunk, images), trunk(images))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_refiner(tmp_path, capsys, monkeypatch):
+    assert len(refiner.run_alone(["edges", 8, 3, 2, 1, "cpu"])["seconds"]) == 2
+    monkeypatch.setattr(refiner, "run_alone", lambda args: refiner.measure(*args))
+    monkeypatch.setattr(refiner, "EMBEDDING_SIZE", 16)
+    threads = torch.get_num_threads()
+    sizes = {"batch_sizes": (6,), "graph": (20, 3), "share": (4, 32)}
+    found = refiner.main(**sizes, steps=2, rounds=1, threads=threads, out=tmp_path / "out.json")
+    rows = {(row["nodes"], row["senders"], row["method"]) for row in found["results"]}
+    assert rows == {(6, 6, method) for method in refiner.METHODS} | {(20, 3, "edges")}
+    printed = capsys.readouterr().out
+    assert "| 6 x 6 | dense |" in printed
+    assert "ResNet-18, 4 images of 32 x 32: a step takes" in printed
+    assert (tmp_path / "out.json").stat().st_size > 0
+
+
+def test_refiner_compares_the_same_work():
+    """Dense and along edges the same numbers; the same parameters as the encoder layer has."""
+    emb = torch.randn(6, refiner.EMBEDDING_SIZE)
+    torch.manual_seed(0)
+    dense, module = refiner.make("dense", 6, 6)
+    module.eval()
+    torch.manual_seed(0)
+    edges, other = refiner.make("edges", 6, 6)
+    other.eval()
+    torch.testing.assert_close(edges(emb), dense(emb), rtol=1e-4, atol=1e-4)
+    layer = refiner.make("transformer", 6, 6)[1]
+    assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in module.parameters())

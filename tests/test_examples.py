@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import adaptive_margin, attention_ensemble, global_local, quickstart
+from examples import adaptive_margin, attention_ensemble, global_local, intra_batch, quickstart
 
-RUNS = {"adaptive_margin", "attention_ensemble", "global_local", "quickstart"}
+RUNS = {"adaptive_margin", "attention_ensemble", "global_local", "intra_batch", "quickstart"}
 
 
 def test_every_example_is_run_here():
@@ -92,3 +92,20 @@ def test_attention_ensemble(tmp_path, capsys, monkeypatch):
     collapsed, apart = ([one["cosine"] for one in results[f"M = 2, {x} divergence"]] for x in ("no", "with"))
     assert all(a > b for a, b in zip(collapsed, apart, strict=True))
     assert (tmp_path / "attention_ensemble_masks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_intra_batch(tmp_path, capsys):
+    results = intra_batch.main(epochs=1, seeds=2, width=4, samples_per_class=4, out=tmp_path)
+    printed = capsys.readouterr().out
+    assert list(results) == [*intra_batch.TRAININGS, "+ refinement at test time"]
+    for found in results.values():
+        for metric in intra_batch.METRICS:
+            mean = sum(50 * one[metric] for one in found)
+            assert 0 < mean < 100
+            assert f"{mean:.1f} (" in printed
+    rows = list(results.values())
+    assert all(rows[i] != rows[j] for i in range(4) for j in range(i))
+    emb = torch.randn(4, intra_batch.EMBEDDING_SIZE)
+    alone = intra_batch.Alone(intra_batch.EMBEDDING_SIZE).eval()
+    torch.testing.assert_close(alone(emb)[:2], alone(emb[:2]))
+    assert (tmp_path / "intra_batch_attention.png").read_bytes().startswith(b"\x89PNG")

@@ -39,9 +39,8 @@ def agreed_size(name: str, given: int | None, children: dict[str, Any]) -> int |
 
 
 def compared_losses(loss: Any, name: str = "loss") -> Iterator[tuple[str, Any]]:
-    """Yield what compares samples with ``ref_emb``, with its path: the loss, or the leaves of a composite one."""
-    if not hasattr(loss, "compares_with_refs"):
-        yield name, loss
-        return
+    """Yield the children of a composite loss that see ``ref_emb``, and theirs, with their paths."""
     for child_name, child in loss.compares_with_refs().items():
-        yield from compared_losses(child, f"{name}.{child_name}")
+        yield f"{name}.{child_name}", child
+        if hasattr(child, "compares_with_refs"):
+            yield from compared_losses(child, f"{name}.{child_name}")

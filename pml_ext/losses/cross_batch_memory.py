@@ -37,8 +37,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     Raises:
         TypeError: If ``loss`` is not a supported one, or ``enqueue_mask`` not bool.
-        ValueError: If ``embedding_size`` is not that of the loss; for bad embeddings or labels, as in every loss, a
-            mask of the wrong shape, ``indices_tuple`` beside a mask, or more rows than the memory holds.
+        ValueError: If ``embedding_size`` is not that of the loss, or a learner of an ``EnsembleLoss`` has a miner of
+            its own; for bad embeddings or labels, as in every loss, a mask of the wrong shape, ``indices_tuple``
+            beside a mask, or more rows than the memory holds.
 
     Examples:
         >>> import torch
@@ -58,7 +59,10 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     ) -> None:
         if isinstance(loss, HybridLoss | EnsembleLoss):
             for name, child in compared_losses(loss):
-                if type(child).__name__ not in losses.CrossBatchMemory.supported_losses():
+                if isinstance(child, HybridLoss | EnsembleLoss):
+                    if child.miner is not None:
+                        raise ValueError(f"miner must be given to the memory: {name} would not use its own there")
+                elif type(child).__name__ not in losses.CrossBatchMemory.supported_losses():
                     raise TypeError(f"{name} must be one that supports ref_emb, got {type(child).__name__}")
             miner = loss.miner if miner is None else miner
         known = getattr(loss, "embedding_size", None) or embedding_size

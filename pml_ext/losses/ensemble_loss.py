@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import BaseMetricLossFunction, ContrastiveLoss
-from pytorch_metric_learning.reducers import PerAnchorReducer
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.children import agreed_size, check_child
 from pml_ext.losses.divergence_loss import DivergenceLoss
 from pml_ext.precision import full_precision, raise_half
+from pml_ext.reducers import BatchAverageReducer
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import (
     already_valid,
@@ -36,16 +36,10 @@ class EnsembleLoss(BaseLoss):
     their reducers and regularizers act. The sum over learners is not a mean: with M learners, the learner part is about
     M times that of one loss.
 
-    The paper's contrastive loss is PML's with squared distances and sums over pairs, divided by the batch size:
-
-        def sum_over_pairs(losses, num_per_row):
-            return losses.sum(1)
+    The paper's contrastive loss is PML's with squared distances and the sum over pairs divided by the batch size:
 
         ContrastiveLoss(
-            pos_margin=0,
-            neg_margin=1,
-            distance=LpDistance(power=2),
-            reducer=PerAnchorReducer(aggregation_func=sum_over_pairs),
+            pos_margin=0, neg_margin=1, distance=LpDistance(power=2), reducer=BatchAverageReducer()
         )
 
     ``EnsembleLoss.paper`` has it.
@@ -55,7 +49,8 @@ class EnsembleLoss(BaseLoss):
             parameters: one loss, which all learners share. With parameters each learner has its own: a list of M
             losses; or a function without arguments that makes one, called M times; or one loss, of which M copies are
             made, their parameters drawn afresh by ``reset_parameters`` or ``weight_init_func`` (PML's losses with
-            proxies have the latter).
+            proxies have the latter). A loss without parameters that keeps something between batches (PML's
+            ``DynamicSoftMarginLoss``) is better given as a function.
         num_learners: M >= 1.
         divergence_weight: $\lambda$ >= 0. May be changed during training.
         divergence_margin: ``margin`` of the ``DivergenceLoss``.
@@ -138,8 +133,7 @@ class EnsembleLoss(BaseLoss):
             num_learners: M.
             **kwargs: Passed to ``EnsembleLoss``.
         """
-        reducer = PerAnchorReducer(aggregation_func=_sum_over_pairs)
-        loss = ContrastiveLoss(pos_margin=0, neg_margin=1, distance=LpDistance(power=2), reducer=reducer)
+        loss = ContrastiveLoss(pos_margin=0, neg_margin=1, distance=LpDistance(power=2), reducer=BatchAverageReducer())
         return cls(loss, num_learners, **kwargs)
 
     def compute_loss(
@@ -207,10 +201,6 @@ class EnsembleLoss(BaseLoss):
 
     def _sub_loss_names(self) -> list[str]:
         return ["learner_loss", "divergence_loss"]
-
-
-def _sum_over_pairs(losses: Tensor, num_per_row: Tensor) -> Tensor:
-    return losses.sum(1)
 
 
 def _one_for_each(loss: Any, num_learners: int) -> dict[str, BaseMetricLossFunction]:

@@ -6,7 +6,7 @@ from pytorch_metric_learning.regularizers import BaseRegularizer
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from pml_ext.learners import PairReduction, check_divergence_settings, divergence
+from pml_ext.learners import PairReduction, check_divergence_settings, divergence, learner_similarity
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import LossDict
 
@@ -24,7 +24,8 @@ class DivergenceRegularizer(BaseRegularizer):
         margin: $m$ > 0, a squared distance of unit vectors, 0 to 4. With 1, learners are pushed while their cosine is
             above 0.5.
         reduction_over_pairs: "sum" over the M (M - 1) / 2 pairs of a sample, or their "mean".
-        **kwargs: Passed to PML's ``BaseRegularizer`` (``reducer``, ``collect_stats``).
+        **kwargs: Passed to PML's ``BaseRegularizer`` (``reducer``, ...). With ``collect_stats``, ``learner_similarity``
+            is the mean cosine between two learners of one sample.
 
     Shape:
         - embeddings: ``(B, M * d)``, floating point. Output: scalar.
@@ -54,12 +55,15 @@ class DivergenceRegularizer(BaseRegularizer):
         self.margin = margin
         self.reduction_over_pairs = reduction_over_pairs
         self.add_to_recordable_attributes(list_of_names=["num_learners", "margin"], is_stat=False)
+        self.add_to_recordable_attributes(name="learner_similarity", is_stat=True)
 
     def compute_loss(self, embeddings: Tensor) -> LossDict:
         if not len(embeddings):
             return {"loss": {"losses": 0, "indices": None, "reduction_type": "already_reduced"}}
         with full_precision(embeddings.device):
             losses = divergence(raise_half(embeddings), self.num_learners, self.margin, self.reduction_over_pairs)
+        if self.collect_stats:
+            self.learner_similarity = learner_similarity(embeddings, self.num_learners)
         return {
             "loss": {
                 "losses": losses,

@@ -11,8 +11,8 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-from pml_ext.learners import learner_similarity
-from pml_ext.precision import full_precision
+from pml_ext.learners import check_num_learners, learner_similarity
+from pml_ext.precision import full_precision, raise_half
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
 from pml_ext.trunks.model_names import check_model_name
 from pml_ext.trunks.modes import evaluating
@@ -30,8 +30,9 @@ class AttentionEnsemble(ModuleWithRecords):
 
     $S$: stem. $A_m$: attention trunk, 1 x 1 convolution of learner m and ``mask_activation``; one number for each
     channel and position. $G$: head. The embedding is $b_1, \ldots, b_M$ side by side: one 2-D tensor, as PML wants it.
-    The M masked maps are folded into the batch, so that G runs once. Mask convolutions and $W$ are drawn by Xavier's
-    rule, each learner's for itself: learners that coincide would stay so.
+    The M masked maps are folded into the batch, so that G runs once; in training, its batch norms see all learners
+    together. Mask convolutions and $W$ are drawn by Xavier's rule, each learner's for itself: learners that coincide
+    would stay so.
 
     Args:
         stem: $S$: images to one map ``(B, C, H, W)``.
@@ -91,14 +92,14 @@ class AttentionEnsemble(ModuleWithRecords):
         collect_stats: bool | None = None,
     ) -> None:
         super().__init__(collect_stats=collect_stats)
-        if num_learners < 1:
-            raise ValueError(f"num_learners must be >= 1, got {num_learners}")
+        check_num_learners(num_learners)
         if embedding_size < 1 or embedding_size % num_learners:
             rule = f">= 1 and a multiple of num_learners = {num_learners}"
             raise ValueError(f"embedding_size must be {rule}, got {embedding_size}")
         if mask_activation not in get_args(MaskActivation):
             known = ", ".join(get_args(MaskActivation))
             raise ValueError(f"mask_activation must be one of {known}, got {mask_activation!r}")
+        _check_input_size(input_size)
         channels, attention_channels, in_features = _widths(stem, attention, head, input_size)
         self.stem = stem
         trunks = 1 if share_attention_trunk else num_learners
@@ -158,6 +159,7 @@ class AttentionEnsemble(ModuleWithRecords):
             **timm_kwargs: Passed to ``timm.create_model``. ``output_stride=8`` for small images.
 
         Raises:
+            TypeError: If ``backbone`` is neither name nor module.
             ValueError: If there is no such model or module, or it cannot be cut there.
 
         Examples:
@@ -166,6 +168,11 @@ class AttentionEnsemble(ModuleWithRecords):
             >>> trunk(torch.randn(2, 1, 64, 64)).shape
             torch.Size([2, 64])
         """
+        if not isinstance(backbone, str | nn.Module):
+            raise TypeError(f"backbone must be a name or a torch.nn.Module, got {type(backbone).__name__}")
+        if "num_classes" in timm_kwargs:
+            raise ValueError("num_classes must not be given: the head ends after pooling")
+        _check_input_size(input_size)
         if isinstance(backbone, str):
             backbone = _create(backbone, pretrained, input_size[0], timm_kwargs)
         elif timm_kwargs or pretrained:
@@ -180,9 +187,8 @@ class AttentionEnsemble(ModuleWithRecords):
                 raise ValueError(f"split must be given for this backbone, one of {', '.join(cut_points(backbone))}")
         stem, head = cut_backbone(backbone, split)
         features = _features(stem, input_size)
-        with evaluating(head):
-            attention = copy_stage(head, features, copy_weights)
-        return cls(
+        attention = copy_stage(head, features, copy_weights)
+        trunk = cls(
             stem,
             attention,
             head,
@@ -194,6 +200,7 @@ class AttentionEnsemble(ModuleWithRecords):
             checkpoint,
             collect_stats,
         )
+        return trunk.train()  # all of it, whatever mode a given backbone was in
 
     @property
     def backbone(self) -> nn.ModuleList:
@@ -212,7 +219,7 @@ class AttentionEnsemble(ModuleWithRecords):
         learners = self.linear(self._run_head(masked))
         learners = learners.reshape(images.shape[0], self.num_learners, learners.shape[1])  # (B, M, d)
         with full_precision(images.device):  # in float16 the norm of a row of zeros would give NaN
-            learners = nn.functional.normalize(learners.float(), dim=2).to(learners.dtype)
+            learners = nn.functional.normalize(raise_half(learners), dim=2).to(learners.dtype)
         embeddings: Tensor = learners.flatten(1)
         if self.collect_stats:
             self.learner_similarity = learner_similarity(embeddings, self.num_learners)
@@ -234,7 +241,10 @@ class AttentionEnsemble(ModuleWithRecords):
         if not (self.checkpoint and torch.is_grad_enabled()):
             return self.head(masked)
         found: Tensor = run_again_in_backward(
-            self.head, masked, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(self.head))
+            lambda x: self.head(x.clone()),  # what starts in place would change the input of the second run
+            masked,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _buffers_kept(self.head)),
         )
         return found
 
@@ -272,6 +282,11 @@ def _create(name: str, pretrained: bool, channels: int, timm_kwargs: dict[str, A
     return google
 
 
+def _check_input_size(input_size: tuple[int, int, int]) -> None:
+    if not isinstance(input_size, tuple | list) or len(input_size) != 3 or min(input_size) < 1:
+        raise ValueError(f"input_size must be (channels, height, width), each >= 1, got {input_size}")
+
+
 @torch.no_grad()
 def _features(stem: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     """Return what the stem makes of one image of zeros."""
@@ -290,8 +305,12 @@ def _widths(
 ) -> tuple[int, int, int]:
     """Return the channels of the stem and of the attention trunk, and the width of the head, from a dry run."""
     features = _features(stem, input_size)
+    version = features._version
     with evaluating(attention), evaluating(head):
-        attended, pooled = attention(features), head(features)
+        attended = attention(features)
+        if features._version != version:
+            raise ValueError("attention must not change the stem's map in place, got one that does (inplace=True?)")
+        pooled = head(features)
     if attended.ndim != 4 or attended.shape[2:] != features.shape[2:]:
         shapes = f"{tuple(features.shape)} to (1, A, {features.shape[2]}, {features.shape[3]})"
         raise ValueError(f"attention must keep the grid of the stem, {shapes}, got {tuple(attended.shape)}")

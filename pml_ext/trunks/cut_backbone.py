@@ -1,5 +1,6 @@
 """Cut a network in two at a named module."""
 
+import copy
 from typing import Any
 
 from torch import fx, nn
@@ -26,34 +27,32 @@ def cut_backbone(model: nn.Module, split: str) -> tuple[fx.GraphModule, fx.Graph
     """
     if split not in dict(model.named_modules()) or not split:
         raise ValueError(f"split must be one of {', '.join(cut_points(model))} (or a module in one), got {split!r}")
-    stem, head = _trace(model, split), _trace(model, split)
+    stem, stem_root = _trace(model, split)
     end = _find(stem, split)
-    (old_output,) = (node for node in stem.nodes if node.op == "output")
-    stem.erase_node(old_output)
+    for node in reversed(_behind(stem, end)):
+        stem.erase_node(node)
     stem.output(end)
-    _drop_unused(stem)
 
+    head, head_root = _trace(model, split)
     cut = _find(head, split)
-    before = _depending_on_inputs(head, cut)
+    before = _up_to(head, cut)
     with head.inserting_before(cut):
         features = head.placeholder("features")
     cut.replace_all_uses_with(features)
-    _drop_unused(head)
-    for node in list(head.nodes):
-        if node in before and not before.issuperset(node.users):
+    for node in reversed(before):
+        if not node.users:
+            head.erase_node(node)
+        elif node.op != "get_attr":  # parameters of the network itself may be used on both sides
             raise ValueError(
                 f"split must be passed by all that is used behind it, got {split!r}, which {_name(node)} passes by"
             )
-    for node in list(head.nodes):
-        if node.op == "placeholder" and node is not features and not node.users:
-            head.erase_node(node)
-    return fx.GraphModule(model, stem, "Stem"), fx.GraphModule(model, head, "Head")
+    return fx.GraphModule(stem_root, stem, "Stem"), fx.GraphModule(head_root, head, "Head")
 
 
 def cut_points(model: nn.Module) -> list[str]:
     """Return the names of the modules that a network calls one after the other."""
     names: list[str] = []
-    for node in _trace(model, "").nodes:
+    for node in _trace(model, "")[0].nodes:
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
             names.append(str(node.target))
@@ -73,21 +72,23 @@ class _Tracer(fx.Tracer):
         return not self.split.startswith(module_qualified_name + ".")
 
 
-def _trace(model: nn.Module, split: str) -> fx.Graph:
-    graphs = []
+def _trace(model: nn.Module, split: str) -> tuple[fx.Graph, nn.Module]:
+    """Return the graph, and a shallow copy of the model with the constants that tracing attaches to it."""
+    found = []
     for training in (True, False):
         with evaluating(model, training):
+            root = copy.copy(model)
             try:
-                graphs.append(_bind_defaults(_Tracer(split).trace(model)))
+                found.append((_bind_defaults(_Tracer(split).trace(root)), root))
             except Exception as error:  # whatever a forward makes of a symbol
                 name = type(model).__name__
                 raise ValueError(f"backbone must be traceable by torch.fx, got a {name}: {error}") from error
-    if str(graphs[0]) != str(graphs[1]):
+    if str(found[0][0]) != str(found[1][0]):
         raise ValueError(
             f"backbone must do the same in training and in evaluation outside of its modules, got a "
-            f"{type(model).__name__} that does not (dropout of the head, auxiliary outputs: turn them off)"
+            f"{type(model).__name__} that does not (dropout of the head: drop_rate=0; auxiliary outputs: turn them off)"
         )
-    return graphs[0]
+    return found[0]
 
 
 def _bind_defaults(graph: fx.Graph) -> fx.Graph:
@@ -104,12 +105,6 @@ def _bind_defaults(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def _drop_unused(graph: fx.Graph) -> None:
-    for node in reversed(graph.nodes):
-        if node.op not in ("placeholder", "output") and not node.users:
-            graph.erase_node(node)
-
-
 def _find(graph: fx.Graph, split: str) -> fx.Node:
     found = [node for node in graph.nodes if node.op == "call_module" and node.target == split]
     if len(found) != 1:
@@ -117,15 +112,14 @@ def _find(graph: fx.Graph, split: str) -> fx.Node:
     return found[0]
 
 
-def _depending_on_inputs(graph: fx.Graph, cut: fx.Node) -> set[fx.Node]:
-    """Return what is computed from the input before the cut, the input included."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node is cut:
-            return found
-        if node.op == "placeholder" or found & set(node.all_input_nodes):
-            found.add(node)
-    return found
+def _up_to(graph: fx.Graph, cut: fx.Node) -> list[fx.Node]:
+    nodes = list(graph.nodes)
+    return nodes[: nodes.index(cut) + 1]
+
+
+def _behind(graph: fx.Graph, cut: fx.Node) -> list[fx.Node]:
+    nodes = list(graph.nodes)
+    return nodes[nodes.index(cut) + 1 :]
 
 
 def _name(node: fx.Node) -> Any:

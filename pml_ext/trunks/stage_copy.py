@@ -38,7 +38,7 @@ def copy_stage(head: fx.GraphModule, features: Tensor, copy_weights: bool) -> nn
         try:
             with evaluating(module):
                 current = module(current)
-        except RuntimeError:  # branches that no longer fit together
+        except (RuntimeError, AssertionError):  # branches that no longer fit together, or a grid built in
             break
         if current.ndim != 4 or current.shape[2:] != features.shape[2:]:
             break

@@ -81,6 +81,17 @@ def test_labels_and_indices_are_ignored():
         loss_func(EMB, LABELS, ref_emb=EMB + 1, ref_labels=LABELS)
 
 
+@pytest.mark.parametrize("make", [DivergenceLoss, DivergenceRegularizer])
+def test_slices_of_zeros_get_no_gradient(make):
+    emb = EMB.clone()
+    emb[0, :D] = 0
+    emb.requires_grad_()
+    make(M, margin=3.0)(emb).backward()
+    assert not emb.grad[0, :D].any()
+    assert emb.grad[0, D:].any()
+    assert emb.grad.abs().max() < 100
+
+
 def test_one_learner_has_no_pair():
     emb = EMB.clone().requires_grad_()
     for reduction in ("sum", "mean"):
@@ -112,8 +123,9 @@ def test_regularizer_in_half_precision(half):
     torch.testing.assert_close(loss, DivergenceRegularizer(M)(emb.float()))
 
 
-def test_statistics():
-    loss_func = DivergenceLoss(M, collect_stats=True)
+@pytest.mark.parametrize("make", [DivergenceLoss, DivergenceRegularizer])
+def test_statistics(make):
+    loss_func = make(M, collect_stats=True)
     loss_func(EMB)
     unit = EMB.reshape(7, M, D) / EMB.reshape(7, M, D).norm(dim=2, keepdim=True)
     cosines = [(unit[:, p] * unit[:, q]).sum(1) for q in range(M) for p in range(q)]

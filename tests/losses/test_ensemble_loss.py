@@ -53,6 +53,23 @@ def test_paper_matches_reference(device):
     assert EnsembleLoss.paper(M).to(device)(EMB.to(device), LABELS).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_paper_with_references(device):
+    """More references than rows, and a memory that grows."""
+    loss_func = EnsembleLoss.paper(M, divergence_weight=0)
+    ref, ref_labels = torch.cat([REF, REF + 1]), torch.cat([REF_LABELS, REF_LABELS])
+    unit, ref_unit = (x.view(-1, M, D) / x.view(-1, M, D).norm(dim=2, keepdim=True) for x in (EMB, ref))
+    squared = (unit[:, None] - ref_unit).square().sum(3).sum(2), None
+    each = (unit[:, None] - ref_unit).square().sum(3)  # (8, 12, M)
+    same = (LABELS[:, None] == ref_labels)[..., None]
+    expected = torch.where(same, each, (1 - each).relu()).sum() / 8
+    assert len(ref) > len(EMB)
+    assert squared[0].shape == (8, 12)
+    torch.testing.assert_close(loss_func(EMB, LABELS, ref_emb=ref, ref_labels=ref_labels), expected)
+    memory = CrossBatchMemory(EnsembleLoss.paper(M), M * D, memory_size=20)
+    values = [memory(EMB.float(), LABELS).item() for _ in range(3)]
+    assert values[0] < values[1] < values[2]
+
+
 def test_value_by_hand():
     """Two learners of two dimensions, two samples of one class, dot products."""
     emb = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 1.0]])
@@ -232,6 +249,11 @@ def test_memory_takes_the_miner_and_refuses_proxies():
     assert isinstance(memory.miner, miners.BatchHardMiner)
     with pytest.raises(TypeError, match=r"loss\.losses\['learner_0'\] must be one that supports ref_emb, got ProxyAnc"):
         CrossBatchMemory(EnsembleLoss(ProxyAnchorLoss(NUM_CLASSES, D), M), M * D)
+    mining = EnsembleLoss(lambda: HybridLoss(NUM_CLASSES, D, miner=miners.BatchHardMiner()), M)
+    with pytest.raises(
+        ValueError, match=r"miner must be given to the memory: loss\.losses\['learner_0'\] would not use"
+    ):
+        CrossBatchMemory(mining, M * D)
     hybrids = EnsembleLoss(lambda: HybridLoss(NUM_CLASSES, D, pair_loss=losses.VICRegLoss()), M)
     with pytest.raises(TypeError, match=r"loss\.losses\['learner_0'\]\.pair_loss must be one .* got VICRegLoss"):
         CrossBatchMemory(hybrids, M * D)
@@ -246,6 +268,16 @@ def test_two_views(symmetric):
     for inner in (ProxyAnchorLoss(NUM_CLASSES, D), HybridLoss(NUM_CLASSES, D)):
         with pytest.raises(TypeError, match=r"loss\.losses\['learner_0'\] must be one that takes two views"):
             SelfSupervisedLoss(EnsembleLoss(inner, M))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_logits_of_half_embeddings(half):
+    loss_func = EnsembleLoss(ProxyAnchorLoss(NUM_CLASSES, D), M)
+    emb = EMB.to(half)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = loss_func.get_logits(emb)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, loss_func.get_logits(emb.float()))
 
 
 def test_logits_are_the_mean_of_the_learners():

@@ -146,6 +146,21 @@ def test_checkpoint_keeps_less():
     assert sizes[True] < sizes[False] / 3
 
 
+@pytest.mark.parametrize("first", [nn.ReLU(inplace=True), nn.Hardswish(inplace=True)], ids=str)
+def test_checkpoint_of_a_head_that_starts_in_place(first):
+    grads = []
+    for frugal in (False, True):
+        torch.manual_seed(0)
+        stem, attention, head = parts()
+        modules = (stem[:2], attention, nn.Sequential(first, head))
+        trunk = AttentionEnsemble(*modules, M, M * D, input_size=SIZE, checkpoint=frugal)
+        torch.manual_seed(1)
+        trunk(IMAGES)[:, ::3].sum().backward()
+        grads.append([p.grad for p in trunk.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_batch_of_one_and_eval():
     trunk = make()
     assert trunk(IMAGES[:1]).isfinite().all()
@@ -172,9 +187,10 @@ def test_copies(kwargs):
 def test_dry_run_leaves_no_trace():
     stem, attention, head = parts()
     head[1].eval()
-    before = copy.deepcopy(stem.state_dict())
+    before = [copy.deepcopy(part.state_dict()) for part in (stem, attention, head)]
     AttentionEnsemble(stem, attention, head, M, M * D, input_size=SIZE)
-    assert all(torch.equal(x, before[key]) for key, x in stem.state_dict().items())
+    for part, kept in zip((stem, attention, head), before, strict=True):
+        assert all(torch.equal(x, kept[key]) for key, x in part.state_dict().items())
     assert stem.training
     assert stem[1].training
     assert not head[1].training
@@ -190,6 +206,17 @@ def test_half_precision(half):
     nn.init.zeros_(trunk.linear.weight)
     with torch.autocast("cpu", dtype=half):
         assert not trunk(IMAGES).any()  # zeros, not NaN
+
+
+def test_double_precision():
+    trunk = make(mask_activation="sigmoid").double().eval()
+    images = IMAGES[:2].double()
+    embeddings = trunk(images)
+    assert embeddings.dtype == torch.float64
+    torch.testing.assert_close(embeddings.reshape(2, M, D).norm(dim=2), torch.ones(2, M, dtype=torch.float64))
+    features = trunk.stem(images).detach().requires_grad_()
+    trunk.stem = nn.Identity()
+    assert torch.autograd.gradcheck(trunk, features[:1], atol=1e-4)
 
 
 def test_statistics_and_records():
@@ -241,6 +268,20 @@ class TestFromBackbone:
             assert trunk.attention[0][0].kernel_size == (3, 3)
         else:
             assert children == stage
+
+    def test_all_of_it_is_in_training_mode(self):
+        backbone = timm.create_model("resnet18", num_classes=0).eval()
+        for given in ("resnet18", backbone):
+            trunk = AttentionEnsemble.from_backbone(given, None, 2, 8, input_size=SIZE)
+            assert all(m.training for m in trunk.modules())
+            norms = [m for m in trunk.modules() if isinstance(m, nn.BatchNorm2d)]
+            assert {int(norm.num_batches_tracked) for norm in norms} == {0}  # the dry runs left nothing
+            trunk(IMAGES)
+            assert {int(norm.num_batches_tracked) for norm in norms} == {1}
+
+    def test_next_stage_with_a_grid_of_its_own(self):
+        trunk = AttentionEnsemble.from_backbone("botnet26t_256", "stages.1", 2, 8, input_size=(3, 256, 256))
+        assert [type(m).__name__ for m in trunk.attention[0]] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2
 
     def test_paper(self):
         """GoogLeNet, eight learners, 512 numbers: the shapes and sizes of the paper."""
@@ -339,6 +380,11 @@ class TestFromBackbone:
                 {"backbone": "googlenet", "input_size": (1, 64, 64)},
                 "input_size must have 3 channels for googlenet, got 1",
             ),
+            ({"input_size": 64}, r"input_size must be \(channels, height, width\), each >= 1, got 64"),
+            ({"input_size": (64, 64)}, r"input_size must be \(channels, height, width\), each >= 1, got \(64, 64\)"),
+            ({"num_classes": 10}, "num_classes must not be given"),
+            ({"backbone": "ghostnet_100", "split": "blocks.3"}, "a GhostNet that does not .*drop_rate=0"),
+            ({"num_learners": 2.0}, r"num_learners must be an integer >= 1, got 2\.0"),
             ({"backbone": nn.Flatten(), "pretrained": True}, "pretrained must not be given with a backbone that is a"),
             ({"backbone": nn.Flatten(), "drop_rate": 0.1}, "drop_rate must not be given with a backbone that is a"),
         ],
@@ -346,6 +392,11 @@ class TestFromBackbone:
     def test_bad_arguments(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             AttentionEnsemble.from_backbone(**({"backbone": "resnet18", "input_size": SIZE} | kwargs))
+
+
+def test_backbone_must_be_a_name_or_a_module():
+    with pytest.raises(TypeError, match=r"backbone must be a name or a torch\.nn\.Module, got NoneType"):
+        AttentionEnsemble.from_backbone(None)
 
 
 def replaced(position, module):
@@ -357,7 +408,7 @@ def replaced(position, module):
 @pytest.mark.parametrize(
     ("modules", "kwargs", "message"),
     [
-        (parts(), {"num_learners": 0}, "num_learners must be >= 1, got 0"),
+        (parts(), {"num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
         (parts(), {"embedding_size": 10}, "embedding_size must be >= 1 and a multiple of num_learners = 4, got 10"),
         (
             parts(),
@@ -365,6 +416,11 @@ def replaced(position, module):
             r"mask_activation must be one of sigmoid, batchnorm\+relu, got 'softm",
         ),
         (replaced(0, nn.Flatten()), {}, r"stem must give one map \(B, C, H, W\), got \(1, 3072\)"),
+        (
+            replaced(1, nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 5, 1))),
+            {},
+            "attention must not change the stem",
+        ),
         (replaced(1, nn.Conv2d(8, 5, 3)), {}, r"attention must keep the grid .* to \(1, A, 8, 8\), got \(1, 5, 6, 6\)"),
         (replaced(2, nn.Conv2d(8, 5, 3)), {}, r"head must end after pooling, with \(B, F\), got \(1, 5, 6, 6\)"),
     ],

@@ -139,9 +139,49 @@ class Sized(Residual):
         return self.b(self.a(images)).reshape(length, -1)
 
 
+class InPlace(Residual):
+    """Operations whose results nobody takes."""
+
+    def forward(self, images):
+        features = self.a(images)
+        features.relu_()
+        features = self.b(features)
+        nn.functional.relu(features, inplace=True)
+        return features.flatten(1)
+
+
+class Normalizing(Residual):
+    """Constants made in forward."""
+
+    def forward(self, images):
+        features = self.a(images - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1))
+        return self.b(features) * torch.tensor(2.0)
+
+
+class Skipping(Residual):
+    """The input itself passes by the cut."""
+
+    def forward(self, images):
+        return self.b(self.a(images)).mean(1) + images.mean(1)
+
+
+@pytest.mark.parametrize(("model", "split"), [(InPlace(), "a"), (InPlace(), "b"), (Normalizing(), "a")])
+def test_what_happens_around_the_cut(model, split):
+    """In-place operations belong to the side they are on; constants do not stay at the user's model."""
+    before = set(vars(model))
+    stem, head = cut_backbone(model, split)
+    assert set(vars(model)) == before
+    assert torch.equal(head(stem(IMAGES)), model(IMAGES))
+
+
 @pytest.mark.parametrize(
     ("model", "split", "message"),
     [
+        (
+            Skipping(),
+            "a",
+            "split must be passed by all that is used behind it, got 'a', which the value 'images' passes",
+        ),
         (Residual(), "c", r"split must be one of a, b \(or a module in one\), got 'c'"),
         (Residual(), "", "split must be one of a, b"),
         (Residual(), "b", "split must be passed by all that is used behind it, got 'b', which 'a' passes by"),

@@ -1,0 +1,38 @@
+"""Sum over all losses, divided by the size of the batch."""
+
+from typing import Any
+
+from pytorch_metric_learning.reducers import BaseReducer
+from torch import Tensor
+
+
+class BatchAverageReducer(BaseReducer):
+    r"""Add up all losses, whatever they belong to, and divide by the number of embeddings.
+
+    $$\frac{1}{N} \sum_{i, j} \ell_{ij}$$
+
+    For papers that write their pair losses so. PML's ``MeanReducer`` divides by the number of pairs instead, its
+    ``SumReducer`` by nothing. A pair that a miner returns twice counts twice.
+
+    Args:
+        **kwargs: Passed to PML's ``BaseReducer`` (``collect_stats``).
+
+    Examples:
+        >>> import torch
+        >>> from pytorch_metric_learning.losses import ContrastiveLoss
+        >>> emb, labels = torch.eye(3), torch.tensor([0, 0, 0])  # six pairs at distance 2 ** 0.5
+        >>> ContrastiveLoss(reducer=BatchAverageReducer())(emb, labels)
+        tensor(2.8284)
+    """
+
+    def element_reduction(self, losses: Tensor, loss_indices: Any, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return losses.sum() / len(embeddings) if len(embeddings) else losses.sum()
+
+    def pos_pair_reduction(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.element_reduction(*args, **kwargs)
+
+    def neg_pair_reduction(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.element_reduction(*args, **kwargs)
+
+    def triplet_reduction(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.element_reduction(*args, **kwargs)
