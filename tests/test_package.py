@@ -23,6 +23,13 @@ def test_nothing_heavy_is_imported():
     assert python(code.format(("torch", "pytorch_metric_learning"))) == "['torch', 'pytorch_metric_learning']"
 
 
+def test_torch_geometric_loads_with_the_refiner():
+    code = "import sys, pml_ext.trunks, pml_ext.graphs; early = 'torch_geometric' in sys.modules; {}"
+    assert python(code.format("print(early)")) == "False"
+    late = "from pml_ext.trunks import IntraBatchRefiner; print('torch_geometric' in sys.modules)"
+    assert python(code.format(late)) == "True"
+
+
 def test_subpackages_load_on_first_use():
     code = (
         "import sys, pml_ext; early = [m for m in sys.modules if m.startswith('pml_ext.') or m == 'torch'];"

@@ -1,12 +1,20 @@
-"""Networks that turn images into embeddings, and what training them takes."""
+"""Networks that turn images into embeddings, and what training them takes.
+
+What needs torch-geometric loads on first use (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from pml_ext.trunks.attention_ensemble import AttentionEnsemble
 from pml_ext.trunks.freeze_batch_norm import freeze_batch_norm
 from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
 from pml_ext.trunks.global_pool import GlobalPool2d
-from pml_ext.trunks.intra_batch_refiner import IBC_NAMES, IntraBatchRefiner, rename_ibc_weights
 from pml_ext.trunks.param_groups import param_groups
 from pml_ext.trunks.second_order_attention import SOLAR_NAMES, SecondOrderAttention
+
+if TYPE_CHECKING:
+    from pml_ext.trunks.intra_batch_refiner import IBC_NAMES, IntraBatchRefiner, rename_ibc_weights
 
 __all__ = [
     "IBC_NAMES",
@@ -20,3 +28,9 @@ __all__ = [
     "param_groups",
     "rename_ibc_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("IBC_NAMES", "IntraBatchRefiner", "rename_ibc_weights"):
+        return getattr(import_module("pml_ext.trunks.intra_batch_refiner"), name)
+    raise AttributeError(f"module 'pml_ext.trunks' has no attribute {name!r}")

@@ -1,11 +1,12 @@
 """Messages between the samples of a batch, for training only (IBC)."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
+from pml_ext.graphs import check_edge_index, check_mini_batches, complete_graph
 from pml_ext.trunks.attention_layer import Attention, AttentionLayer, DotAttention
 from pml_ext.trunks.modes import evaluating
 
@@ -192,54 +193,6 @@ class IntraBatchRefiner(ModuleWithRecords):
             f"in_features={self.in_features}, heads={self.heads}, attention={self.attention!r}, "
             f"null_message={self.null_message}, output={self.output!r}"
         )
-
-
-def complete_graph(num_nodes: int, batch: Tensor | None, device: torch.device) -> Tensor:
-    """Return the edges between all nodes of each mini-batch, self loops included, ``(2, E)``."""
-    if batch is None:
-        nodes = torch.arange(num_nodes, device=device)
-        return torch.stack([nodes.repeat(num_nodes), nodes.repeat_interleave(num_nodes)])
-    sizes = torch.unique_consecutive(batch, return_counts=True)[1]
-    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # of each node's mini-batch
-    senders = sizes.repeat_interleave(sizes)  # how many each node has
-    receiver = torch.arange(num_nodes, device=batch.device).repeat_interleave(senders)
-    first_edge = (senders.cumsum(0) - senders).repeat_interleave(senders)
-    sender = torch.arange(len(receiver), device=batch.device) - first_edge + starts.repeat_interleave(senders)
-    return torch.stack([sender, receiver])
-
-
-def check_edge_index(edge_index: Tensor, num_nodes: int) -> None:
-    """Check that edges are ``(2, E)`` integers in 0 to ``num_nodes`` - 1.
-
-    Raises:
-        TypeError: If they are no integers.
-        ValueError: If shape or range are wrong.
-    """
-    _check_integers("edge_index", edge_index)
-    if edge_index.ndim != 2 or len(edge_index) != 2:
-        raise ValueError(f"edge_index must have shape (2, E), got {tuple(edge_index.shape)}")
-    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < num_nodes:
-        found = f"{int(edge_index.min())} to {int(edge_index.max())}"
-        raise ValueError(f"edge_index must lie in 0 to {num_nodes - 1}, got {found}")
-
-
-def check_mini_batches(batch: Tensor, num_nodes: int) -> None:
-    """Check that there is one sorted integer >= 0 for each node.
-
-    Raises:
-        TypeError: If they are no integers.
-        ValueError: If shape, range or order are wrong.
-    """
-    _check_integers("batch", batch)
-    if batch.shape != (num_nodes,):
-        raise ValueError(f"batch must have shape (B,) = ({num_nodes},), got {tuple(batch.shape)}")
-    if num_nodes and (int(batch[0]) < 0 or bool((batch[1:] < batch[:-1]).any())):
-        raise ValueError("batch must be sorted and >= 0, got numbers that are not")
-
-
-def _check_integers(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
 
 
 def rename_ibc_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch_geometric.nn import GATv2Conv
 
+from pml_ext.graphs import complete_graph
 from pml_ext.trunks import IBC_NAMES, IntraBatchRefiner, rename_ibc_weights
-from pml_ext.trunks.intra_batch_refiner import complete_graph
 
 B, D, HEADS = 7, 8, 2
 EMB = torch.randn(B, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
