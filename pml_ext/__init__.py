@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pml_ext import (
         class_embeddings,
         datasets,
+        distributed,
         graphs,
         inference,
         losses,
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "class_embeddings",
     "datasets",
+    "distributed",
     "graphs",
     "inference",
     "losses",
@@ -40,6 +42,7 @@ __all__ = [
 _SUBPACKAGES = (
     "class_embeddings",
     "datasets",
+    "distributed",
     "graphs",
     "inference",
     "losses",

@@ -1,0 +1,210 @@
+"""The loss of the batch of all ranks, with exact gradients."""
+
+import itertools
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import CrossBatchMemory
+from pytorch_metric_learning.utils import distributed as pml_dist
+from torch import Tensor
+
+from pml_ext.distributed.collectives import (
+    Group,
+    broadcast,
+    gather_numbers,
+    gather_rows,
+    shared_random_state,
+    sum_over_ranks,
+    world_size,
+)
+from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, gather
+from pml_ext.distributed.miner_wrapper import convert
+from pml_ext.types import Indices
+from pml_ext.validation import check_batch, validation_enabled
+
+
+class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
+    r"""Compute a loss on the batch of all ranks, as one process would that has it all.
+
+    A drop-in for PML's class, right for every loss of PML and of this package. The model belongs into
+    ``DistributedDataParallel`` (DDP), which takes the mean of its gradients over ranks; the loss does not need to, and
+    may.
+
+    - ``efficient=False``: each rank gathers all rows, in rank order, and evaluates the whole loss. The value, the
+      gradients of the model behind DDP and the gradients of the loss's parameters are those of one process.
+    - ``efficient=True``: each rank compares its own rows with all rows, of which the others carry no gradient; loss and
+      gradients, those of parameters included, are the sums over ranks. That is PML's definition; it is not the gradient
+      of one process, and losses without ``ref_emb`` refuse it.
+
+    In PML's class the value and the gradients of parameters come out world size times too large, ranks order the rows
+    differently, and parameters start differently on each rank. Here parameters and buffers are those of the first rank
+    from the start; the loss runs under one random state, so that dropout, random miners and batch norms agree on all
+    ranks; ranks may have different numbers of rows; and bad input on one rank raises on all of them.
+
+    Args:
+        loss: A loss of PML or of this package, or a ``CrossBatchMemory``. Its ``miner``, if it has one, sees the batch
+            of all ranks.
+        efficient: See above.
+        process_group: The ranks. None: all.
+
+    Shape:
+        - embeddings: ``(B, D)``, the rows of this rank. labels: ``(B,)``. indices_tuple: what
+          ``DistributedMinerWrapper`` (PML's or that of this package) returns, the same pairs on all ranks.
+        - output: scalar.
+
+    In one process it is the loss itself.
+
+    Raises:
+        TypeError: If ``loss`` is not a PML loss.
+        ValueError: If this or another rank is given bad input, ranks differ in width or dtype, or what was mined
+            differs between ranks.
+        RuntimeError: If a rank does not answer within the process group's timeout. The message names the collective.
+
+    Examples:
+        >>> from pml_ext.losses import HybridLoss
+        >>> loss_func = DistributedLossWrapper(HybridLoss(num_classes=4, embedding_size=8))
+        >>> bool(loss_func(torch.randn(8, 8), torch.arange(8) // 2) > 0)
+        True
+
+    Source:
+        pytorch-metric-learning. The gradient of own rows is multiplied by the world size, which DDP's mean divides by;
+        the loss itself is not.
+    """
+
+    def __init__(self, loss: Any, efficient: bool = False, process_group: Group = None) -> None:
+        super().__init__(loss, efficient)
+        self.process_group = process_group
+        self.calls = 0
+        self.synchronized = False
+        self._synchronize()
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Indices | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of the batch of all ranks.
+
+        Args:
+            embeddings: The rows of this rank.
+            labels: Their labels.
+            indices_tuple: Rows of the batch of all ranks, own rows first.
+            ref_emb: The references of this rank.
+            ref_labels: Their labels.
+            enqueue_mask: For ``CrossBatchMemory``.
+        """
+        memory = isinstance(self.loss, CrossBatchMemory)
+        if memory and (ref_emb is not None or ref_labels is not None):
+            raise ValueError("ref_emb must not be given with CrossBatchMemory, which has references of its own")
+        if world_size(self.process_group) == 1:
+            if memory:
+                return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
+            return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        self._synchronize()
+        self.calls += 1
+        if ref_emb is embeddings and (ref_labels is None or ref_labels is labels):
+            ref_emb = ref_labels = None
+        parts = [Part(embeddings, labels), None if ref_emb is None else Part(ref_emb, ref_labels)]
+        error = self._check(embeddings, labels, ref_emb, ref_labels)
+        if memory and indices_tuple is not None and error is None:
+            error = ValueError("indices_tuple must not be given with CrossBatchMemory: give the miner to the memory")
+        seed = torch.initial_seed() % 2**31 + self.calls
+        mined = indices_tuple is not None and not self.efficient
+        sizes, seed = agree(parts, error, seed, self.process_group, mined)
+        factor = world_size(self.process_group)  # DDP's mean over ranks divides by it
+        batch = gather(parts[0], sizes[0], self.process_group, factor, "embeddings")  # type: ignore[arg-type]
+        refs = None
+        if parts[1] is not None:
+            refs = gather(parts[1], sizes[1], self.process_group, factor, "ref_emb")
+            if ref_labels is labels:  # PML takes one object for one set of labels
+                refs = refs._replace(labels=batch.labels)
+        with shared_random_state(seed, embeddings.device):
+            if memory:
+                mask = self._gather_mask(enqueue_mask, batch)
+                return self.loss(batch.embeddings, batch.labels, None, mask)
+            if self.efficient:
+                return self._sum_of_ranks(parts[0], batch, refs, indices_tuple, factor)  # type: ignore[arg-type]
+            if indices_tuple is not None:
+                indices_tuple = convert(indices_tuple, batch, batch if refs is None else refs, "to_rank_order")
+                self._check_mined(indices_tuple)
+            if refs is None:
+                return self.loss(batch.embeddings, batch.labels, indices_tuple)
+            return self.loss(batch.embeddings, batch.labels, indices_tuple, refs.embeddings, refs.labels)
+
+    def _sum_of_ranks(
+        self, part: Part, batch: Gathered, refs: Gathered | None, indices_tuple: Indices | None, factor: int
+    ) -> Tensor:
+        """Return the sum over ranks of the loss of own rows against all rows."""
+        ref_rows, ref_labels = (batch if refs is None else refs).own_first()
+        own, labels = ref_rows[: len(part.embeddings)], part.labels
+        if refs is not None:
+            rows = batch.own_first()
+            own = rows[0][: len(part.embeddings)]
+        if labels is not None:
+            labels = labels.to(own.device)
+        if indices_tuple is None:
+            indices_tuple = pml_dist.get_indices_tuple(labels, ref_labels)
+        names, parameters = zip(*self.loss.named_parameters(), strict=True) if _has_parameters(self.loss) else ((), ())
+        zero, *shared = _SumGradients.apply(self.process_group, *parameters)
+        arguments = (own, labels, indices_tuple, ref_rows, ref_labels)
+        loss = torch.func.functional_call(self.loss, dict(zip(names, shared, strict=True)), arguments)
+        others = sum_over_ranks(loss, self.process_group, "the losses") - loss.detach()
+        return loss + others + zero.to(loss)
+
+    def _synchronize(self) -> None:
+        """Take over the parameters and buffers of the first rank, once there are ranks."""
+        if not self.synchronized and world_size(self.process_group) > 1:
+            broadcast([*self.loss.parameters(), *self.loss.buffers()], self.process_group)
+            self.synchronized = True
+
+    def _check(
+        self, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
+    ) -> Exception | None:
+        """Return what is wrong with this rank's input."""
+        if not validation_enabled():
+            return None
+        inner = self.loss.loss if isinstance(self.loss, CrossBatchMemory) else self.loss
+        num_classes, width = (getattr(inner, name, None) or None for name in ("num_classes", "embedding_size"))
+        try:
+            check_batch(embeddings, labels, None, ref_emb, ref_labels, num_classes, width)
+        except (TypeError, ValueError) as error:
+            return error
+        return None
+
+    def _check_mined(self, indices_tuple: Indices) -> None:
+        if not validation_enabled():
+            return
+        found = {row[0] for row in gather_numbers([checksum(indices_tuple)], self.process_group)}
+        if len(found) > 1:
+            raise ValueError(
+                "indices_tuple must be the same on all ranks, got others on some: mine in the batch of all ranks with "
+                "DistributedMinerWrapper"
+            )
+
+    def _gather_mask(self, enqueue_mask: Tensor | None, batch: Gathered) -> Tensor | None:
+        if enqueue_mask is None:
+            return None
+        mask = enqueue_mask.to(batch.embeddings.device)
+        return torch.cat(gather_rows(mask, batch.sizes, self.process_group, "enqueue_mask"))
+
+
+class _SumGradients(torch.autograd.Function):
+    """Hand over parameters; their gradients are summed over ranks. The zero makes every rank take part in that."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        zero = torch.zeros((), requires_grad=True)
+        return zero, *(p.view_as(p) for p in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(sum_over_ranks(grad, ctx.group, "the gradients of the loss's parameters") for grad in grads)
+
+
+def _has_parameters(loss: torch.nn.Module) -> bool:
+    return any(True for _ in itertools.islice(loss.parameters(), 1))

@@ -1,0 +1,77 @@
+"""Mining in the batch of all ranks."""
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import distributed as pml_dist
+from torch import Tensor
+
+from pml_ext.distributed.collectives import Group, shared_random_state, world_size
+from pml_ext.distributed.gathered_batch import Gathered, Part, agree, gather
+from pml_ext.types import Indices
+
+
+class DistributedMinerWrapper(pml_dist.DistributedMinerWrapper):
+    """Mine in the batch of all ranks.
+
+    PML's class, with these changes: all ranks mine in the rows in rank order and under one random state, and so find
+    the same; ranks may have different numbers of rows. What is returned counts rows as PML does: own rows first, then
+    those of the other ranks in their order. Both ``DistributedLossWrapper`` expect that.
+
+    Args:
+        miner: Any miner of PML.
+        efficient: As in the ``DistributedLossWrapper`` that gets what is mined: anchors are own rows only.
+        process_group: The ranks. None: all.
+
+    Shape:
+        - embeddings: ``(B, D)`` of this rank. Output: indices into the batch of all ranks.
+
+    Raises:
+        TypeError: If ``miner`` is no PML miner.
+        RuntimeError: If a rank does not answer in time.
+
+    Examples:
+        >>> from pytorch_metric_learning.miners import BatchHardMiner
+        >>> miner = DistributedMinerWrapper(BatchHardMiner())  # in one process: the miner itself
+        >>> [len(x) for x in miner(torch.eye(4), torch.tensor([0, 0, 1, 1]))]
+        [4, 4, 4]
+
+    Source:
+        pytorch-metric-learning.
+    """
+
+    def __init__(self, miner: Any, efficient: bool = False, process_group: Group = None) -> None:
+        super().__init__(miner, efficient)
+        self.process_group = process_group
+        self.calls = 0
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> Indices:
+        """Return what is mined in the batch of all ranks."""
+        if world_size(self.process_group) == 1:
+            mined: Indices = self.miner(embeddings, labels, ref_emb, ref_labels)
+            return mined
+        self.calls += 1
+        parts = [Part(embeddings, labels), None if ref_emb is None else Part(ref_emb, ref_labels)]
+        sizes, seed = agree(parts, None, torch.initial_seed() % 2**31 + self.calls, self.process_group)
+        with torch.no_grad():
+            batch = gather(parts[0], sizes[0], self.process_group, 1, "embeddings")  # type: ignore[arg-type]
+            refs = batch if parts[1] is None else gather(parts[1], sizes[1], self.process_group, 1, "ref_emb")
+        with shared_random_state(seed, embeddings.device):
+            if self.efficient:
+                ref_rows, ref_row_labels = refs.own_first()
+                labels = c_f.to_device(labels, embeddings)
+                return pml_dist.get_indices_tuple(labels, ref_row_labels, embeddings, ref_rows, self.miner)
+            if parts[1] is None:
+                mined = self.miner(batch.embeddings, batch.labels)
+            else:
+                mined = self.miner(batch.embeddings, batch.labels, refs.embeddings, refs.labels)
+        return convert(mined, batch, refs, "to_own_first")
+
+
+def convert(indices_tuple: Indices, batch: Gathered, refs: Gathered, direction: str) -> Indices:
+    """Return a tuple with its rows counted in the other order: ``to_own_first`` or ``to_rank_order``."""
+    anchors = (0,) if len(indices_tuple) == 3 else (0, 2)
+    return tuple(getattr(batch if i in anchors else refs, direction)(x.long()) for i, x in enumerate(indices_tuple))

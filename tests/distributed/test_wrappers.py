@@ -1,0 +1,443 @@
+"""DistributedLossWrapper and DistributedMinerWrapper on two and three gloo processes, against one process."""
+
+import copy
+import datetime
+import inspect
+import warnings
+
+import pytest
+import torch
+from pytorch_metric_learning import distances, losses, miners
+from pytorch_metric_learning.utils import distributed as pml_dist
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from pml_ext.distributed import DistributedLossWrapper, DistributedMinerWrapper
+from pml_ext.distributed.collectives import shared_random_state
+from pml_ext.losses import CrossBatchMemory, HybridLoss, IntraBatchLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.trunks import IntraBatchRefiner
+from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, embeddings, make
+
+SIZES = {2: [5, 7], 3: [3, 4, 5]}  # rows of each rank
+DATA = embeddings(torch.float64).detach()
+SEED = 11  # of the main generator in each worker
+SIZED = {"num_classes": NUM_CLASSES, "embedding_size": SIZE}
+MORE_ARGUMENTS = {  # of losses that cannot be made from their defaults, or from these sizes
+    "ArcFaceLoss": SIZED,
+    "CosFaceLoss": SIZED,
+    "LargeMarginSoftmaxLoss": SIZED,
+    "P2SGradLoss": {"descriptors_dim": SIZE, "num_classes": NUM_CLASSES},
+    "RankedListLoss": {"margin": 0.4, "Tn": 10},
+    "SphereFaceLoss": SIZED,
+    "SubCenterArcFaceLoss": SIZED,
+}
+NOT_HERE = {
+    "BaseMetricLossFunction": "no loss",
+    "GenericPairLoss": "no loss",
+    "ManifoldLoss": "wants no labels",
+    "SmoothAPLoss": "wants classes of one size",
+    "ThresholdConsistentMarginLoss": "regularizes other losses",
+    "VICRegLoss": "wants two views and no labels",
+}
+
+
+def pml_losses():
+    """Return a maker for each loss of PML."""
+    makers = {}
+    for name, cls in inspect.getmembers(losses, inspect.isclass):
+        if issubclass(cls, losses.BaseMetricLossFunction) and name not in NOT_HERE:
+            known = inspect.signature(cls.__init__).parameters
+            arguments = MORE_ARGUMENTS.get(name, {key: x for key, x in SIZED.items() if key in known})
+            makers[f"PML {name}"] = lambda cls=cls, arguments=arguments: cls(**arguments)
+    return makers
+
+
+def build(make_loss, seed=3):
+    torch.manual_seed(seed)
+    return torch.nn.Linear(SIZE, SIZE).double(), make_loss().double()
+
+
+def grads(module):
+    return [None if p.grad is None else p.grad.clone() for p in module.parameters() if p.requires_grad]
+
+
+def together(make_loss, rows, **kwargs):
+    """Return value and gradients under the wrapper, and those of one process that has the whole batch."""
+    model, loss_func = build(make_loss)
+    whole_model, whole_loss = copy.deepcopy(model), copy.deepcopy(loss_func)
+    wrapped = DistributedLossWrapper(loss_func, **kwargs)
+    torch.manual_seed(SEED)
+    ddp = DistributedDataParallel(model)  # its hooks live as long as it does
+    loss = wrapped(ddp(DATA[rows]), LABELS[rows])
+    loss.backward()
+    with shared_random_state(SEED + 1, torch.device("cpu")):  # the state of the wrapper's first call
+        expected = whole_loss(whole_model(DATA), LABELS)
+    expected.backward()
+    return {
+        "loss": (loss.detach(), expected.detach()),
+        "model": (grads(model), grads(whole_model)),
+        "loss_func": (grads(loss_func), grads(whole_loss)),
+    }
+
+
+def sums(case, rows, splits):
+    """Return value and gradients with efficient=True, and the sums over ranks computed in one process."""
+    model, loss_func = build(lambda: make(case))
+    whole_model, whole_loss = copy.deepcopy(model), copy.deepcopy(loss_func)
+    ddp = DistributedDataParallel(model)
+    loss = DistributedLossWrapper(loss_func, efficient=True)(ddp(DATA[rows]), LABELS[rows])
+    loss.backward()
+    total = 0
+    for own in splits:
+        emb = whole_model(DATA)
+        others = [i for i in range(len(DATA)) if i not in own]
+        ref = torch.cat([emb[own], emb[others].detach()])
+        ref_labels = torch.cat([LABELS[own], LABELS[others]])
+        indices_tuple = pml_dist.get_indices_tuple(LABELS[own], ref_labels)
+        total = total + whole_loss(emb[own], LABELS[own], indices_tuple, ref, ref_labels)
+    total.backward()
+    return {
+        "loss": (loss.detach(), total.detach()),
+        "model": (grads(model), grads(whole_model)),
+        "loss_func": (grads(loss_func), grads(whole_loss)),
+    }
+
+
+def error_of(call):
+    try:
+        call()
+    except Exception as error:  # what is raised is the result
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def others(rank, world, rows, splits):
+    """Return what does not fit the two comparisons above."""
+    found = {}
+
+    # every rank draws its own parameters; those of the first rank hold
+    torch.manual_seed(100 + rank)
+    loss_func = IntraBatchLoss(NUM_CLASSES, SIZE)
+    loss_func.norms["layer_0"].running_mean.normal_()
+    DistributedLossWrapper(loss_func)
+    found["broadcast"] = {name: x.clone() for name, x in loss_func.state_dict().items()}
+    torch.manual_seed(100)
+    found["first rank's"] = IntraBatchLoss(NUM_CLASSES, SIZE).state_dict()
+
+    # miners, ours and PML's, in both modes
+    for name, miner in (("hard", miners.BatchHardMiner()), ("random", miners.UniformHistogramMiner())):
+        model, loss_func = build(MultiSimilarityLoss)
+        torch.manual_seed(SEED)
+        ddp = DistributedDataParallel(model)
+        emb = ddp(DATA[rows])
+        mined = DistributedMinerWrapper(miner)(emb, LABELS[rows])
+        loss = DistributedLossWrapper(loss_func)(emb, LABELS[rows], mined)
+        loss.backward()
+        whole = build(MultiSimilarityLoss)[0]
+        with shared_random_state(SEED + 1, torch.device("cpu")):
+            mined = miner(whole(DATA), LABELS)
+        expected = MultiSimilarityLoss()(whole(DATA), LABELS, mined)
+        expected.backward()
+        found["miner", name] = {
+            "loss": (loss.detach(), expected.detach()),
+            "model": (grads(model), grads(whole)),
+        }
+    equal = torch.arange(world * 4) // 2 % 3  # PML's wrappers need equal numbers of rows
+    part = slice(4 * rank, 4 * rank + 4)
+    data = torch.randn(world * 4, SIZE, generator=torch.Generator().manual_seed(1))
+    for efficient in (False, True):
+        for kind in (pml_dist.DistributedMinerWrapper, DistributedMinerWrapper):
+            mined = kind(miners.MultiSimilarityMiner(), efficient=efficient)(data[part], equal[part])
+            loss = DistributedLossWrapper(losses.ContrastiveLoss(), efficient=efficient)(data[part], equal[part], mined)
+            found["mined", efficient, kind.__module__] = loss
+    found["mined", False, "expected"] = losses.ContrastiveLoss()(
+        data, equal, miners.MultiSimilarityMiner()(data, equal)
+    )
+
+    # references: two views of each sample, with the labels as one object and as two
+    for same in (True, False):
+        model, loss_func = build(losses.ContrastiveLoss)
+        labels = LABELS[rows]
+        ddp = DistributedDataParallel(model)
+        emb = ddp(DATA[rows])
+        loss = DistributedLossWrapper(loss_func)(emb, labels, None, emb * 2 + 1, labels if same else labels.clone())
+        loss.backward()
+        whole = build(losses.ContrastiveLoss)[0]
+        emb = whole(DATA)
+        expected = loss_func(emb, LABELS, None, emb * 2 + 1, LABELS if same else LABELS.clone())
+        expected.backward()
+        found["refs", same] = {"loss": (loss.detach(), expected.detach()), "model": (grads(model), grads(whole))}
+
+    # a memory, over several batches
+    for kind in (CrossBatchMemory, losses.CrossBatchMemory):
+        inner = losses.ContrastiveLoss() if kind is losses.CrossBatchMemory else HybridLoss(NUM_CLASSES, SIZE)
+        memory = kind(inner, SIZE, memory_size=30)
+        single = copy.deepcopy(memory)
+        wrapped = DistributedLossWrapper(memory)
+        values = []
+        for seed in range(4):
+            emb = embeddings(seed=seed).detach()
+            mask = torch.arange(len(emb)) % 2 == 0 if seed > 1 else None
+            own = None if mask is None else mask[rows]
+            values.append(
+                (wrapped(emb[rows], LABELS[rows], enqueue_mask=own).detach(), single(emb, LABELS, None, mask).detach())
+            )
+        found["memory", kind.__module__] = values
+        found["memory rows", kind.__module__] = (memory.embedding_memory.clone(), single.embedding_memory.clone())
+    found["memory, tuple"] = error_of(lambda: wrapped(emb[rows], LABELS[rows], (torch.tensor([0]),) * 3))
+
+    # gradients of several batches add up
+    model, loss_func = build(lambda: make(CASES["HybridLoss"]))
+    ddp, wrapped = DistributedDataParallel(model), DistributedLossWrapper(loss_func)
+    with ddp.no_sync():
+        wrapped(ddp(DATA[rows]), LABELS[rows]).backward()
+    wrapped(ddp(DATA[rows] + 1), LABELS[rows]).backward()
+    whole_model, whole_loss = build(lambda: make(CASES["HybridLoss"]))
+    (whole_loss(whole_model(DATA), LABELS) + whole_loss(whole_model(DATA + 1), LABELS)).backward()
+    found["accumulated"] = {
+        "model": (grads(model), grads(whole_model)),
+        "loss_func": (grads(loss_func), grads(whole_loss)),
+    }
+
+    # DDP around the wrapper as well, several steps of an optimizer
+    model, loss_func = build(lambda: make(CASES["HybridLoss"]))
+    whole_model, whole_loss = copy.deepcopy(model), copy.deepcopy(loss_func)
+    ddp, wrapped = DistributedDataParallel(model), DistributedDataParallel(DistributedLossWrapper(loss_func))
+    steps = []
+    for net, loss, part in ((ddp, wrapped, rows), (whole_model, whole_loss, slice(None))):
+        optimizer = torch.optim.SGD([*net.parameters(), *loss.parameters()], lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss(net(DATA[part] + step), LABELS[part]).backward()
+            optimizer.step()
+        steps.append([p.detach().clone() for p in (*net.parameters(), *loss.parameters())])
+    found["trained"] = tuple(steps)
+
+    # half precision, gradient checkpointing
+    model, loss_func = build(lambda: make(CASES["HybridLoss"]))
+    model.float(), loss_func.float()
+    ddp, wrapped = DistributedDataParallel(model), DistributedLossWrapper(loss_func)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        emb = torch.utils.checkpoint.checkpoint(ddp, DATA[rows].float(), use_reentrant=False)
+        loss = wrapped(emb, LABELS[rows])
+    loss.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = loss_func(model(DATA.float()), LABELS)
+    found["half"] = (emb.dtype, loss.dtype, loss.detach(), expected.detach(), [p.dtype for p in loss_func.parameters()])
+
+    # the user's generators are left alone
+    torch.manual_seed(5)
+    DistributedLossWrapper(IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.5)))(
+        DATA[rows].float(), LABELS[rows]
+    )
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.5))
+    found["generator"] = (after, torch.rand(3))
+
+    # a rank without rows
+    wrapped = DistributedLossWrapper(build(lambda: make(CASES["HybridLoss"]))[1])
+    own = DATA if rank == 0 else DATA[:0]
+    labels = LABELS if rank == 0 else LABELS[:0]
+    loss = wrapped(own.clone().requires_grad_(), labels)
+    loss.backward()
+    found["empty rank"] = (loss.detach(), build(lambda: make(CASES["HybridLoss"]))[1](DATA, LABELS).detach())
+
+    # bad input on one rank
+    wrapped = DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES, SIZE).double())
+    bad = LABELS[rows] + (10 if rank == 1 else 0)
+    found["bad labels"] = error_of(lambda: wrapped(DATA[rows], bad))
+    found["no tensor"] = error_of(lambda: wrapped(None if rank == 1 else DATA[rows], LABELS[rows]))
+    pairs = DistributedLossWrapper(MultiSimilarityLoss())
+    found["width"] = error_of(lambda: pairs(DATA[rows, : SIZE - (rank == 1)], LABELS[rows]))
+    found["dtype"] = error_of(lambda: pairs(DATA[rows].float() if rank == 1 else DATA[rows], LABELS[rows]))
+    some = tuple(torch.tensor([0, 1]) for _ in range(3))
+    found["tuple on one"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], some if rank == 1 else None))
+    differing = tuple(torch.tensor([0, 1 + rank]) for _ in range(3))
+    found["tuples differ"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], differing))
+    return found
+
+
+def worker(rank, world, init_file, results):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world)
+    splits = [part.tolist() for part in torch.arange(len(DATA)).split(SIZES[world])]
+    rows, found = splits[rank], {}
+    for name, case in CASES.items():
+        found[name, False] = together(lambda case=case: make(case), rows)
+        if case.refs:
+            found[name, True] = sums(case, rows, splits)
+    for name, make_loss in pml_losses().items():
+        found[name, False] = together(make_loss, rows)
+    found |= others(rank, world, rows, splits)
+    torch.save(found, f"{results}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request, tmp_path_factory):
+    """What each rank has found."""
+    folder = tmp_path_factory.mktemp("gloo")
+    results = str(folder / "results")
+    torch.multiprocessing.spawn(worker, (request.param, str(folder / "rendezvous"), results), request.param, join=True)
+    return [torch.load(f"{results}.{rank}", weights_only=False) for rank in range(request.param)]
+
+
+def assert_same(pair, rtol=1e-9, atol=1e-13):
+    for a, b in zip(*pair, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("name", [*CASES, *pml_losses()])
+def test_value_and_gradients_are_those_of_one_process(found, name):
+    for one in found:
+        result = one[name, False]
+        torch.testing.assert_close(*result["loss"], rtol=1e-9, atol=1e-13)
+        assert any(g.abs().max() > 1e-6 for g in result["model"][1])
+        assert_same(result["model"])
+        assert_same(result["loss_func"])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refs])
+def test_efficient_is_the_sum_over_ranks(found, name):
+    for one in found:
+        result = one[name, True]
+        torch.testing.assert_close(*result["loss"], rtol=1e-9, atol=1e-13)
+        assert_same(result["model"])
+        assert_same(result["loss_func"])
+
+
+def test_ranks_agree(found):
+    for key, result in found[0].items():
+        if isinstance(result, dict) and "loss" in result:
+            for other in found[1:]:
+                assert torch.equal(other[key]["loss"][0], result["loss"][0]), key
+
+
+def test_parameters_and_buffers_are_those_of_the_first_rank(found):
+    for one in found:
+        for name, x in one["broadcast"].items():
+            assert torch.equal(x, found[0]["broadcast"][name])
+            if "running_mean" not in name:
+                assert torch.equal(x, one["first rank's"][name]), name
+    assert found[0]["broadcast"]["norms.layer_0.running_mean"].any()
+
+
+@pytest.mark.parametrize("key", [("miner", "hard"), ("miner", "random"), ("refs", True), ("refs", False)], ids=str)
+def test_miners_and_references(found, key):
+    for one in found:
+        torch.testing.assert_close(*one[key]["loss"], rtol=1e-9, atol=1e-13)
+        assert_same(one[key]["model"])
+    if key[0] == "refs":
+        assert found[0]["refs", True]["loss"][0] != found[0]["refs", False]["loss"][0]
+
+
+def test_miner_wrappers_of_both_libraries_fit(found):
+    for one in found:
+        torch.testing.assert_close(
+            one["mined", False, "pml_ext.distributed.miner_wrapper"], one["mined", False, "expected"]
+        )
+        for efficient in (True, False):
+            ours = one["mined", efficient, "pml_ext.distributed.miner_wrapper"]
+            theirs = one["mined", efficient, "pytorch_metric_learning.utils.distributed"]
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_memory(found):
+    for one in found:
+        for kind in ("pml_ext.losses.cross_batch_memory", "pytorch_metric_learning.losses.cross_batch_memory"):
+            for value, expected in one["memory", kind]:
+                torch.testing.assert_close(value, expected)
+            assert torch.equal(*one["memory rows", kind])
+        assert "indices_tuple must not be given with CrossBatchMemory" in one["memory, tuple"]
+
+
+def test_accumulation_and_training(found):
+    for one in found:
+        assert_same(one["accumulated"]["model"])
+        assert_same(one["accumulated"]["loss_func"])
+        assert_same(one["trained"])
+
+
+def test_half_precision_and_checkpointing(found):
+    for one in found:
+        emb_dtype, loss_dtype, loss, expected, dtypes = one["half"]
+        assert (emb_dtype, loss_dtype) == (torch.bfloat16, torch.float32)
+        torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+        assert set(dtypes) == {torch.float32}
+
+
+def test_generators_and_empty_ranks(found):
+    for one in found:
+        assert torch.equal(*one["generator"])
+        torch.testing.assert_close(*one["empty rank"])
+
+
+def test_bad_input_raises_on_all_ranks(found):
+    for rank, one in enumerate(found):
+        if rank == 1:
+            assert one["bad labels"].startswith("ValueError: labels must be < num_classes = 5")
+            assert one["no tensor"].startswith("TypeError: embeddings must be a torch.Tensor, got NoneType")
+        else:
+            for key in ("bad labels", "no tensor"):
+                assert one[key].startswith("ValueError: all ranks must be given a valid batch, got an error on rank 1")
+        for key in ("width", "dtype"):
+            assert one[key].startswith("ValueError: embeddings must have one width and dtype on all ranks"), one[key]
+        assert "indices_tuple must be given on all ranks or on none" in one["tuple on one"]
+        assert "indices_tuple must be the same on all ranks" in one["tuples differ"]
+
+
+def slow_worker(rank, init_file, results):
+    """The second rank does not come."""
+    warnings.simplefilter("ignore")
+    timeout = datetime.timedelta(seconds=2)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2, timeout=timeout)
+    wrapped = DistributedLossWrapper(MultiSimilarityLoss())
+    if rank == 0:
+        torch.save(error_of(lambda: wrapped(DATA, LABELS)), results)
+
+
+def test_a_rank_that_does_not_come_is_an_error(tmp_path):
+    results = str(tmp_path / "results")
+    torch.multiprocessing.spawn(slow_worker, (str(tmp_path / "rendezvous"), results), 2, join=True)
+    error = torch.load(results, weights_only=False)
+    assert error.startswith("RuntimeError: all_gather of the sizes of the batches failed, a rank may be slow or dead")
+
+
+class TestOneProcess:
+    """Without a process group."""
+
+    def test_the_loss_itself(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for case in CASES.values():
+                wrapped = DistributedLossWrapper(make(case).double())
+                torch.testing.assert_close(wrapped(DATA, LABELS), make(case).double()(DATA, LABELS))
+            memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE))
+            single = CrossBatchMemory(MultiSimilarityLoss(), SIZE)
+            mask = torch.arange(len(DATA)) < 6
+            torch.testing.assert_close(
+                memory(DATA.float(), LABELS, enqueue_mask=mask), single(DATA.float(), LABELS, None, mask)
+            )
+            miner = DistributedMinerWrapper(miners.BatchHardMiner())
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(miner(DATA, LABELS), miners.BatchHardMiner()(DATA, LABELS), strict=True)
+            )
+
+    def test_it_is_pmls_class(self):
+        wrapped = DistributedLossWrapper(losses.ContrastiveLoss(distance=distances.CosineSimilarity()))
+        assert isinstance(wrapped, pml_dist.DistributedLossWrapper)
+        assert isinstance(DistributedMinerWrapper(miners.BatchHardMiner()), pml_dist.DistributedMinerWrapper)
+        with pytest.raises(TypeError, match="must extend BaseMetricLossFunction or CrossBatchMemory"):
+            DistributedLossWrapper(torch.nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="efficient=True is not currently supported"):
+            DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE), efficient=True)
+
+    def test_memory_has_references_of_its_own(self):
+        memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE))
+        with pytest.raises(ValueError, match="ref_emb must not be given with CrossBatchMemory"):
+            memory(DATA.float(), LABELS, ref_emb=DATA.float())
