@@ -4,7 +4,7 @@ Run: python examples/intra_batch.py (no download; about seven minutes on two CPU
 
 All get the same network, budget, batches of few classes with many samples, RAdam and seeds; they are compared on
 characters that none of them has seen. "Without messages" is the control: the same refiner and second classifier, but no
-sample hears of another.
+sample hears of another. "Mean of the same neighbours" is that of the last row: neighbours, but no refiner.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pml_ext.datasets import Glyphs
-from pml_ext.inference import refine_with_neighbors
+from pml_ext.inference import neighbor_groups, refine_with_neighbors
 from pml_ext.losses import IntraBatchLoss
 from pml_ext.trunks import IntraBatchRefiner
 from pml_ext.visualization import batch_attention
@@ -28,7 +28,7 @@ METRICS = {"precision_at_1": "P@1", "mean_average_precision_at_r": "MAP@R", "NMI
 
 
 def make_trunk(width):
-    """Return a small convolutional network: 28 x 28 pixels to EMBEDDING_SIZE numbers."""
+    """Return a small convolutional network, grayscale images to EMBEDDING_SIZE numbers."""
     layers, channels = [], 1
     for out in (width, 2 * width, 4 * width):
         layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
@@ -98,7 +98,8 @@ def main(epochs=15, seeds=3, width=32, samples_per_class=16, out="."):
         data[split] = glyphs.data[:, None].float() / 255, glyphs.targets - glyphs.targets.min()
     images, labels = data["train"]
     test_images, test_labels = data["test"]
-    results = {name: [] for name in (*TRAININGS, "+ refinement at test time")}
+    at_test_time = ("+ mean of the same neighbours", "+ refinement at test time")
+    results = {name: [] for name in (*TRAININGS, *at_test_time)}
     with tqdm(total=len(TRAININGS) * seeds, unit="training") as bar:
         for seed in range(seeds):
             for name, refiner in TRAININGS.items():
@@ -111,10 +112,14 @@ def main(epochs=15, seeds=3, width=32, samples_per_class=16, out="."):
                 results[name].append(evaluate(embeddings, test_labels))
                 bar.set_postfix_str(f"{name}: P@1 {results[name][-1]['precision_at_1']:.3f}")
                 bar.update()
-            refined = refine_with_neighbors(loss_func.refiner, embeddings)
-            results["+ refinement at test time"].append(evaluate(refined, test_labels))
+                if refiner is IntraBatchRefiner:
+                    trained, raw = loss_func.refiner, embeddings
+            means = raw[neighbor_groups(raw, k1=30, size=8)].mean(1)  # of the same neighbours, without the refiner
+            refined = refine_with_neighbors(trained, raw, k1=30, size=8)
+            for name, changed in zip(at_test_time, (means, refined), strict=True):
+                results[name].append(evaluate(changed, test_labels))
     batch = batches(test_labels)[0]
-    weights = loss_func.refiner.attention_weights(embeddings[batch])[-1]
+    weights = trained.attention_weights(raw[batch])[-1]
     batch_attention(weights, test_labels[batch], path=out / "intra_batch_attention.png")
 
     print(f"\n{len(test_labels.unique())} unseen classes, {epochs} epochs, batches of {CLASSES} x {SAMPLES}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pml_ext.precision import full_precision, raise_half
+from pml_ext.validation import check_count
 
 _CHUNK_ELEMENTS = 1 << 24  # similarities at a time: 64 MB
 
@@ -39,13 +40,13 @@ def knn_graph(embeddings: Tensor, k: int, reciprocal: bool = False, batch: Tenso
         [[1, 0], [0, 1]]
     """
     check_embeddings(embeddings)
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
+    check_count("k", k)
     if batch is not None:
         check_mini_batches(batch, len(embeddings))
     unit, edges = unit_embeddings(embeddings), []
     for start, stop in _mini_batches(batch, len(unit)):
-        neighbors = _neighbors(unit[start:stop], min(k, stop - start - 1))  # (n, k)
+        with full_precision(unit.device):
+            neighbors = _neighbors(unit[start:stop], min(k, stop - start - 1))  # (n, k)
         receivers = torch.arange(start, stop, device=unit.device).repeat_interleave(neighbors.shape[1])
         edges.append(torch.stack([neighbors.flatten() + start, receivers]))
     edge_index = torch.cat(edges, 1) if edges else torch.empty(2, 0, dtype=torch.long, device=embeddings.device)
@@ -100,7 +101,9 @@ def check_mini_batches(batch: Tensor, num_nodes: int) -> None:
 
 def _check_integers(name: str, x: Any) -> None:
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        raise TypeError(
+            f"{name} must be an integer tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+        )
 
 
 def check_embeddings(embeddings: Tensor) -> None:
@@ -111,8 +114,8 @@ def check_embeddings(embeddings: Tensor) -> None:
         ValueError: If they are no matrix or not finite.
     """
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
-        got = getattr(embeddings, "dtype", type(embeddings).__name__)
-        raise TypeError(f"embeddings must be a floating point tensor, got {got}")
+        got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise TypeError(f"embeddings must be a floating point torch.Tensor, got {got}")
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings must have shape (N, D), got {tuple(embeddings.shape)}")
     if not torch.isfinite(embeddings).all():

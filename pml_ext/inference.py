@@ -1,11 +1,14 @@
 """What can be done with embeddings at test time."""
 
 import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pml_ext.graphs import check_embeddings, similarity_chunks, unit_embeddings
+from pml_ext.precision import full_precision
 from pml_ext.trunks.modes import evaluating
+from pml_ext.validation import check_count
 
 
 @torch.no_grad()
@@ -24,7 +27,8 @@ def refine_with_neighbors(
     Results that use it must say so.
 
     Args:
-        refiner: An ``IntraBatchRefiner``, or a module that takes embeddings and ``batch``. Used in eval mode.
+        refiner: An ``IntraBatchRefiner``, or a module that takes embeddings and ``batch``. Used in eval mode, on its
+            own device.
         embeddings: ``(N, D)``, floating point, finite; normalised here, as ``IntraBatchLoss`` does.
         k1: Length of the lists of neighbours, >= 1.
         size: Items in a small batch, the item included, >= 1.
@@ -34,7 +38,7 @@ def refine_with_neighbors(
         ``(N, D)``, or ``(N, L * D)`` for a refiner with output "cat"; with "every", the last layer's.
 
     Raises:
-        TypeError: If ``embeddings`` are not floating point.
+        TypeError: If ``embeddings`` are not floating point, or ``refiner`` is a loss or no module.
         ValueError: If an argument breaks a rule.
 
     Examples:
@@ -49,19 +53,21 @@ def refine_with_neighbors(
     """
     check_embeddings(embeddings)
     for name, value in (("k1", k1), ("size", size)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+        check_count(name, value)
+    if not isinstance(refiner, nn.Module) or isinstance(refiner, BaseMetricLossFunction):
+        raise TypeError(f"refiner must be a module such as IntraBatchRefiner, got {type(refiner).__name__}")
     if not len(embeddings):
         return embeddings.new_empty(0, getattr(refiner, "out_features", embeddings.shape[1]))
     unit, found = unit_embeddings(embeddings), []
     groups = neighbor_groups(unit, k1, size)  # (N, size), the item first
+    like = next(refiner.parameters(), unit)
     with evaluating(refiner):
         for group in tqdm(torch.split(groups, max(1, 8192 // size)), desc="refining", disable=not progress):
             batch = torch.arange(len(group), device=unit.device).repeat_interleave(group.shape[1])
-            refined = refiner(unit[group.flatten()], batch=batch)
-            refined = refined[-1] if isinstance(refined, list) else refined
-            found.append(refined[:: group.shape[1]])
-    return torch.cat(found).to(embeddings.dtype)
+            refined = refiner(unit[group.flatten()].to(like), batch=batch.to(like.device))
+            refined = refined[-1] if isinstance(refined, list | tuple) else refined
+            found.append(refined[:: group.shape[1]].to(embeddings))
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -73,6 +79,11 @@ def neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
         k1: As in ``refine_with_neighbors``.
         size: As in ``refine_with_neighbors``; fewer where there are fewer items.
     """
+    with full_precision(unit.device):
+        return _neighbor_groups(unit, k1, size)
+
+
+def _neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
     nearest = torch.cat([_nearest(similarity, rows, k1 + 1) for rows, similarity in similarity_chunks(unit)])
     half = nearest[:, : round(k1 / 2) + 1]  # lists include the item itself
     is_mutual, is_half_mutual = _is_mutual(nearest), _is_mutual(half)
@@ -87,8 +98,8 @@ def neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
             shared = (own.gather(1, theirs) & mutual).sum(1)
             overlaps = is_mutual[rows, column] & (3 * shared > 2 * mutual.sum(1))
             _mark(member, theirs, mutual & overlaps[:, None])
-        similarity += 4.0 * member  # neighbours first, then the others, each from near to far
-        found.append(_nearest(similarity, rows, size))
+        score = similarity.double() + 4 * member  # neighbours first, then the others, each from near to far
+        found.append(_nearest(score, rows, size))
     return torch.cat(found)
 
 

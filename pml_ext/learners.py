@@ -1,12 +1,11 @@
 """The slices of an ensemble's embedding: one (B, M * d) tensor holds M learners' vectors side by side."""
 
-from numbers import Integral
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pml_ext.validation import check_settings
+from pml_ext.validation import check_count, check_settings
 
 PairReduction = Literal["sum", "mean"]
 
@@ -87,14 +86,8 @@ def check_divergence_settings(
     num_learners: int, margin: float, reduction_over_pairs: str = "sum", margin_name: str = "margin"
 ) -> None:
     """Raise a ValueError that names what breaks a rule."""
-    check_num_learners(num_learners)
+    check_count("num_learners", num_learners)
     if reduction_over_pairs not in get_args(PairReduction):
         known = ", ".join(get_args(PairReduction))
         raise ValueError(f"reduction_over_pairs must be one of {known}, got {reduction_over_pairs!r}")
     check_settings(positive={margin_name: margin}, finite={})
-
-
-def check_num_learners(num_learners: int) -> None:
-    """Raise a ValueError if it is no integer >= 1."""
-    if not isinstance(num_learners, Integral) or isinstance(num_learners, bool) or num_learners < 1:
-        raise ValueError(f"num_learners must be an integer >= 1, got {num_learners!r}")

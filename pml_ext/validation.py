@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -72,6 +73,16 @@ def check_settings(positive: Mapping[str, float], finite: Mapping[str, float]) -
     for name, value in finite.items():
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Check that a setting is a whole number.
+
+    Raises:
+        ValueError: If it is no integer >= 1; the message names it.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
 def check_batch(

@@ -1,13 +1,26 @@
 """Every example runs, briefly."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from examples import adaptive_margin, attention_ensemble, global_local, intra_batch, quickstart
+from examples import adaptive_margin, attention_ensemble, global_local, intra_batch, quickstart, train_distributed
 
-RUNS = {"adaptive_margin", "attention_ensemble", "global_local", "intra_batch", "quickstart"}
+RUNS = {
+    "adaptive_margin",
+    "attention_ensemble",
+    "distributed_accelerate",
+    "distributed_fabric",
+    "global_local",
+    "intra_batch",
+    "quickstart",
+    "train_distributed",
+}
 
 
 def test_every_example_is_run_here():
@@ -97,15 +110,72 @@ def test_attention_ensemble(tmp_path, capsys, monkeypatch):
 def test_intra_batch(tmp_path, capsys):
     results = intra_batch.main(epochs=1, seeds=2, width=4, samples_per_class=4, out=tmp_path)
     printed = capsys.readouterr().out
-    assert list(results) == [*intra_batch.TRAININGS, "+ refinement at test time"]
+    names = ["+ mean of the same neighbours", "+ refinement at test time"]
+    assert list(results) == [*intra_batch.TRAININGS, *names]
     for found in results.values():
         for metric in intra_batch.METRICS:
             mean = sum(50 * one[metric] for one in found)
             assert 0 < mean < 100
             assert f"{mean:.1f} (" in printed
     rows = list(results.values())
-    assert all(rows[i] != rows[j] for i in range(4) for j in range(i))
+    assert all(rows[i] != rows[j] for i in range(5) for j in range(i))
     emb = torch.randn(4, intra_batch.EMBEDDING_SIZE)
     alone = intra_batch.Alone(intra_batch.EMBEDDING_SIZE).eval()
     torch.testing.assert_close(alone(emb)[:2], alone(emb[:2]))
     assert (tmp_path / "intra_batch_attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+EXAMPLES = Path(train_distributed.__file__).parent
+SMALL = {"width": 4, "samples_per_class": 4}
+
+
+def test_train_distributed_goes_on_where_it_stopped(tmp_path):
+    """What a killed and resumed run ends with is what an uninterrupted one does."""
+    whole = train_distributed.main(epochs=2, out=tmp_path / "whole", **SMALL)
+    first = train_distributed.main(epochs=1, out=tmp_path / "parts", **SMALL)
+    (tmp_path / "parts" / "checkpoint.pt.new").write_text("what a run killed while saving leaves")
+    assert train_distributed.main(epochs=2, out=tmp_path / "parts", resume=True, **SMALL) == whole != first
+    with pytest.raises(SystemExit, match="--resume needs"):
+        train_distributed.main(out=tmp_path / "nothing", resume=True)
+
+
+def run(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def torchrun(processes, name, *arguments):
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    return run(*launcher, EXAMPLES / f"{name}.py", *arguments)
+
+
+def test_train_distributed_on_two_processes(tmp_path):
+    done = torchrun(2, "train_distributed", "--epochs", 1, "--out", tmp_path)
+    assert done.stdout.count("267 unseen classes, 1 epochs, seed 0, 2 processes, percent") == 1
+    assert done.stderr.count("0/33 [00:00<?, ?it/s]") == 1  # one progress bar
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 1
+    assert state["loss"]["proxy_loss.proxies"].shape == (267, train_distributed.EMBEDDING_SIZE)
+
+
+def losses_of(printed, processes):
+    """Return the loss that is printed for each epoch."""
+    return re.findall(rf"^epoch \d, {processes} processes: loss ([\d.]+)$", printed, re.MULTILINE)
+
+
+def test_distributed_fabric():
+    """Two processes print the losses of one."""
+    pytest.importorskip("lightning_fabric")
+    one = losses_of(run(EXAMPLES / "distributed_fabric.py").stdout, 1)
+    two = losses_of(run(EXAMPLES / "distributed_fabric.py", "--devices", 2).stdout, 2)
+    assert one == two
+    assert float(one[1]) < float(one[0])
+
+
+def test_distributed_accelerate():
+    """Two processes see two batches at a time: other numbers than one process, and falling too."""
+    pytest.importorskip("accelerate")
+    losses = losses_of(torchrun(2, "distributed_accelerate").stdout, 2)
+    assert float(losses[1]) < float(losses[0])

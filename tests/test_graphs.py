@@ -76,6 +76,13 @@ def test_half(half):
     assert torch.equal(knn_graph(EMB.to(half), 3), knn_graph(EMB.to(half).float(), 3))
 
 
+def test_autocast_changes_nothing(engine):
+    emb = torch.randn(300, 32)
+    expected = knn_graph(emb, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(knn_graph(emb, 10), expected)
+
+
 def test_few_samples():
     assert knn_graph(EMB[:1], 3).shape == (2, 0)
     assert knn_graph(EMB[:0], 3).shape == (2, 0)
@@ -85,8 +92,8 @@ def test_few_samples():
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((EMB, 0), ValueError, "k must be >= 1, got 0"),
-        ((EMB.long(), 1), TypeError, r"embeddings must be a floating point tensor, got torch\.int64"),
+        ((EMB, 0), ValueError, "k must be an integer >= 1, got 0"),
+        ((EMB.long(), 1), TypeError, r"embeddings must be a floating point torch\.Tensor, got torch\.int64"),
         ((EMB[0], 1), ValueError, r"embeddings must have shape \(N, D\), got \(6,\)"),
         ((EMB / 0, 1), ValueError, "embeddings must be finite"),
         ((EMB, 1, False, torch.arange(40).flip(0)), ValueError, "batch must be sorted"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pml_ext.inference import neighbor_groups, refine_with_neighbors
+from pml_ext.losses import IntraBatchLoss
 from pml_ext.trunks import IntraBatchRefiner
 
 D = 6
@@ -77,10 +78,38 @@ def test_item_by_item(output):
 
 
 def test_many_items_take_seconds():
-    emb = torch.randn(2000, 64)
+    """10,000 items of 128 numbers in less than a minute of processor time, statistics on or not."""
+    emb = torch.randn(10_000, 128)
     start = time.process_time()
-    assert refine_with_neighbors(IntraBatchRefiner(64), emb, progress=True).shape == (2000, 64)
-    assert time.process_time() - start < 20
+    refiner = IntraBatchRefiner(128, collect_stats=True)
+    assert refine_with_neighbors(refiner, emb, progress=True).shape == (10_000, 128)
+    assert time.process_time() - start < 60
+
+
+def test_autocast_changes_nothing():
+    unit = torch.nn.functional.normalize(torch.randn(300, 32))
+    refiner = IntraBatchRefiner(32)
+    expected = neighbor_groups(unit, 10, 5), refine_with_neighbors(refiner, unit, 10, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        groups, refined = neighbor_groups(unit, 10, 5), refine_with_neighbors(refiner, unit, 10, 5)
+    assert torch.equal(groups, expected[0])
+    torch.testing.assert_close(refined, expected[1], rtol=0.05, atol=0.05)  # the refiner itself may be in half
+
+
+def test_near_items_are_told_apart():
+    """All similarities near 1: the offset of neighbours must not round differences away."""
+    emb = (torch.ones(1, D) + 0.01 * torch.randn(60, D)).float()
+    groups = neighbor_groups(torch.nn.functional.normalize(emb), 8, 6)
+    unit = torch.nn.functional.normalize(emb.double())
+    same = (groups == neighbor_groups(unit, 8, 6)).all(1)
+    assert same.float().mean() > 0.9
+
+
+def test_refiner_of_another_dtype():
+    refiner = IntraBatchRefiner(D).double()
+    found = refine_with_neighbors(refiner, EMB.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), refine_with_neighbors(refiner, EMB), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
@@ -101,9 +130,12 @@ def test_few_items():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"k1": 0}, ValueError, "k1 must be >= 1, got 0"),
-        ({"size": 0}, ValueError, "size must be >= 1, got 0"),
-        ({"embeddings": EMB.long()}, TypeError, "embeddings must be a floating point tensor"),
+        ({"k1": 0}, ValueError, "k1 must be an integer >= 1, got 0"),
+        ({"k1": 2.5}, ValueError, r"k1 must be an integer >= 1, got 2\.5"),
+        ({"size": 0}, ValueError, "size must be an integer >= 1, got 0"),
+        ({"refiner": IntraBatchLoss(5, D)}, TypeError, "refiner must be a module such as .* got IntraBatchLoss"),
+        ({"embeddings": EMB.numpy()}, TypeError, r"embeddings must be a floating point torch\.Tensor, got ndarray"),
+        ({"embeddings": EMB.long()}, TypeError, r"embeddings must be a floating point torch\.Tensor, got torch\.int64"),
         ({"embeddings": EMB / 0}, ValueError, "embeddings must be finite"),
         ({"embeddings": EMB[:, :2]}, ValueError, r"embeddings must have shape \(B, 6\), got"),
     ],

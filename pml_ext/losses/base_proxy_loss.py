@@ -1,7 +1,6 @@
 """The base of losses with one proxy a class."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from pml_ext.losses.similarity import can_stream, distance_matrix
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.streaming.chunks import check_chunk_size
 from pml_ext.types import LossDict
-from pml_ext.validation import check_batch, validation_wanted
+from pml_ext.validation import check_batch, check_count, validation_wanted
 
 
 class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
@@ -30,8 +29,7 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
     def __init__(self, num_classes: int, embedding_size: int, chunk_size: int | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+            check_count(name, value)
         check_chunk_size(chunk_size)
         self.num_classes = num_classes
         self.embedding_size = embedding_size

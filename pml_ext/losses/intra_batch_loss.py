@@ -12,7 +12,7 @@ from pml_ext.losses.children import agreed_size, check_child
 from pml_ext.losses.label_smoothing_cross_entropy_loss import LabelSmoothingCrossEntropyLoss
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, check_batch, validation_wanted
+from pml_ext.validation import already_valid, check_batch, check_count, validation_wanted
 
 
 class IntraBatchLoss(BaseLoss):
@@ -30,7 +30,8 @@ class IntraBatchLoss(BaseLoss):
     Args:
         num_classes: C. May be None where both losses are given.
         embedding_size: D.
-        refiner: $R$: a module that takes ``(B, D)`` and has ``out_features``. Default: ``IntraBatchRefiner(D)``.
+        refiner: $R$: a module that takes ``(B, D)`` and has ``out_features``. Default: ``IntraBatchRefiner(D)`` (one
+            head for an odd D).
         loss: Takes the place of batch norm, classifier and LS on the refined embeddings: any loss of PML or of this
             package, of the refiner's ``out_features``.
         raw_loss: Takes the place of the raw classifier and its LS: any loss of embeddings of width D.
@@ -93,6 +94,7 @@ class IntraBatchLoss(BaseLoss):
         for name, weight in (("refined_weight", refined_weight), ("raw_weight", raw_weight)):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
+        check_count("embedding_size", embedding_size)
         if not refined_weight and not raw_weight:
             raise ValueError("refined_weight or raw_weight must be positive, got 0 for both")
         if kwargs.get("distance") is not None:
@@ -176,6 +178,11 @@ class IntraBatchLoss(BaseLoss):
                 f"the loss must be on the device of embeddings, {embeddings.device}: call loss_func.to(device), got a "
                 f"refiner on {parameter.device}"
             )
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                "the loss must have parameters of float32 or float64: call loss_func.float() (embeddings may be half), "
+                f"got a refiner of {parameter.dtype}"
+            )
         with full_precision(embeddings.device):
             unit = nn.functional.normalize(raise_half(embeddings))
             refined: Tensor | list[Tensor] = self.refiner(unit.to(raise_half(parameter).dtype))
@@ -214,7 +221,7 @@ class IntraBatchLoss(BaseLoss):
 
     def _refined_loss(self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Indices | None) -> Tensor:
         refined = self.refine(embeddings)
-        outputs = refined if isinstance(refined, list) else [refined]
+        outputs = refined if isinstance(refined, list | tuple) else [refined]
         losses = []
         for i, x in enumerate(outputs):
             name = f"layer_{i}"
@@ -253,7 +260,7 @@ class IntraBatchLoss(BaseLoss):
 def _default_refiner(embedding_size: int) -> nn.Module:
     from pml_ext.trunks import IntraBatchRefiner  # here, or every import of losses would load timm and torch-geometric
 
-    return IntraBatchRefiner(embedding_size)
+    return IntraBatchRefiner(embedding_size, heads=2 if embedding_size % 2 == 0 else 1)
 
 
 def _known(num_classes: int | None) -> int:
@@ -264,6 +271,7 @@ def _known(num_classes: int | None) -> int:
 
 def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply batch norm; to a single sample, which has no statistics, with the running ones."""
+    x = x.to(norm.running_mean.dtype)  # type: ignore[arg-type]
     if norm.training and len(x) == 1:
         return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)  # type: ignore[arg-type]
     normalized: Tensor = norm(x)

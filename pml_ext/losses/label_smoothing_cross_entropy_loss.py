@@ -1,6 +1,5 @@
 """A linear classifier's cross-entropy with temperature and label smoothing."""
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_batch, check_settings, validation_wanted
+from pml_ext.validation import check_batch, check_count, check_settings, validation_wanted
 
 
 class LabelSmoothingCrossEntropyLoss(WeightRegularizerMixin, BaseLoss):
@@ -69,8 +68,7 @@ class LabelSmoothingCrossEntropyLoss(WeightRegularizerMixin, BaseLoss):
     ) -> None:
         super().__init__(**kwargs)
         for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+            check_count(name, value)
         check_settings(positive={"temperature": temperature}, finite={})
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in 0 to 1, 1 excluded, got {label_smoothing}")

@@ -11,12 +11,13 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-from pml_ext.learners import check_num_learners, learner_similarity
+from pml_ext.learners import learner_similarity
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
 from pml_ext.trunks.model_names import check_model_name
 from pml_ext.trunks.modes import evaluating
 from pml_ext.trunks.stage_copy import copy_stage
+from pml_ext.validation import check_count
 
 MaskActivation = Literal["sigmoid", "batchnorm+relu"]
 
@@ -92,7 +93,7 @@ class AttentionEnsemble(ModuleWithRecords):
         collect_stats: bool | None = None,
     ) -> None:
         super().__init__(collect_stats=collect_stats)
-        check_num_learners(num_learners)
+        check_count("num_learners", num_learners)
         if embedding_size < 1 or embedding_size % num_learners:
             rule = f">= 1 and a multiple of num_learners = {num_learners}"
             raise ValueError(f"embedding_size must be {rule}, got {embedding_size}")

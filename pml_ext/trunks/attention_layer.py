@@ -151,5 +151,6 @@ def _in_batches(x: Tensor, batch: Tensor | None) -> tuple[Tensor, Tensor | None]
     """Return the nodes as ``(G, N, D)``, and which of them are nodes where mini-batches differ in size."""
     if batch is None or not len(x):
         return x[None], None
-    dense, mask = to_dense_batch(x, batch)
+    present = torch.unique_consecutive(batch, return_inverse=True)[1]  # room is made for numbers that are there
+    dense, mask = to_dense_batch(x, present)
     return (dense, None) if bool(mask.all()) else (dense, mask)

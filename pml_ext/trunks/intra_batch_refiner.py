@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pml_ext.graphs import check_edge_index, check_mini_batches, complete_graph
 from pml_ext.trunks.attention_layer import Attention, AttentionLayer, DotAttention
 from pml_ext.trunks.modes import evaluating
+from pml_ext.validation import check_count
 
 Output = Literal["last", "cat", "every"]
 
@@ -49,7 +50,8 @@ class IntraBatchRefiner(ModuleWithRecords):
         output: "last" layer's embeddings, all layers' side by side ("cat"), or a list with those of "every" layer.
         input_projection: Whether a linear map D to D comes first, as in the authors' code.
         collect_stats: As in PML. With statistics (and "dot"), ``self_weight`` is the mean weight that a sample of the
-            last batch gives to itself in the last layer, and ``null_weight`` what it leaves to the null message.
+            last batch gives to itself in the last layer, and ``null_weight`` what it leaves to the null message;
+            without ``edge_index`` and ``batch`` only.
 
     Attributes:
         in_features: D.
@@ -61,7 +63,7 @@ class IntraBatchRefiner(ModuleWithRecords):
         - output: ``(B, D)``, ``(B, L * D)`` or a list of L tensors ``(B, D)``.
 
     Raises:
-        TypeError: If ``edge_index`` or ``batch`` are no integers.
+        TypeError: If embeddings are no floating point tensor, or ``edge_index`` or ``batch`` no integers.
         ValueError: If an argument or a shape breaks a rule; the message names it.
 
     Examples:
@@ -98,11 +100,10 @@ class IntraBatchRefiner(ModuleWithRecords):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        for name, number in (("embedding_size", embedding_size), ("num_layers", num_layers)):
-            if number < 1:
-                raise ValueError(f"{name} must be >= 1, got {number}")
-        if heads < 1 or embedding_size % heads:
-            raise ValueError(f"heads must be >= 1 and divide embedding_size = {embedding_size}, got {heads}")
+        for name, number in (("embedding_size", embedding_size), ("num_layers", num_layers), ("heads", heads)):
+            check_count(name, number)
+        if embedding_size % heads:
+            raise ValueError(f"heads must divide embedding_size = {embedding_size}, got {heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in 0 to 1, 1 excluded, got {dropout}")
         if null_message and attention == "gatv2":
@@ -134,18 +135,19 @@ class IntraBatchRefiner(ModuleWithRecords):
         """Return the refined embeddings.
 
         Args:
-            embeddings: ``(B, D)``. The authors normalise them to length 1 before.
+            embeddings: ``(B, D)``, of length 1 as ``IntraBatchLoss`` gives them.
             edge_index: ``(2, E)``: messages go from samples ``edge_index[0]`` to ``edge_index[1]``. None: everyone
                 sends to everyone, itself included. A sample without senders gets a zero message.
             batch: ``(B,)``, sorted: the mini-batch of each sample, for several in one call. Without ``edge_index``,
                 messages stay inside of a mini-batch.
         """
         self._check(embeddings, edge_index, batch)
+        edge_index, batch = (None if x is None else x.long() for x in (edge_index, batch))
         if edge_index is None and self.attention == "gatv2":
             edge_index = complete_graph(len(embeddings), batch, embeddings.device)
         x, outputs = self.input(embeddings), []
         for layer in self.layers:
-            if self.collect_stats and layer is self.layers[-1]:
+            if self.collect_stats and layer is self.layers[-1] and edge_index is None and batch is None:
                 self._record(x, layer)
             x = layer(x, edge_index, batch)
             outputs.append(x)
@@ -157,7 +159,8 @@ class IntraBatchRefiner(ModuleWithRecords):
     def attention_weights(self, embeddings: Tensor) -> Tensor:
         """Return who listens to whom in a batch, ``(L, h, B, B)``: rows receive, columns send.
 
-        Rows sum to 1 less what the null message gets. Without dropout, for attention "dot".
+        Rows sum to 1 less what the null message gets. Without dropout, for attention "dot". The embeddings should have
+        length 1, as ``IntraBatchLoss`` gives them.
 
         Raises:
             ValueError: If attention is "gatv2".
@@ -174,12 +177,15 @@ class IntraBatchRefiner(ModuleWithRecords):
 
     @torch.no_grad()
     def _record(self, x: Tensor, layer: nn.Module) -> None:
-        if isinstance(layer.attend, DotAttention):
+        if isinstance(layer.attend, DotAttention) and len(x):
             weights = layer.attend.attention(x)
             self.self_weight = weights.diagonal(dim1=1, dim2=2).mean().item()
             self.null_weight = 1 - weights.sum(2).mean().item()
 
     def _check(self, embeddings: Tensor, edge_index: Tensor | None, batch: Tensor | None) -> None:
+        if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+            got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
+            raise TypeError(f"embeddings must be a floating point torch.Tensor, got {got}")
         if embeddings.ndim != 2 or embeddings.shape[1] != self.in_features:
             raise ValueError(f"embeddings must have shape (B, {self.in_features}), got {tuple(embeddings.shape)}")
         if edge_index is not None:

@@ -32,7 +32,7 @@ def batch_attention(weights: Tensor, labels: Tensor, path: str | Path | None = N
     if weights.ndim != 3 or weights.shape[1:] != (len(labels), len(labels)) or not weights.numel():
         rule = f"(h, {len(labels)}, {len(labels)}) for {len(labels)} labels"
         raise ValueError(f"weights must have shape {rule}, got {tuple(weights.shape)}")
-    labels = labels.cpu()
+    labels = torch.as_tensor(labels).cpu()
     order = labels.argsort(stable=True)
     weights, labels = weights.detach().float().cpu()[:, order][:, :, order], labels[order]
     panels = {f"head {i}": one for i, one in enumerate(weights)}

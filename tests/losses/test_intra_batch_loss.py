@@ -232,6 +232,27 @@ def test_other_refiners():
     torch.testing.assert_close(loss_func(EMB, LABELS), MultiSimilarityLoss()(unit + unit.mean(0), LABELS))
 
 
+def test_refiner_without_parameters_and_double_embeddings():
+    class Mean(nn.Module):
+        out_features = SIZE
+
+        def forward(self, embeddings):
+            return (embeddings + embeddings.mean(0),)
+
+    loss = IntraBatchLoss(NUM_CLASSES, SIZE, Mean())(EMB, LABELS)
+    assert loss > 0
+    assert list(IntraBatchLoss(NUM_CLASSES, SIZE, Mean()).norms) == ["layer_0"]
+
+
+def test_half_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"call loss_func\.float\(\).*got a refiner of torch\.float16"):
+        make().half()(EMB, LABELS)
+
+
+def test_odd_width():
+    assert IntraBatchLoss(NUM_CLASSES, 7)(EMB[:, :7], LABELS) > 0
+
+
 @pytest.mark.parametrize("output", ["last", "every"])
 def test_released_weights(output):
     """Random weights under the authors' names."""
@@ -292,6 +313,7 @@ class Sizeless(nn.Module):
         ({"raw_weight": float("inf")}, ValueError, "raw_weight must be >= 0 and finite, got inf"),
         ({"num_classes": None}, ValueError, "num_classes must be given unless both loss and raw_loss are"),
         ({"num_classes": None, "loss": MultiSimilarityLoss()}, ValueError, "num_classes must be given unless both"),
+        ({"embedding_size": None}, ValueError, "embedding_size must be an integer >= 1, got None"),
         ({"temperature": 0}, ValueError, "temperature must be > 0"),
         ({"label_smoothing": 2}, ValueError, "label_smoothing must lie in 0 to 1"),
         ({"loss": 3}, TypeError, "loss must be a BaseMetricLossFunction, got int"),

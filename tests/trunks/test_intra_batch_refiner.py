@@ -159,10 +159,11 @@ def test_gatv2_is_torch_geometrics():
 
 @pytest.mark.parametrize("attention", ["dot", "gatv2"])
 @pytest.mark.parametrize("sizes", [(3, 3, 3), (2, 4, 1)])
-def test_mini_batches_do_not_see_each_other(attention, sizes):
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [0, 7, 10**9]])
+def test_mini_batches_do_not_see_each_other(attention, sizes, numbers):
     refiner = make(attention=attention, num_layers=2)
     emb = torch.randn(sum(sizes), D, dtype=torch.float64)
-    batch = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    batch = torch.tensor(numbers).repeat_interleave(torch.tensor(sizes))
     expected = torch.cat([refiner(part) for part in emb.split(sizes)])
     torch.testing.assert_close(refiner(emb, batch=batch), expected)
     torch.testing.assert_close(refiner(emb, complete_graph(len(emb), batch, emb.device)), expected)
@@ -215,6 +216,15 @@ def test_dropout_acts_in_training_only():
         torch.testing.assert_close(refiner(EMB, edge_index), make().eval()(EMB, edge_index))
 
 
+def test_every_dropout_of_a_layer():
+    """Of the messages, inside of the feed-forward part and behind it."""
+    refiner = make(dropout=0.5).train()
+    widths = []
+    refiner.layers[0].dropout.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    refiner(EMB)
+    assert widths == [D, 4 * D, D]
+
+
 def test_dropout_of_attention_is_the_same_on_average():
     refiner = make(dropout=0.3).train()
     attend = refiner.layers[0].attend
@@ -253,16 +263,27 @@ def test_state_dict_copy_and_pickle():
 
 def test_released_names():
     """Random weights under the authors' names."""
-    refiner = make(num_layers=2)
-    released = {}
+    layer = "gnn_model.node_model.layers.1."
+    theirs = {
+        "dim_red.weight": "input.weight",
+        "dim_red.bias": "input.bias",
+        layer + "att.q_linear.weight": "layers.1.attend.query.weight",
+        layer + "att.k_linear.weight": "layers.1.attend.key.weight",
+        layer + "att.v_linear.bias": "layers.1.attend.value.bias",
+        layer + "att.out.weight": "layers.1.out.weight",
+        layer + "linear1.weight": "layers.1.linear1.weight",
+        layer + "linear2.bias": "layers.1.linear2.bias",
+        layer + "norm1.weight": "layers.1.norm1.weight",
+        layer + "norm2.bias": "layers.1.norm2.bias",
+    }
+    renamed = rename_ibc_weights({name: torch.zeros(1) for name in theirs})
+    assert dict(zip(theirs, renamed, strict=True)) == theirs
+    refiner, released = make(num_layers=2), {}
     for name, x in refiner.state_dict().items():
-        for theirs, ours in IBC_NAMES.items():
-            name = name.replace(ours, theirs)
+        for there, here in IBC_NAMES.items():
+            name = name.replace(here, there)
         released[name] = x
-    assert "gnn_model.node_model.layers.1.att.q_linear.weight" in released
-    assert "gnn_model.node_model.layers.0.att.out.bias" in released
-    assert "gnn_model.node_model.layers.0.linear1.weight" in released
-    assert "dim_red.weight" in released
+    assert set(theirs) <= set(released)
     released |= {"bottleneck.0.weight": torch.ones(D), "fc.0.weight": torch.ones(3, D)}
     other = IntraBatchRefiner(D, num_layers=2, heads=HEADS).double().eval()
     other.load_state_dict(rename_ibc_weights(released))
@@ -277,6 +298,19 @@ def test_statistics():
     assert refiner.null_weight == pytest.approx(1 - weights.sum(2).mean().item())
     assert 0 < refiner.self_weight < 1
     assert 0 < refiner.null_weight < 1
+    kept = refiner.self_weight
+    refiner(2 * EMB, EVERYONE)  # of graphs and of several batches there are none
+    refiner(2 * EMB, batch=torch.arange(B))
+    refiner(EMB[:0])
+    assert refiner.self_weight == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int16])
+def test_integers_of_any_dtype(dtype):
+    refiner = make()
+    batch = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    torch.testing.assert_close(refiner(EMB, EVERYONE.to(dtype)), refiner(EMB, EVERYONE))
+    torch.testing.assert_close(refiner(EMB, batch=batch.to(dtype)), refiner(EMB, batch=batch))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -298,9 +332,10 @@ def test_one_and_no_sample():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"heads": 3}, "heads must be >= 1 and divide embedding_size = 8, got 3"),
-        ({"heads": 0}, "heads must be >= 1 and divide embedding_size = 8, got 0"),
-        ({"num_layers": 0}, "num_layers must be >= 1, got 0"),
+        ({"heads": 3}, "heads must divide embedding_size = 8, got 3"),
+        ({"heads": 0}, "heads must be an integer >= 1, got 0"),
+        ({"heads": 2.0}, r"heads must be an integer >= 1, got 2\.0"),
+        ({"num_layers": 0}, "num_layers must be an integer >= 1, got 0"),
         ({"attention": "gat"}, "attention must be one of dot, gatv2, got 'gat'"),
         ({"output": "all"}, "output must be one of last, cat, every, got 'all'"),
         ({"dropout": 1.0}, r"dropout must lie in 0 to 1, 1 excluded, got 1\.0"),
@@ -315,6 +350,8 @@ def test_bad_arguments(kwargs, message):
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
+        (([1.0],), TypeError, r"embeddings must be a floating point torch\.Tensor, got list"),
+        ((EMB.long(),), TypeError, r"embeddings must be a floating point torch\.Tensor, got torch\.int64"),
         ((EMB[:, :5],), ValueError, r"embeddings must have shape \(B, 8\), got \(7, 5\)"),
         ((EMB, EVERYONE + 1), ValueError, "edge_index must lie in 0 to 6, got 1 to 7"),
         ((EMB, EVERYONE - 1), ValueError, "edge_index must lie in 0 to 6, got -1 to 5"),
