@@ -48,7 +48,10 @@ def main(epochs=2, samples_per_class=8):
             losses.append(loss.item())
         means.append(sum(losses) / len(losses))
         accelerator.print(f"epoch {epoch + 1}, {accelerator.num_processes} processes: loss {means[-1]:.3f}")
+    accelerator.wait_for_everyone()  # or the process that keeps the others together might end before them
     accelerator.end_training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return means
 
 

@@ -48,6 +48,9 @@ def main(epochs=2, devices=1, accelerator="cpu", samples_per_class=8):
             losses.append(loss.item())
         means.append(sum(losses) / len(losses))
         fabric.print(f"epoch {epoch + 1}, {fabric.world_size} processes: loss {means[-1]:.3f}")
+    fabric.barrier()  # or the process that keeps the others together might end before them
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return means
 
 

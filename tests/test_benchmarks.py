@@ -7,10 +7,28 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ensemble, glyph_classes, hybrid_defaults, losses, proxy_scaling, refiner, second_order_attention
+from benchmarks import (
+    distributed,
+    ensemble,
+    glyph_classes,
+    hybrid_defaults,
+    losses,
+    proxy_scaling,
+    refiner,
+    second_order_attention,
+)
 from pml_ext.trunks import AttentionEnsemble
 
-RUNS = {"ensemble", "glyph_classes", "hybrid_defaults", "losses", "proxy_scaling", "refiner", "second_order_attention"}
+RUNS = {
+    "distributed",
+    "ensemble",
+    "glyph_classes",
+    "hybrid_defaults",
+    "losses",
+    "proxy_scaling",
+    "refiner",
+    "second_order_attention",
+}
 
 
 def test_every_benchmark_is_run_here():
@@ -137,3 +155,16 @@ def test_refiner_compares_the_same_work():
     torch.testing.assert_close(edges(emb), dense(emb), rtol=1e-4, atol=1e-4)
     layer = refiner.make("transformer", 6, 6)[1]
     assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_distributed(tmp_path, capsys):
+    """What is sent is what the arithmetic says."""
+    found = distributed.main(sizes=(2_000,), losses=("ProxyAnchorLoss",), steps=1, out=tmp_path / "out.json")
+    rows = {row["way"]: row for row in found["results"]}
+    assert set(rows) == set(distributed.WAYS)
+    assert rows["two ranks, classes split"]["bytes"] == distributed.expected_bytes("ProxyAnchorLoss")
+    assert rows["one process"]["bytes"] == 0
+    assert all(row["ms"] > 0 and row["peak_mb"] > 0 for row in rows.values())
+    assert "| 512 | 0.16 | 67.1 |" in capsys.readouterr().out
+    assert (tmp_path / "out.json").stat().st_size > 0

@@ -59,14 +59,15 @@ def gather_rows(x: Tensor, sizes: Sequence[int], group: Group, name: str) -> lis
     return [part[:size] for part, size in zip(rows, sizes, strict=True)]
 
 
-def sum_over_ranks(x: Tensor, group: Group, name: str) -> Tensor:
-    """Return the sum of a tensor over the ranks, without a graph.
+def all_reduce(x: Tensor, group: Group, name: str, op: str = "sum") -> Tensor:
+    """Return the sum (or "max") of a tensor over the ranks, without a graph.
 
     Raises:
         RuntimeError: If a rank does not answer in time.
     """
-    total = x.detach().clone().contiguous()
-    _named(f"all_reduce of {name}", lambda: dist.all_reduce(total, group=group))
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+    _named(f"all_reduce of {name}", lambda: dist.all_reduce(total, kind, group=group))
     return total
 
 

@@ -7,18 +7,20 @@ import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 from pytorch_metric_learning.utils import distributed as pml_dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pml_ext.distributed.collectives import (
     Group,
+    all_reduce,
     broadcast,
     gather_numbers,
     gather_rows,
     shared_random_state,
-    sum_over_ranks,
     world_size,
 )
 from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, gather
 from pml_ext.distributed.miner_wrapper import convert
+from pml_ext.distributed.sharding import whole_batch
 from pml_ext.types import Indices
 from pml_ext.validation import check_batch, validation_enabled
 
@@ -40,6 +42,7 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
     differently, and parameters start differently on each rank. Here parameters and buffers are those of the first rank
     from the start; the loss runs under one random state, so that dropout, random miners and batch norms agree on all
     ranks; ranks may have different numbers of rows; and bad input on one rank raises on all of them.
+    Losses whose classes are split over ranks (``process_group``) need this wrapper.
 
     Args:
         loss: A loss of PML or of this package, or a ``CrossBatchMemory``. Its ``miner``, if it has one, sees the batch
@@ -101,9 +104,10 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
         if memory and (ref_emb is not None or ref_labels is not None):
             raise ValueError("ref_emb must not be given with CrossBatchMemory, which has references of its own")
         if world_size(self.process_group) == 1:
-            if memory:
-                return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
-            return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            with whole_batch():
+                if memory:
+                    return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
+                return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         self._synchronize()
         self.calls += 1
         if ref_emb is embeddings and (ref_labels is None or ref_labels is labels):
@@ -122,7 +126,7 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
             refs = gather(parts[1], sizes[1], self.process_group, factor, "ref_emb")
             if ref_labels is labels:  # PML takes one object for one set of labels
                 refs = refs._replace(labels=batch.labels)
-        with shared_random_state(seed, embeddings.device):
+        with shared_random_state(seed, embeddings.device), whole_batch(not self.efficient):
             if memory:
                 mask = self._gather_mask(enqueue_mask, batch)
                 return self.loss(batch.embeddings, batch.labels, None, mask)
@@ -152,13 +156,14 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
         zero, *shared = _SumGradients.apply(self.process_group, *parameters)
         arguments = (own, labels, indices_tuple, ref_rows, ref_labels)
         loss = torch.func.functional_call(self.loss, dict(zip(names, shared, strict=True)), arguments)
-        others = sum_over_ranks(loss, self.process_group, "the losses") - loss.detach()
+        others = all_reduce(loss, self.process_group, "the losses") - loss.detach()
         return loss + others + zero.to(loss)
 
     def _synchronize(self) -> None:
         """Take over the parameters and buffers of the first rank, once there are ranks."""
         if not self.synchronized and world_size(self.process_group) > 1:
-            broadcast([*self.loss.parameters(), *self.loss.buffers()], self.process_group)
+            whole = [x for x in (*self.loss.parameters(), *self.loss.buffers()) if not isinstance(x, DTensor)]
+            broadcast(whole, self.process_group)
             self.synchronized = True
 
     def _check(
@@ -203,7 +208,7 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(sum_over_ranks(grad, ctx.group, "the gradients of the loss's parameters") for grad in grads)
+        return None, *(all_reduce(grad, ctx.group, "the gradients of the loss's parameters") for grad in grads)
 
 
 def _has_parameters(loss: torch.nn.Module) -> bool:

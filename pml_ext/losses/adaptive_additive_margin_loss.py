@@ -50,6 +50,8 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         direction: "distance": far classes get the larger margin. "similarity": near ones do; $1 - d$ replaces $d$.
         scale: $s$ > 0.
         chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
+        process_group: Ranks over which proxies and class descriptions are split, as in ``ProxyAnchorLoss``, but with any
+            reducer.
         **kwargs: Passed to PML's ``WeightRegularizerMixin`` (``weight_init_func``, ``weight_regularizer``,
             ``weight_reg_weight``) and ``BaseMetricLossFunction``. ``distance`` may be any; other than PML's
             ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` it needs a matrix of batch times classes,
@@ -97,9 +99,10 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         direction: Direction = "distance",
         scale: float = 16.0,
         chunk_size: int | None = None,
+        process_group: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, embedding_size, chunk_size, **kwargs)
+        super().__init__(num_classes, embedding_size, chunk_size, process_group, **kwargs)
         for name, word, known in (("class_metric", class_metric, ClassMetric), ("direction", direction, Direction)):
             if word not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {word!r}")
@@ -121,9 +124,9 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         if described is not None and num_classes > 1 and not described.any():
             name = "class_distances" if class_embeddings is None else "class_embeddings"
             raise ValueError(f"{name} must describe a class, got rows of zeros or NaN only")
-        self.register_buffer("class_embeddings", class_embeddings)
-        self.register_buffer("class_distances", class_distances)
-        self.register_buffer("class_is_described", described)
+        self.register_buffer("class_embeddings", self._own_part(class_embeddings, 0))
+        self.register_buffer("class_distances", self._own_part(class_distances, 1))  # columns: those of all rows
+        self.register_buffer("class_is_described", self._own_part(described, 0))
         self.add_to_recordable_attributes(list_of_names=["margin_scale", "base_margin", "scale"], is_stat=False)
 
     def compute_loss(
@@ -161,6 +164,14 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         labels = labels.to(self.proxies.device).long()
         return self._margins(labels, dtype)
 
+    def _own_part(self, x: Tensor | None, dim: int) -> Tensor | None:
+        """Return what belongs to this rank's classes, as a tensor of all ranks where classes are split."""
+        if x is None or self.shards is None:
+            return x
+        length = self.shards.stop - self.shards.first
+        own: Tensor = self.shards.distribute(x.narrow(dim, self.shards.first, length).clone(), tuple(x.shape), dim)
+        return own
+
     def _dense(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         logits = self._logits(embeddings)
         logits = logits + self.scale * self._margins(labels, logits.dtype)
@@ -171,7 +182,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
 
     def _class_margins(self, device: torch.device) -> ClassMargins | None:
         kind: Kind = "table"
-        table = self.class_distances
+        table, described = self.class_distances, self.class_is_described
         if self.class_embeddings is not None:
             table = self.class_embeddings
             kind = "euclidean" if self.class_metric == "euclidean" else "squared"
@@ -180,7 +191,9 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         constant, slope = 0.0, self.margin_scale
         if self.direction == "similarity":
             constant, slope = slope, -slope
-        return ClassMargins(table.to(device), self.class_is_described.to(device), kind, constant, slope)
+        if self.shards is not None:
+            table, described = table.to_local(), described.to_local()
+        return ClassMargins(table.to(device), described.to(device), kind, constant, slope)
 
     def _margins(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         size = len(labels), self.num_classes

@@ -9,7 +9,7 @@ from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.losses.similarity import can_stream, distance_matrix
+from pml_ext.losses.similarity import can_stream, distance_matrix, is_plain
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.streaming.chunks import check_chunk_size
 from pml_ext.types import LossDict
@@ -26,7 +26,9 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
     num_classes: int
     embedding_size: int
 
-    def __init__(self, num_classes: int, embedding_size: int, chunk_size: int | None, **kwargs: Any) -> None:
+    def __init__(
+        self, num_classes: int, embedding_size: int, chunk_size: int | None, process_group: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
             check_count(name, value)
@@ -34,8 +36,16 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.chunk_size = chunk_size
-        self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
-        self.weight_init_func(self.proxies)
+        self.shards = None if process_group is None else self._split(num_classes, process_group)
+        if self.shards is None:
+            self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
+            self.weight_init_func(self.proxies)
+        else:
+            from pml_ext.distributed.sharding import draw
+
+            rows = torch.empty(self.shards.stop - self.shards.first, embedding_size)
+            self.proxies = torch.nn.Parameter(self.shards.distribute(rows, (num_classes, embedding_size)))
+            draw(self.proxies, self.weight_init_func, self.shards)
         self.add_to_recordable_attributes(list_of_names=["num_classes", "embedding_size"], is_stat=False)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
@@ -48,7 +58,26 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
         with full_precision(embeddings.device):
             return self._logits(raise_half(embeddings))
 
+    def _split(self, num_classes: int, process_group: Any) -> Any:
+        """Return which classes this rank has.
+
+        Raises:
+            ValueError: If the loss has what needs all proxies in one place.
+        """
+        from pml_ext.distributed.sharding import ClassShards  # here, or every import of losses would load DTensor
+
+        if self.weight_regularizer is not None:
+            raise ValueError("weight_regularizer must not be given with process_group, which splits the proxies")
+        if not is_plain(self.distance):
+            raise ValueError(
+                "distance must be a CosineSimilarity or DotProductSimilarity with p = 2 and without statistics with "
+                f"process_group, got {self.distance}"
+            )
+        return ClassShards(num_classes, process_group)
+
     def _logits(self, embeddings: Tensor) -> Tensor:
+        if self.shards is not None:
+            raise NotImplementedError("get_logits needs all proxies in one place: load the state into an unsplit loss")
         proxies = self._proxies_for(embeddings)
         return distance_matrix(self.distance, embeddings.to(proxies.dtype), proxies)
 
@@ -57,14 +86,20 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
         return self.proxies.to(embeddings.device, torch.promote_types(self.proxies.dtype, embeddings.dtype))
 
     def _can_stream(self, embeddings: Tensor) -> bool:
-        return can_stream(self.distance, embeddings, self.num_classes)
+        return self.shards is not None or can_stream(self.distance, embeddings, self.num_classes)
 
     def _streamed(self, walk: Callable[..., Any], embeddings: Tensor, labels: Tensor, **kwargs: Any) -> Any:
         """Call one of the functions of ``pml_ext.streaming``."""
         if torch.compiler.is_compiling():  # a call that is not looked into, instead of a loop that is unrolled
             walk = torch.compiler.disable(walk)  # type: ignore[no-untyped-call]
-        proxies, normalize = self.proxies.to(embeddings.device), self.distance.normalize_embeddings
-        return walk(embeddings, proxies, labels, normalize=normalize, chunk_size=self.chunk_size, **kwargs)
+        proxies, shard = self.proxies, None
+        if self.shards is not None:
+            from pml_ext.distributed.sharding import local_part, shard_of, sum_gradients
+
+            shard = shard_of(self.shards)
+            proxies, embeddings = local_part(proxies), sum_gradients(embeddings, self.shards)
+        settings = {"normalize": self.distance.normalize_embeddings, "chunk_size": self.chunk_size, "shard": shard}
+        return walk(embeddings, proxies.to(embeddings.device), labels, **settings, **kwargs)
 
     def _regularize_proxies(self, loss_dict: LossDict, embeddings: Tensor) -> None:
         if self.weight_regularizer is not None:  # or proxies would be moved for nothing

@@ -23,7 +23,7 @@ from pml_ext.validation import (
     validation_wanted,
 )
 
-_PROXY_ARGUMENTS = ("weight_init_func", "weight_regularizer", "weight_reg_weight")
+_PROXY_ARGUMENTS = ("weight_init_func", "weight_regularizer", "weight_reg_weight", "process_group")
 
 
 class HybridLoss(BaseLoss):
@@ -44,7 +44,8 @@ class HybridLoss(BaseLoss):
         proxy_weight: $w_\text{proxy}$ >= 0, likewise.
         miner: Mines for the pair part whenever no ``indices_tuple`` is given. PML's ``DistributedLossWrapper`` with
             ``efficient=True`` always gives one; ``CrossBatchMemory`` takes this miner for its own.
-        **kwargs: ``weight_init_func``, ``weight_regularizer`` and ``weight_reg_weight`` reach the default proxy loss,
+        **kwargs: ``weight_init_func``, ``weight_regularizer``, ``weight_reg_weight`` and ``process_group`` reach the
+            default proxy loss,
             ``distance`` the default children; each is refused where nothing would use it. The rest (``reducer``,
             ``embedding_regularizer``, ``collect_stats``, ...) is that of PML's ``BaseMetricLossFunction``. Reducers
             of the hybrid get two numbers that are already reduced: Threshold-, ClassWeighted- and PerAnchorReducer

@@ -36,6 +36,10 @@ class ProxyAnchorLoss(BaseProxyLoss):
         margin: $\delta$, in the units of ``distance`` (cosine: 0 to 1 is usual).
         alpha: $\alpha$ > 0, the scale.
         chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
+        process_group: Ranks (a process group or a ``DeviceMesh``) over which proxies, their gradient and the
+            optimizer's state are split: each rank has its classes only, as rows of a ``DTensor``. Such a loss must be
+            called through ``pml_ext.distributed.DistributedLossWrapper``, and takes cosine or dot product, its default
+            reducer and no ``weight_regularizer``. None: all classes are here.
         **kwargs: Passed to PML's ``WeightRegularizerMixin`` (``weight_init_func``, ``weight_regularizer``,
             ``weight_reg_weight``) and ``BaseMetricLossFunction``.
 
@@ -68,9 +72,10 @@ class ProxyAnchorLoss(BaseProxyLoss):
         margin: float = 0.1,
         alpha: float = 32,
         chunk_size: int | None = None,
+        process_group: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, embedding_size, chunk_size, **kwargs)
+        super().__init__(num_classes, embedding_size, chunk_size, process_group, **kwargs)
         check_settings(positive={"alpha": alpha}, finite={"margin": margin})
         self.margin = margin
         self.alpha = alpha
@@ -93,7 +98,12 @@ class ProxyAnchorLoss(BaseProxyLoss):
         reduced = streamed and self._divides_only()
         if streamed:
             settings = {"alpha": self.alpha, "margin": self.margin, "sample_shift": shift, "per_class": not reduced}
+            if self.shards is not None and (not reduced or not len(labels)):
+                what = "default reducer and no statistics" if len(labels) else "batch that is not empty"
+                raise ValueError(f"a loss with process_group must have a {what}")
             parts = self._streamed(proxy_anchor_loss, embeddings, labels, **settings)
+            if self.shards is not None:
+                parts = self._sum_of_shards(*parts)
         else:
             sign = -1 if self.distance.is_inverted else 1  # a similarity above the margin is good, a distance below it
             alpha = sign * self.alpha
@@ -113,6 +123,11 @@ class ProxyAnchorLoss(BaseProxyLoss):
                 }
         self._regularize_proxies(loss_dict, embeddings)
         return loss_dict
+
+    def _sum_of_shards(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        from pml_ext.distributed.sharding import sum_values
+
+        return tuple(sum_values(torch.stack(parts), self.shards).unbind())  # type: ignore[arg-type]
 
     def _divides_only(self) -> bool:
         """Whether reducing is dividing by the divisor, which the walk does: then it also computes the gradients."""

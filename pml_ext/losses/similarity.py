@@ -26,7 +26,7 @@ def distance_matrix(distance: BaseDistance, query: Tensor, ref: Tensor | None = 
     Returns:
         ``(B, R)``.
     """
-    if not _is_plain(distance) or torch.compiler.is_compiling():
+    if not is_plain(distance) or torch.compiler.is_compiling():
         return distance(query) if ref is None else distance(query, ref)
     if distance.normalize_embeddings:
         return _Cosine.apply(query, ref)[0]
@@ -39,14 +39,15 @@ def can_stream(distance: BaseDistance, embeddings: Tensor, num_classes: int) -> 
     Not with distances other than PML's own cosine and dot product similarities, nor for an empty batch, nor under
     ``torch.func`` transforms; nor, under ``torch.compile``, where one chunk holds all: dense code is fused there.
     """
-    if not _is_plain(distance) or not embeddings.numel() or torch._C._are_functorch_transforms_active():
+    if not is_plain(distance) or not embeddings.numel() or torch._C._are_functorch_transforms_active():
         return False
     return not torch.compiler.is_compiling() or num_classes > auto_chunk_size(
         len(embeddings), embeddings.shape[1], embeddings.device
     )
 
 
-def _is_plain(distance: BaseDistance) -> bool:
+def is_plain(distance: BaseDistance) -> bool:
+    """Whether a distance is PML's own cosine or dot product similarity, with its defaults and without statistics."""
     own = type(distance) in (CosineSimilarity, DotProductSimilarity) and (distance.p, distance.power) == (2, 1)
     return own and not distance.collect_stats
 

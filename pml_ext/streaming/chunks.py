@@ -38,19 +38,27 @@ class ProxyChunks:
 
     Args:
         proxies: ``(C, D)``, floating point.
-        labels: ``(B,)``, int64 in 0 to C - 1, on the same device.
+        labels: ``(B,)``, int64, on the same device. Samples of labels outside of 0 to C - 1 belong to no proxy here.
         normalize: Whether to scale proxies to length 1.
         dtype: What to compute in.
         chunk_size: Proxies in a chunk. None: as many as keep a block of ``(B, n)`` or ``(n, D)`` in the cache.
+        all_here: Whether all labels lie in 0 to C - 1.
 
     Raises:
         ValueError: If ``chunk_size`` is no integer >= 1.
     """
 
     def __init__(
-        self, proxies: Tensor, labels: Tensor, normalize: bool, dtype: torch.dtype, chunk_size: int | None = None
+        self,
+        proxies: Tensor,
+        labels: Tensor,
+        normalize: bool,
+        dtype: torch.dtype,
+        chunk_size: int | None = None,
+        all_here: bool = True,
     ) -> None:
         check_chunk_size(chunk_size)
+        self.all_here = all_here
         self.proxies, self.labels, self.normalize, self.dtype = proxies, labels, normalize, dtype
         size = chunk_size or auto_chunk_size(len(labels), proxies.shape[1], proxies.device)
         self.size = max(1, min(size, len(proxies)))
@@ -64,12 +72,12 @@ class ProxyChunks:
 
     def __iter__(self) -> Iterator[Chunk]:
         num_classes = len(self.proxies)
-        if self.size == num_classes:  # a small problem: nothing to look up
+        if self.size == num_classes and self.all_here:  # a small problem: nothing to look up
             cuts, order = [0, len(self.labels)], None
         else:
             in_order, order = self.labels.sort()
             starts = torch.arange(0, num_classes + self.size, self.size, device=in_order.device)
-            cuts = torch.searchsorted(in_order, starts).tolist()
+            cuts = torch.searchsorted(in_order, starts.clamp_max_(num_classes)).tolist()
         for i, start in enumerate(range(0, num_classes, self.size)):
             rows = self.proxies[start : start + self.size].to(self.dtype)
             inverse = samples = None

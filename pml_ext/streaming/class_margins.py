@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pml_ext.streaming.shard import Shard, rows_of
+
 Kind = Literal["squared", "euclidean", "table"]
 
 
@@ -13,8 +15,9 @@ class ClassMargins(NamedTuple):
 
     Attributes:
         table: ``(C, E)``, rows whose squared distance or distance is $d$, zeros for a class that is not described;
-            or ``(C, C)``, $d$ itself. ``pml_ext.streaming.class_distances`` makes them.
-        described: ``(C,)``, bool.
+            or ``(C, C)``, $d$ itself. ``pml_ext.streaming.class_distances`` makes them. Of a shard of n classes their
+            rows, ``(n, E)``, or the columns that are theirs, ``(C, n)``.
+        described: ``(C,)`` or ``(n,)``, bool.
         kind: What ``table`` holds: "squared", "euclidean" or "table".
         constant: $a$.
         slope: $b$.
@@ -26,21 +29,23 @@ class ClassMargins(NamedTuple):
     constant: float
     slope: float
 
-    def of(self, labels: Tensor, dtype: torch.dtype, scale: float = 1.0) -> "BatchMargins":
-        """Return the margins of the classes of a batch, ``(B,)``, times ``scale``."""
-        return BatchMargins(self, labels, dtype, scale)
+    def of(self, labels: Tensor, dtype: torch.dtype, scale: float = 1.0, shard: Shard | None = None) -> "BatchMargins":
+        """Return the margins of the classes of a batch, ``(B,)``, times ``scale``, against those that are here."""
+        return BatchMargins(self, labels, dtype, scale, shard)
 
 
 class BatchMargins:
     """The rows of ``ClassMargins`` that belong to a batch. What all chunks need is computed once."""
 
-    def __init__(self, margins: ClassMargins, labels: Tensor, dtype: torch.dtype, scale: float) -> None:
+    def __init__(
+        self, margins: ClassMargins, labels: Tensor, dtype: torch.dtype, scale: float, shard: Shard | None
+    ) -> None:
         self.margins, self.labels = margins, labels
         self.constant, self.slope = margins.constant * scale, margins.slope * scale
-        self.described = margins.described[labels].to(dtype)[:, None]  # (B, 1)
+        self.described = rows_of(margins.described.to(dtype), labels, shard)[:, None]  # (B, 1)
         if margins.kind == "table":
             return
-        self.own = margins.table[labels].to(dtype)  # (B, E)
+        self.own = rows_of(margins.table, labels, shard).to(dtype)  # (B, E)
         if margins.kind == "squared":  # |t|^2 + |u|^2 - 2 t.u: the margins are matrix products
             weight = self.constant + self.slope * _square(self.own)[:, None]
             self.weights = torch.cat([weight, torch.full_like(weight, self.slope)], 1) * self.described

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from pml_ext.precision import full_precision
 from pml_ext.streaming.chunks import Chunk, ProxyChunks, check_chunk_size, unit_rows, write_gradient
-from pml_ext.streaming.class_margins import ClassMargins
+from pml_ext.streaming.class_margins import BatchMargins, ClassMargins
 from pml_ext.streaming.first_derivative import first_derivative_only
 from pml_ext.streaming.norms import through_norm
+from pml_ext.streaming.shard import Shard, local_labels, rows_here
 
 _LOG2_E = math.log2(math.e)
 
@@ -21,6 +22,7 @@ class _Settings(NamedTuple):
     class_margins: ClassMargins | None
     normalize: bool
     chunk_size: int | None
+    shard: Shard | None
 
 
 def margin_softmax_loss(
@@ -32,6 +34,7 @@ def margin_softmax_loss(
     class_margins: ClassMargins | None = None,
     normalize: bool = True,
     chunk_size: int | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""Return the cross entropy of each sample, exactly, in memory that does not grow with batch times classes.
 
@@ -43,15 +46,18 @@ def margin_softmax_loss(
     Args:
         embeddings: ``(B, D)``, B >= 1. Half precision is raised to float32.
         proxies: ``(C, D)``, on the same device. Each chunk is raised to the wider dtype of both.
-        labels: ``(B,)``, int64 in 0 to C - 1.
+        labels: ``(B,)``, int64 in 0 to C - 1 (of a shard: to the number of all classes - 1).
         scale: $s$ > 0.
         margin: $m$.
         class_margins: $m_{yj}$, without gradient. None: 0.
         normalize: $c$ is the cosine (True) or the dot product (False).
         chunk_size: Proxies in a chunk. None: what keeps its logits in the cache.
+        shard: Which classes the proxies are. None: all.
 
     Returns:
-        ``(B,)``, float32, or float64 if an argument is. It has first derivatives only: differentiating a gradient
+        ``(B,)``, float32, or float64 if an argument is. Of a shard too it is the whole loss, for which shards exchange
+        three numbers a sample (and the descriptions of the batch's classes); the gradient by the embeddings is the
+        shard's part of it. It has first derivatives only: differentiating a gradient
         raises NotImplementedError.
 
     Raises:
@@ -60,7 +66,7 @@ def margin_softmax_loss(
     check_chunk_size(chunk_size)
     with full_precision(embeddings.device):
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
-        settings = _Settings(scale, margin, class_margins, normalize, chunk_size)
+        settings = _Settings(scale, margin, class_margins, normalize, chunk_size, shard)
         losses: Tensor = _MarginSoftmax.apply(embeddings.to(dtype), proxies, labels, settings)
         return losses
 
@@ -77,18 +83,24 @@ class _MarginSoftmax(torch.autograd.Function):
                 block[chunk.samples, chunk.columns] = -torch.inf
             before, largest = largest, torch.maximum(largest, block.amax(1, keepdim=True))
             total.mul_((before - largest).exp2_()).add_(block.sub_(largest).exp2_().sum(1, keepdim=True))
+        if settings.shard is not None:
+            before, largest = largest, settings.shard.max(largest)
+            total = settings.shard.sum(total.mul_((before - largest).exp2_()))
         others = total.log2_().add_(largest)  # (B, 1)
         difference = (others - walk.own_logits) / _LOG2_E
         losses = torch.logaddexp(difference, torch.zeros_like(difference)).squeeze(1)
-        ctx.save_for_backward(embeddings, proxies, labels, losses)
+        ctx.save_for_backward(embeddings, proxies, labels, losses, walk.own_logits)
         ctx.settings = settings
+        ctx.margins = None if settings.shard is None else walk.margins  # of a shard they had to be asked for
         return losses.clone()  # trainers scale the loss in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        embeddings, proxies, labels, losses = ctx.saved_tensors
+        embeddings, proxies, labels, losses, own_logits = ctx.saved_tensors
         with torch.no_grad(), full_precision(embeddings.device):
-            grads = _gradients(embeddings, proxies, labels, losses, ctx.settings, grad, ctx.needs_input_grad)
+            grads = _gradients(
+                embeddings, proxies, labels, losses, own_logits, ctx.margins, ctx.settings, grad, ctx.needs_input_grad
+            )
         return (*first_derivative_only("margin softmax", grads, (embeddings, proxies, grad)), None, None)
 
 
@@ -97,11 +109,13 @@ def _gradients(
     proxies: Tensor,
     labels: Tensor,
     losses: Tensor,
+    own_logits: Tensor,
+    margins: BatchMargins | None,
     settings: _Settings,
     upstream: Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
-    walk = _Walk(embeddings, proxies, labels, settings)
+    walk = _Walk(embeddings, proxies, labels, settings, own_logits, margins)
     log_total = walk.own_logits + losses[:, None] * _LOG2_E
     own_slopes = torch.expm1(-losses)  # own probability - 1, exact where that is close to 1
     slopes = (settings.scale * upstream)[:, None]
@@ -131,15 +145,31 @@ class _Walk:
         own_logits: ``(B, 1)``, less the margin that all other classes have.
     """
 
-    def __init__(self, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: _Settings) -> None:
+    def __init__(
+        self,
+        embeddings: Tensor,
+        proxies: Tensor,
+        labels: Tensor,
+        settings: _Settings,
+        own_logits: Tensor | None = None,
+        margins: BatchMargins | None = None,
+    ) -> None:
         scale = settings.scale * _LOG2_E
         self.unit, self.inverse = unit_rows(embeddings, settings.normalize)
         self.scaled = self.unit * scale
-        own, _ = unit_rows(proxies[labels].to(embeddings.dtype), settings.normalize)
-        self.own_logits = (self.scaled * own).sum(1, keepdim=True) - scale * settings.margin
-        margins = settings.class_margins
-        self.margins = None if margins is None else margins.of(labels, embeddings.dtype, scale)
-        self.chunks = ProxyChunks(proxies, labels, settings.normalize, embeddings.dtype, settings.chunk_size)
+        shard = settings.shard
+        if own_logits is None:
+            own, _ = unit_rows(rows_here(proxies, labels, shard).to(embeddings.dtype), settings.normalize)
+            own_logits = (self.scaled * own).sum(1, keepdim=True)
+            own_logits = (own_logits if shard is None else shard.sum(own_logits)) - scale * settings.margin
+        self.own_logits = own_logits
+        if margins is None and settings.class_margins is not None:
+            margins = settings.class_margins.of(labels, embeddings.dtype, scale, shard)
+        self.margins = margins
+        here = local_labels(labels, shard)
+        self.chunks = ProxyChunks(
+            proxies, here, settings.normalize, embeddings.dtype, settings.chunk_size, all_here=shard is None
+        )
 
     def logits(self, chunk: Chunk) -> Tensor:
         """Return the logits of a chunk, ``(B, n)``, in memory that the next chunk will use."""

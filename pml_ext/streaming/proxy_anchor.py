@@ -10,6 +10,7 @@ from pml_ext.precision import full_precision
 from pml_ext.streaming.chunks import ProxyChunks, check_chunk_size, unit_rows, write_gradient
 from pml_ext.streaming.first_derivative import first_derivative_only
 from pml_ext.streaming.norms import through_norm
+from pml_ext.streaming.shard import Shard, local_labels
 
 _LOG2_E = math.log2(math.e)
 
@@ -20,6 +21,7 @@ class _Settings(NamedTuple):
     normalize: bool
     per_class: bool
     chunk_size: int | None
+    shard: Shard | None
 
 
 def proxy_anchor_loss(
@@ -32,6 +34,7 @@ def proxy_anchor_loss(
     normalize: bool = True,
     per_class: bool = False,
     chunk_size: int | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the two parts of the Proxy-Anchor loss, exactly, in memory that does not grow with batch times classes.
 
@@ -46,18 +49,20 @@ def proxy_anchor_loss(
     Args:
         embeddings: ``(B, D)``, B >= 1. Half precision is raised to float32.
         proxies: ``(C, D)``, on the same device. Each chunk is raised to the wider dtype of both.
-        labels: ``(B,)``, int64 in 0 to C - 1.
+        labels: ``(B,)``, int64 in 0 to C - 1 (of a shard: to the number of all classes - 1).
         alpha: $\alpha$ > 0.
         margin: $\delta$.
         sample_shift: $b_i$, ``(B,)``, without gradient. None: 0.
         normalize: $s$ is the cosine (True) or the dot product (False).
         per_class: Whether to return the parts of each class.
         chunk_size: Proxies in a chunk. None: what keeps its similarities in the cache.
+        shard: Which classes the proxies are. None: all.
 
     Returns:
         The mean of $P_c$ over the classes in the batch and the mean of $N_c$ over all classes, scalars; with
-        ``per_class`` $P_c$ and $N_c$, ``(C,)`` each. Float32, or float64 if an argument is. They have first
-        derivatives only: differentiating a gradient raises NotImplementedError.
+        ``per_class`` $P_c$ and $N_c$, ``(C,)`` each. Of a shard, the part of these means that its classes have: the
+        sum over shards, of values and of the gradient by the embeddings, is that of the whole. Float32, or float64 if
+        an argument is. They have first derivatives only: differentiating a gradient raises NotImplementedError.
 
     Raises:
         ValueError: If ``chunk_size`` is no integer >= 1, or ``sample_shift`` requires a gradient.
@@ -68,7 +73,7 @@ def proxy_anchor_loss(
     with full_precision(embeddings.device):
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
         embeddings = embeddings.to(dtype)
-        settings = _Settings(alpha, margin, normalize, per_class, chunk_size)
+        settings = _Settings(alpha, margin, normalize, per_class, chunk_size, shard)
         pos, neg = _ProxyAnchor.apply(embeddings, proxies, labels, sample_shift, settings, torch.is_grad_enabled())
         return pos, neg
 
@@ -91,10 +96,11 @@ class _ProxyAnchor(torch.autograd.Function):
             pos, neg, _ = _walk(embeddings, proxies, labels, shift, settings, None, ctx.needs_input_grad)
             return pos, neg
         num_present = len(torch.unique(labels))
-        ctx.upstream = embeddings.new_tensor(1 / num_present), embeddings.new_tensor(1 / len(proxies))
+        num_classes = len(proxies) if settings.shard is None else settings.shard.num_classes
+        ctx.upstream = embeddings.new_tensor(1 / num_present), embeddings.new_tensor(1 / num_classes)
         wanted = ctx.upstream if grad_enabled and any(ctx.needs_input_grad) else None
         pos, neg, ctx.grads = _walk(embeddings, proxies, labels, shift, settings, wanted, ctx.needs_input_grad)
-        return pos.sum() / num_present, neg.mean()
+        return pos.sum() / num_present, neg.sum() / num_classes
 
     @staticmethod
     def backward(ctx: Any, pos_grad: Tensor | None, neg_grad: Tensor | None) -> tuple[Any, ...]:
@@ -132,7 +138,8 @@ def _walk(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """Return $P_c$, $N_c$ and, given the gradients by them, ``()`` or ``(C,)``, those by embeddings and proxies."""
-    alpha, margin, normalize, _, chunk_size = settings
+    alpha, margin, normalize, _, chunk_size, shard = settings
+    labels = local_labels(labels, shard)
     unit, inverse = unit_rows(embeddings, normalize)
     scaled = unit * (alpha * _LOG2_E)  # exponentials to base 2 are several times faster, and as exact
     constant = alpha * margin * _LOG2_E
@@ -144,7 +151,7 @@ def _walk(
     proxy_grad = None  # in the walk's dtype: before it is scaled, float16 could not hold it
     if upstream is not None and needs[1]:
         proxy_grad = torch.empty_like(proxies, dtype=embeddings.dtype)
-    chunks = ProxyChunks(proxies, labels, normalize, embeddings.dtype, chunk_size)
+    chunks = ProxyChunks(proxies, labels, normalize, embeddings.dtype, chunk_size, all_here=shard is None)
     buffer = embeddings.new_empty(chunks.size if proxy_grad is not None else 0, embeddings.shape[1])
     for chunk in chunks:
         classes = slice(chunk.start, chunk.stop)

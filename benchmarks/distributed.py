@@ -1,0 +1,138 @@
+"""What splitting the classes over ranks saves and costs; run: python benchmarks/distributed.py.
+
+One training step (forward, backward, AdamW) of losses with proxies: in one process; on two gloo ranks that both have
+all proxies; on two that have half of them each. Memory is the peak of a rank above what it had before the loss was
+made, bytes are those of the tensors that a rank hands to torch.distributed in a step. ``--out FILE`` keeps the figures.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+BATCH_SIZE, EMBEDDING_SIZE = 128, 128  # of all ranks together
+WAYS = {"one process": 1, "two ranks, all classes on each": 2, "two ranks, classes split": 2}
+LOSSES = ("ProxyAnchorLoss", "AdaptiveAdditiveMarginLoss")
+GPUS = (8, 64, 512)
+
+
+def resident(field):
+    """Return VmRSS or VmHWM (its peak) of this process in MB; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+
+
+def count_bytes(counter):
+    """Count the bytes of the tensors that are handed to collectives."""
+
+    def counted(call, *tensors, **kwargs):
+        counter[call.__name__] = counter.get(call.__name__, 0) + tensors[-1].nbytes
+        return call(*tensors, **kwargs)
+
+    def reduced(call, tensor, *args, **kwargs):
+        counter[call.__name__] = counter.get(call.__name__, 0) + tensor.nbytes
+        return call(tensor, *args, **kwargs)
+
+    dist.all_gather_into_tensor = partial(counted, dist.all_gather_into_tensor)
+    dist.all_reduce = partial(reduced, dist.all_reduce)
+
+
+def worker(rank, way, name, num_classes, steps, folder):
+    """Write what this rank measures."""
+    import pml_ext.losses
+    from pml_ext.distributed import DistributedLossWrapper, sharding  # noqa: F401 (its imports are not the loss's memory)
+
+    world = WAYS[way]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    own = torch.arange(BATCH_SIZE).tensor_split(world)[rank]
+    emb = torch.randn(BATCH_SIZE, EMBEDDING_SIZE)[own].requires_grad_()
+    labels = torch.randint(num_classes, (BATCH_SIZE // 4,)).repeat_interleave(4)[own]
+    Path("/proc/self/clear_refs").write_text("5")  # from here on is the peak
+    before = resident("VmRSS")
+    group = dist.group.WORLD if "split" in way else None
+    loss_func = getattr(pml_ext.losses, name)(num_classes, EMBEDDING_SIZE, process_group=group)
+    wrapped = DistributedLossWrapper(loss_func) if world > 1 else loss_func
+    optimizer = torch.optim.AdamW(loss_func.parameters(), lr=1e-3, foreach=False)
+    times, counter = [], {}
+    for step in range(steps + 1):
+        if world > 1:
+            dist.barrier()
+        if step == steps:
+            count_bytes(counter)
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        wrapped(emb, labels).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    found = {"seconds": times[1:], "peak_mb": resident("VmHWM") - before, "bytes": sum(counter.values())}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def measure(way, name, num_classes, steps):
+    """Return what the first rank measures, and the largest peak of all."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = WAYS[way]
+        torch.multiprocessing.spawn(worker, (way, name, num_classes, steps, folder), world, join=True)
+        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
+    return found[0] | {"peak_mb": max(one["peak_mb"] for one in found)}
+
+
+def expected_bytes(name):
+    """Return what a rank should hand over in a step with split classes, by arithmetic."""
+    rows = BATCH_SIZE // 2
+    gathered = rows * EMBEDDING_SIZE * 4 + rows * 8 + 11 * 8  # own embeddings, labels, the sizes
+    gradient = BATCH_SIZE * EMBEDDING_SIZE * 4
+    values = 2 * 4 if name == "ProxyAnchorLoss" else 3 * BATCH_SIZE * 4  # two sums; own logit, largest and sum
+    return gathered + gradient + values
+
+
+def main(sizes=(100_000, 1_000_000), losses=LOSSES, steps=3, out=None):
+    """Return the metadata and a row for each loss, size and way; print them as tables."""
+    results = []
+    print("| classes | | | ms | peak MB of a rank | / one process | bytes sent | by arithmetic |")
+    print("| --: | --- | --- | --: | --: | --: | --: | --: |")
+    jobs = [(size, name, way) for size in sizes for name in losses for way in WAYS]
+    for size, name, way in tqdm(jobs, desc="measurements", file=sys.stderr):
+        found = measure(way, name, size, steps)
+        milliseconds = 1e3 * statistics.median(found["seconds"])
+        alone = next((row for row in results if row["num_classes"] == size and row["loss"] == name), None)
+        share = found["peak_mb"] / alone["peak_mb"] if alone else 1.0
+        row = {"num_classes": size, "loss": name, "way": way, "ms": round(milliseconds, 1)}
+        row |= {"peak_mb": round(found["peak_mb"]), "share": round(share, 2), "bytes": found["bytes"]}
+        results.append(row)
+        cells = [f"{size:,}", name, way, f"{milliseconds:.0f}", f"{found['peak_mb']:.0f}", f"{share:.2f}"]
+        cells += [f"{found['bytes']:,}", f"{expected_bytes(name):,}" if "split" in way else ""]
+        print("| " + " | ".join(cells) + " |")
+
+    print("\nBy arithmetic, not measured: 10,000,000 classes, width 512, float32, AdamW, 64 rows a GPU\n")
+    print("| GPUs | proxies, gradient and optimizer state of a GPU, GB | embeddings gathered in a step, MB |")
+    print("| --: | --: | --: |")
+    for gpus in (1, *GPUS):
+        table = 4 * 1e7 * 512 * 4 / gpus / 1e9
+        print(f"| {gpus} | {table:.2f} | {gpus * 64 * 512 * 4 / 1e6:.1f} |")
+    metadata = {"torch": torch.__version__, "machine": platform.machine(), "backend": "gloo", "threads per rank": 1}
+    metadata |= {"batch_size": BATCH_SIZE, "embedding_size": EMBEDDING_SIZE, "steps": steps, "dtype": "float32"}
+    kept = {"metadata": metadata, "results": results}
+    if out is not None:
+        Path(out).write_text(json.dumps(kept, indent=1) + "\n")
+    return kept
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=None, help="JSON file")
+    main(out=parser.parse_args().out)

@@ -1,0 +1,141 @@
+"""Classes split over ranks: who has which, tensors of them, and what ranks exchange."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as AlongRows
+
+from pml_ext.distributed.collectives import Group, all_reduce
+from pml_ext.streaming.shard import Shard
+
+_whole_batch: ContextVar[bool] = ContextVar("pml_ext_whole_batch", default=False)
+
+
+@contextmanager
+def whole_batch(is_whole: bool = True) -> Iterator[None]:
+    """Tell the losses called inside whether every rank gives them the same batch, that of all ranks."""
+    token = _whole_batch.set(is_whole)
+    try:
+        yield
+    finally:
+        _whole_batch.reset(token)
+
+
+class ClassShards:
+    """Consecutive classes on each rank, as many as on every other, the last ranks fewer.
+
+    Args:
+        num_classes: How many there are in all.
+        process_group: A process group, or a device mesh of one dimension.
+
+    Raises:
+        TypeError: If ``process_group`` is neither.
+        ValueError: If torch.distributed is not initialised, or the mesh has several dimensions.
+    """
+
+    def __init__(self, num_classes: int, process_group: Any) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("process_group must be given after torch.distributed.init_process_group, got one before")
+        if isinstance(process_group, DeviceMesh):
+            if process_group.ndim != 1:
+                raise ValueError(f"process_group must be a mesh of one dimension, got {process_group.ndim}")
+            self.mesh = process_group
+        elif isinstance(process_group, dist.ProcessGroup):
+            kind = "cuda" if "nccl" in str(dist.get_backend(process_group)) else "cpu"
+            self.mesh = DeviceMesh.from_group(process_group, kind)
+        else:
+            raise TypeError(f"process_group must be a ProcessGroup or a DeviceMesh, got {type(process_group).__name__}")
+        self.num_classes = num_classes
+        self.group: Group = self.mesh.get_group()
+        self.rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        most = -(-num_classes // ranks)  # as torch.chunk, and with it DTensor, splits rows
+        self.first = min(self.rank * most, num_classes)
+        self.stop = min(self.first + most, num_classes)
+
+    def shard(self) -> Shard:
+        """Return what the walks over proxies want to know."""
+        name = "what the shards of the classes have found"
+        total, largest = (partial(all_reduce, group=self.group, name=name, op=op) for op in ("sum", "max"))
+        return Shard(self.first, self.num_classes, total, largest)
+
+    def distribute(self, local: Tensor, whole: tuple[int, ...], dim: int = 0) -> DTensor:
+        """Return this rank's part of a tensor as a tensor of all ranks, split along ``dim``."""
+        stride = torch.empty(whole, device="meta").stride()
+        return DTensor.from_local(
+            local, self.mesh, [AlongRows(dim)], run_check=False, shape=torch.Size(whole), stride=stride
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ClassShards":
+        return self  # groups are not copied
+
+
+def shard_of(shards: "ClassShards | None") -> Shard | None:
+    """Return what the walks want to know; None where all classes are here.
+
+    Raises:
+        RuntimeError: If the batch is not that of all ranks.
+    """
+    if shards is None:
+        return None
+    if not _whole_batch.get():
+        raise RuntimeError(
+            "a loss with process_group must be called through pml_ext.distributed.DistributedLossWrapper with "
+            "efficient=False, which gives all ranks the whole batch"
+        )
+    return shards.shard()
+
+
+def local_part(x: Any) -> Any:
+    """Return this rank's part of a tensor of all ranks; anything else as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def sum_gradients(x: Tensor, shards: ClassShards) -> Tensor:
+    """Return a tensor that all ranks have, whose gradient is the sum of what the ranks' classes give."""
+    summed: Tensor = _SumGradient.apply(x, shards.group)
+    return summed
+
+
+def sum_values(x: Tensor, shards: ClassShards) -> Tensor:
+    """Return the sum over ranks; each rank's part gets the gradient of the sum."""
+    total: Tensor = _SumValue.apply(x, shards.group)
+    return total
+
+
+def draw(parameter: nn.Parameter, init: Any, shards: ClassShards) -> None:
+    """Initialise this rank's rows of a parameter, with the widths of the whole and other numbers on each rank."""
+    devices = [parameter.device] if parameter.device.type == "cuda" else []
+    seed = torch.initial_seed() % 2**31
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed * 1009 + shards.rank)
+        with torch.no_grad():
+            init(parameter)
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad, ctx.group, "the gradient of the embeddings"), None
+
+
+class _SumValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x, group, "the loss of the shards of the classes")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
