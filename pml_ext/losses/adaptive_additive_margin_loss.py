@@ -50,8 +50,8 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         direction: "distance": far classes get the larger margin. "similarity": near ones do; $1 - d$ replaces $d$.
         scale: $s$ > 0.
         chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
-        process_group: Ranks over which proxies and class descriptions are split, as in ``ProxyAnchorLoss``, but with any
-            reducer.
+        process_group: Ranks over which proxies and class descriptions are split, as in ``ProxyAnchorLoss``, but with
+            any reducer.
         **kwargs: Passed to PML's ``WeightRegularizerMixin`` (``weight_init_func``, ``weight_regularizer``,
             ``weight_reg_weight``) and ``BaseMetricLossFunction``. ``distance`` may be any; other than PML's
             ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` it needs a matrix of batch times classes,
