@@ -50,12 +50,12 @@ def gather_rows(x: Tensor, sizes: Sequence[int], group: Group, name: str) -> lis
         RuntimeError: If a rank does not answer in time.
     """
     most = max(sizes)
-    padded = x.new_zeros(most, *x.shape[1:])
+    padded = torch.zeros(most, *x.shape[1:], dtype=x.dtype, device=_device(group))
     padded[: len(x)] = x.detach()
     sent = padded.view(torch.uint8).flatten()  # bytes: not every backend knows every dtype
-    found = torch.empty(len(sizes) * len(sent), dtype=torch.uint8, device=x.device)
+    found = torch.empty(len(sizes) * len(sent), dtype=torch.uint8, device=sent.device)
     _named(f"all_gather of {name}", lambda: dist.all_gather_into_tensor(found, sent, group=group))
-    rows = found.view(x.dtype).view(len(sizes), most, *x.shape[1:])
+    rows = found.view(x.dtype).view(len(sizes), most, *x.shape[1:]).to(x.device)
     return [part[:size] for part, size in zip(rows, sizes, strict=True)]
 
 
@@ -65,10 +65,10 @@ def all_reduce(x: Tensor, group: Group, name: str, op: str = "sum") -> Tensor:
     Raises:
         RuntimeError: If a rank does not answer in time.
     """
-    total = x.detach().clone(memory_format=torch.contiguous_format)
+    total = x.detach().to(_device(group)).clone(memory_format=torch.contiguous_format)
     kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
     _named(f"all_reduce of {name}", lambda: dist.all_reduce(total, kind, group=group))
-    return total
+    return total.to(x.device)
 
 
 def broadcast(tensors: Sequence[Tensor], group: Group) -> None:
@@ -79,19 +79,19 @@ def broadcast(tensors: Sequence[Tensor], group: Group) -> None:
     """
     source = dist.get_global_rank(group, 0) if group is not None else 0
     for x in tensors:
-        sent = x.detach().clone().reshape(-1).view(torch.uint8)
+        sent = x.detach().clone().reshape(-1).view(torch.uint8).to(_device(group))
         _named("broadcast of the loss's parameters", partial(dist.broadcast, sent, source, group=group))
         with torch.no_grad():
-            x.copy_(sent.view(x.dtype).view(x.shape))
+            x.copy_(sent.to(x.device).view(x.dtype).view(x.shape))
 
 
 @contextmanager
 def shared_random_state(seed: int, device: torch.device) -> Iterator[None]:
     """Draw the same random numbers on all ranks, and leave each rank's own generators as they were."""
-    devices = [device] if device.type == "cuda" else []
+    devices = [device] if device.type == "cuda" else []  # and no other device's generator is touched
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (PML's miners draw from it)
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        seed_generators(seed, device)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
         try:
@@ -99,6 +99,26 @@ def shared_random_state(seed: int, device: torch.device) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed PyTorch's generators of the CPU and of one device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def draw_seed() -> int:
+    """Return a number from the main generator: another in each call, the same again where checkpointing runs twice."""
+    return int(torch.randint(2**31, ()))
+
+
+def ranks_of(group: Group) -> tuple[int, ...]:
+    """Return the ranks of a group, none without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ()
+    return tuple(dist.get_process_group_ranks(dist.group.WORLD if group is None else group))
 
 
 def _device(group: Group) -> torch.device:

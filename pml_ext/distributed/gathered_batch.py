@@ -60,7 +60,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def agree(
-    parts: Sequence[Part | None], error: Exception | None, seed: int, group: Group, mined: bool = False
+    parts: Sequence[Part | None], error: Exception | None, seed: int, group: Group, given: dict[str, bool] | None = None
 ) -> tuple[list[list[int]], int]:
     """Tell all ranks of sizes, seed and errors, so that no rank waits for one that has stopped.
 
@@ -69,7 +69,7 @@ def agree(
         error: What is wrong with this rank's input, if anything is.
         seed: The first rank's is taken.
         group: The ranks.
-        mined: Whether there is a tuple of indices that must be there on all ranks or on none.
+        given: What must hold on all ranks or on none, by name.
 
     Returns:
         The numbers of rows of each rank, for each part; the seed.
@@ -77,18 +77,16 @@ def agree(
     Raises:
         ValueError: If this or another rank was given bad input, or ranks differ in width, dtype or arguments.
     """
-    numbers = [0 if error is None else 1, seed, int(mined)]
+    given = given or {}
+    numbers = [0 if error is None else 1, seed, sum(2**i for i, here in enumerate(given.values()) if here)]
     for part in parts:
         numbers += _describe(part, error)
     found = gather_numbers(numbers, group)
-    if error is not None:
-        raise error
-    bad = [rank for rank, row in enumerate(found) if row[0]]
-    if bad:
-        raise ValueError(f"all ranks must be given a valid batch, got an error on rank {bad[0]}, which tells what")
+    _raise_everywhere(error, [row[0] for row in found])
     for rank, row in enumerate(found):
-        if row[2] != numbers[2]:
-            raise ValueError(f"indices_tuple must be given on all ranks or on none, got another choice on rank {rank}")
+        for i, name in enumerate(given):
+            if (row[2] ^ numbers[2]) >> i & 1:
+                raise ValueError(f"{name} on all ranks or on none, got another choice on rank {rank}")
         for i, name in enumerate(("embeddings", "ref_emb")[: len(parts)]):
             own, theirs = numbers[4 + 4 * i : 7 + 4 * i], row[4 + 4 * i : 7 + 4 * i]
             if own != theirs:
@@ -97,6 +95,28 @@ def agree(
                     f"{_name(own)} here and {_name(theirs)} on rank {rank}"
                 )
     return [[row[3 + 4 * i] for row in found] for i in range(len(parts))], found[0][1]
+
+
+def confirm(error: Exception | None, number: int, group: Group) -> list[int]:
+    """Tell all ranks whether something has gone wrong on one, and a number.
+
+    Returns:
+        The number of each rank.
+
+    Raises:
+        ValueError: If something has gone wrong on another rank; on that rank, what it is.
+    """
+    found = gather_numbers([0 if error is None else 1, number], group)
+    _raise_everywhere(error, [row[0] for row in found])
+    return [row[1] for row in found]
+
+
+def _raise_everywhere(error: Exception | None, failed: list[int]) -> None:
+    if error is not None:
+        raise error
+    if any(failed):
+        rank = failed.index(1)
+        raise ValueError(f"all ranks must be given a valid batch, got an error on rank {rank}, which tells what")
 
 
 def gather(part: Part, sizes: list[int], group: Group, gradient_factor: float, name: str) -> Gathered:

@@ -1,6 +1,7 @@
 """The loss of the batch of all ranks, with exact gradients."""
 
 import itertools
+import zlib
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from pml_ext.distributed.collectives import (
     Group,
     all_reduce,
     broadcast,
+    draw_seed,
     gather_numbers,
     gather_rows,
+    ranks_of,
     shared_random_state,
     world_size,
 )
-from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, gather
-from pml_ext.distributed.miner_wrapper import convert
+from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, confirm, gather
+from pml_ext.distributed.miner_wrapper import convert, input_error
 from pml_ext.distributed.sharding import whole_batch
+from pml_ext.streaming.first_derivative import first_derivative_only
 from pml_ext.types import Indices
-from pml_ext.validation import check_batch, validation_enabled
+from pml_ext.validation import check_indices_tuple, validation_enabled
 
 
 class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
@@ -42,7 +46,8 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
     differently, and parameters start differently on each rank. Here parameters and buffers are those of the first rank
     from the start; the loss runs under one random state, so that dropout, random miners and batch norms agree on all
     ranks; ranks may have different numbers of rows; and bad input on one rank raises on all of them.
-    Losses whose classes are split over ranks (``process_group``) need this wrapper.
+    Losses whose classes are split over ranks (``process_group``) need this wrapper. Each call takes one number from the
+    main random generator.
 
     Args:
         loss: A loss of PML or of this package, or a ``CrossBatchMemory``. Its ``miner``, if it has one, sees the batch
@@ -77,7 +82,6 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
     def __init__(self, loss: Any, efficient: bool = False, process_group: Group = None) -> None:
         super().__init__(loss, efficient)
         self.process_group = process_group
-        self.calls = 0
         self.synchronized = False
         self._synchronize()
 
@@ -101,94 +105,128 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
             enqueue_mask: For ``CrossBatchMemory``.
         """
         memory = isinstance(self.loss, CrossBatchMemory)
-        if memory and (ref_emb is not None or ref_labels is not None):
-            raise ValueError("ref_emb must not be given with CrossBatchMemory, which has references of its own")
+        error = self._check(embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask)
+        ranks = ranks_of(self.process_group)
         if world_size(self.process_group) == 1:
-            with whole_batch():
+            if memory and ref_emb is not None and error is not None:
+                raise error
+            with whole_batch(ranks):
                 if memory:
                     return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
                 return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         self._synchronize()
-        self.calls += 1
         if ref_emb is embeddings and (ref_labels is None or ref_labels is labels):
             ref_emb = ref_labels = None
         parts = [Part(embeddings, labels), None if ref_emb is None else Part(ref_emb, ref_labels)]
-        error = self._check(embeddings, labels, ref_emb, ref_labels)
-        if memory and indices_tuple is not None and error is None:
-            error = ValueError("indices_tuple must not be given with CrossBatchMemory: give the miner to the memory")
-        seed = torch.initial_seed() % 2**31 + self.calls
-        mined = indices_tuple is not None and not self.efficient
-        sizes, seed = agree(parts, error, seed, self.process_group, mined)
-        factor = world_size(self.process_group)  # DDP's mean over ranks divides by it
+        given = {
+            "indices_tuple must be given": indices_tuple is not None and not self.efficient,
+            "enqueue_mask must be given": enqueue_mask is not None,
+            "embeddings must require a gradient": self._split() and error is None and embeddings.requires_grad,
+        }
+        sizes, seed = agree(parts, error, draw_seed(), self.process_group, given)
+        factor = len(ranks)  # DDP's mean over ranks divides by it
         batch = gather(parts[0], sizes[0], self.process_group, factor, "embeddings")  # type: ignore[arg-type]
         refs = None
         if parts[1] is not None:
             refs = gather(parts[1], sizes[1], self.process_group, factor, "ref_emb")
             if ref_labels is labels:  # PML takes one object for one set of labels
                 refs = refs._replace(labels=batch.labels)
-        with shared_random_state(seed, embeddings.device), whole_batch(not self.efficient):
+        with shared_random_state(seed, embeddings.device), whole_batch(None if self.efficient else ranks):
             if memory:
                 mask = self._gather_mask(enqueue_mask, batch)
                 return self.loss(batch.embeddings, batch.labels, None, mask)
             if self.efficient:
-                return self._sum_of_ranks(parts[0], batch, refs, indices_tuple, factor)  # type: ignore[arg-type]
+                return self._sum_of_ranks(parts[0], batch, refs, indices_tuple)  # type: ignore[arg-type]
             if indices_tuple is not None:
-                indices_tuple = convert(indices_tuple, batch, batch if refs is None else refs, "to_rank_order")
-                self._check_mined(indices_tuple)
+                indices_tuple = self._same_on_all_ranks(indices_tuple, batch, batch if refs is None else refs)
             if refs is None:
                 return self.loss(batch.embeddings, batch.labels, indices_tuple)
             return self.loss(batch.embeddings, batch.labels, indices_tuple, refs.embeddings, refs.labels)
 
     def _sum_of_ranks(
-        self, part: Part, batch: Gathered, refs: Gathered | None, indices_tuple: Indices | None, factor: int
+        self, part: Part, batch: Gathered, refs: Gathered | None, indices_tuple: Indices | None
     ) -> Tensor:
         """Return the sum over ranks of the loss of own rows against all rows."""
-        ref_rows, ref_labels = (batch if refs is None else refs).own_first()
-        own, labels = ref_rows[: len(part.embeddings)], part.labels
-        if refs is not None:
-            rows = batch.own_first()
-            own = rows[0][: len(part.embeddings)]
-        if labels is not None:
-            labels = labels.to(own.device)
-        if indices_tuple is None:
-            indices_tuple = pml_dist.get_indices_tuple(labels, ref_labels)
         names, parameters = zip(*self.loss.named_parameters(), strict=True) if _has_parameters(self.loss) else ((), ())
         zero, *shared = _SumGradients.apply(self.process_group, *parameters)
-        arguments = (own, labels, indices_tuple, ref_rows, ref_labels)
-        loss = torch.func.functional_call(self.loss, dict(zip(names, shared, strict=True)), arguments)
+        loss, error = None, None
+        try:  # what fails here, fails on this rank alone
+            ref_rows, ref_labels = (batch if refs is None else refs).own_first()
+            own = (ref_rows if refs is None else batch.own_first()[0])[: len(part.embeddings)]
+            labels = None if part.labels is None else part.labels.to(own.device)
+            if indices_tuple is None and len(own):
+                indices_tuple = pml_dist.get_indices_tuple(labels, ref_labels)
+            elif indices_tuple is None:  # PML's function knows no empty batch
+                indices_tuple = (torch.empty(0, dtype=torch.int64, device=own.device),) * 4
+            arguments = (own, labels, indices_tuple, ref_rows, ref_labels)
+            loss = torch.func.functional_call(self.loss, dict(zip(names, shared, strict=True)), arguments)
+        except Exception as failed:
+            error = failed
+        confirm(error, 0, self.process_group)
+        assert loss is not None
         others = all_reduce(loss, self.process_group, "the losses") - loss.detach()
         return loss + others + zero.to(loss)
 
-    def _synchronize(self) -> None:
-        """Take over the parameters and buffers of the first rank, once there are ranks."""
-        if not self.synchronized and world_size(self.process_group) > 1:
-            whole = [x for x in (*self.loss.parameters(), *self.loss.buffers()) if not isinstance(x, DTensor)]
-            broadcast(whole, self.process_group)
-            self.synchronized = True
-
-    def _check(
-        self, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
-    ) -> Exception | None:
-        """Return what is wrong with this rank's input."""
-        if not validation_enabled():
-            return None
-        inner = self.loss.loss if isinstance(self.loss, CrossBatchMemory) else self.loss
-        num_classes, width = (getattr(inner, name, None) or None for name in ("num_classes", "embedding_size"))
+    def _same_on_all_ranks(self, indices_tuple: Indices, batch: Gathered, refs: Gathered) -> Indices:
+        """Return a tuple with its rows in rank order, if all ranks have the same."""
+        error, number = None, 0
         try:
-            check_batch(embeddings, labels, None, ref_emb, ref_labels, num_classes, width)
-        except (TypeError, ValueError) as error:
-            return error
-        return None
-
-    def _check_mined(self, indices_tuple: Indices) -> None:
-        if not validation_enabled():
-            return
-        found = {row[0] for row in gather_numbers([checksum(indices_tuple)], self.process_group)}
-        if len(found) > 1:
+            if validation_enabled():
+                check_indices_tuple(indices_tuple, sum(batch.sizes), sum(refs.sizes))
+            indices_tuple = convert(indices_tuple, batch, refs, "to_rank_order")
+            number = checksum(indices_tuple)
+        except Exception as failed:  # what fails here, fails on this rank alone
+            error = failed
+        if len(set(confirm(error, number, self.process_group))) > 1:
             raise ValueError(
                 "indices_tuple must be the same on all ranks, got others on some: mine in the batch of all ranks with "
                 "DistributedMinerWrapper"
             )
+        return indices_tuple
+
+    def _synchronize(self) -> None:
+        """Take over the parameters and buffers of the first rank, once there are ranks."""
+        if self.synchronized or world_size(self.process_group) == 1:
+            return
+        tensors = [*self.loss.parameters(), *self.loss.buffers()]
+        shapes = repr([(tuple(x.shape), str(x.dtype)) for x in tensors])
+        found = gather_numbers([zlib.crc32(shapes.encode())], self.process_group)
+        if len({row[0] for row in found}) > 1:
+            raise ValueError(
+                f"loss must have parameters of the same shapes on all ranks (num_classes?), got {shapes} here"
+            )
+        broadcast([x for x in tensors if not isinstance(x, DTensor)], self.process_group)
+        self.synchronized = True
+
+    def _split(self) -> bool:
+        return any(isinstance(p, DTensor) for p in self.loss.parameters())
+
+    def _check(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        enqueue_mask: Tensor | None,
+    ) -> Exception | None:
+        """Return what is wrong with this rank's input."""
+        inner = self.loss
+        if isinstance(self.loss, CrossBatchMemory):
+            inner = self.loss.loss
+            if ref_emb is not None or ref_labels is not None:
+                return ValueError("ref_emb must not be given with CrossBatchMemory, which has references of its own")
+            if indices_tuple is not None and world_size(self.process_group) > 1:
+                return ValueError("indices_tuple must not be given with CrossBatchMemory: give the miner to the memory")
+        num_classes, width = (getattr(inner, name, None) or None for name in ("num_classes", "embedding_size"))
+        error = input_error(embeddings, labels, ref_emb, ref_labels, num_classes, width)
+        if error is None and enqueue_mask is not None:
+            rule = f"a bool tensor of shape ({len(embeddings)},)"
+            if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
+                return TypeError(f"enqueue_mask must be {rule}, got {getattr(enqueue_mask, 'dtype', enqueue_mask)}")
+            if enqueue_mask.shape != (len(embeddings),):
+                return ValueError(f"enqueue_mask must be {rule}, got shape {tuple(enqueue_mask.shape)}")
+        return error
 
     def _gather_mask(self, enqueue_mask: Tensor | None, batch: Gathered) -> Tensor | None:
         if enqueue_mask is None:
@@ -208,7 +246,8 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(all_reduce(grad, ctx.group, "the gradients of the loss's parameters") for grad in grads)
+        summed = tuple(all_reduce(grad, ctx.group, "the gradients of the loss's parameters") for grad in grads)
+        return None, *first_derivative_only("A loss with efficient=True", summed, grads)
 
 
 def _has_parameters(loss: torch.nn.Module) -> bool:

@@ -7,9 +7,10 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import distributed as pml_dist
 from torch import Tensor
 
-from pml_ext.distributed.collectives import Group, shared_random_state, world_size
+from pml_ext.distributed.collectives import Group, draw_seed, shared_random_state, world_size
 from pml_ext.distributed.gathered_batch import Gathered, Part, agree, gather
 from pml_ext.types import Indices
+from pml_ext.validation import check_batch, validation_enabled
 
 
 class DistributedMinerWrapper(pml_dist.DistributedMinerWrapper):
@@ -29,6 +30,7 @@ class DistributedMinerWrapper(pml_dist.DistributedMinerWrapper):
 
     Raises:
         TypeError: If ``miner`` is no PML miner.
+        ValueError: If this or another rank is given bad input.
         RuntimeError: If a rank does not answer in time.
 
     Examples:
@@ -44,7 +46,6 @@ class DistributedMinerWrapper(pml_dist.DistributedMinerWrapper):
     def __init__(self, miner: Any, efficient: bool = False, process_group: Group = None) -> None:
         super().__init__(miner, efficient)
         self.process_group = process_group
-        self.calls = 0
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
@@ -53,9 +54,10 @@ class DistributedMinerWrapper(pml_dist.DistributedMinerWrapper):
         if world_size(self.process_group) == 1:
             mined: Indices = self.miner(embeddings, labels, ref_emb, ref_labels)
             return mined
-        self.calls += 1
         parts = [Part(embeddings, labels), None if ref_emb is None else Part(ref_emb, ref_labels)]
-        sizes, seed = agree(parts, None, torch.initial_seed() % 2**31 + self.calls, self.process_group)
+        sizes, seed = agree(
+            parts, input_error(embeddings, labels, ref_emb, ref_labels), draw_seed(), self.process_group
+        )
         with torch.no_grad():
             batch = gather(parts[0], sizes[0], self.process_group, 1, "embeddings")  # type: ignore[arg-type]
             refs = batch if parts[1] is None else gather(parts[1], sizes[1], self.process_group, 1, "ref_emb")
@@ -69,6 +71,29 @@ class DistributedMinerWrapper(pml_dist.DistributedMinerWrapper):
             else:
                 mined = self.miner(batch.embeddings, batch.labels, refs.embeddings, refs.labels)
         return convert(mined, batch, refs, "to_own_first")
+
+
+def input_error(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    num_classes: int | None = None,
+    embedding_size: int | None = None,
+) -> Exception | None:
+    """Return what is wrong with this rank's input; labels may be negative where there is no ``num_classes``."""
+    if not validation_enabled():
+        return None
+    if num_classes is None:
+        labels, ref_labels = (
+            x.clamp_min(0) if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool else x
+            for x in (labels, ref_labels)
+        )
+    try:
+        check_batch(embeddings, labels, None, ref_emb, ref_labels, num_classes, embedding_size)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def convert(indices_tuple: Indices, batch: Gathered, refs: Gathered, direction: str) -> Indices:

@@ -13,20 +13,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as AlongRows
 
-from pml_ext.distributed.collectives import Group, all_reduce
+from pml_ext.distributed.collectives import Group, all_reduce, draw_seed, gather_numbers, ranks_of, seed_generators
+from pml_ext.streaming.first_derivative import first_derivative_only
 from pml_ext.streaming.shard import Shard
 
-_whole_batch: ContextVar[bool] = ContextVar("pml_ext_whole_batch", default=False)
+_ranks_with_this_batch: ContextVar[tuple[int, ...] | None] = ContextVar("pml_ext_ranks_with_this_batch", default=None)
 
 
 @contextmanager
-def whole_batch(is_whole: bool = True) -> Iterator[None]:
-    """Tell the losses called inside whether every rank gives them the same batch, that of all ranks."""
-    token = _whole_batch.set(is_whole)
+def whole_batch(ranks: tuple[int, ...] | None) -> Iterator[None]:
+    """Tell the losses called inside which ranks give them the same batch, that of all these ranks. None: no others."""
+    token = _ranks_with_this_batch.set(ranks)
     try:
         yield
     finally:
-        _whole_batch.reset(token)
+        _ranks_with_this_batch.reset(token)
 
 
 class ClassShards:
@@ -85,10 +86,16 @@ def shard_of(shards: "ClassShards | None") -> Shard | None:
     """
     if shards is None:
         return None
-    if not _whole_batch.get():
+    ranks = _ranks_with_this_batch.get()
+    if ranks is None:
         raise RuntimeError(
             "a loss with process_group must be called through pml_ext.distributed.DistributedLossWrapper with "
             "efficient=False, which gives all ranks the whole batch"
+        )
+    if not set(ranks_of(shards.group)) <= set(ranks):
+        raise RuntimeError(
+            f"process_group of the loss must lie within that of DistributedLossWrapper, ranks {list(ranks)}, got "
+            f"{list(ranks_of(shards.group))}"
         )
     return shards.shard()
 
@@ -113,9 +120,13 @@ def sum_values(x: Tensor, shards: ClassShards) -> Tensor:
 def draw(parameter: nn.Parameter, init: Any, shards: ClassShards) -> None:
     """Initialise this rank's rows of a parameter, with the widths of the whole and other numbers on each rank."""
     devices = [parameter.device] if parameter.device.type == "cuda" else []
-    seed = torch.initial_seed() % 2**31
+    found = gather_numbers([draw_seed(), *parameter.shape], shards.group)
+    if any(row[1:] != found[0][1:] for row in found):
+        raise ValueError(
+            f"num_classes and embedding_size must be the same on all ranks, got {[row[1:] for row in found]}"
+        )
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed * 1009 + shards.rank)
+        seed_generators(found[0][0] * 1009 + shards.rank, parameter.device)
         with torch.no_grad():
             init(parameter)
 
@@ -128,7 +139,8 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, ctx.group, "the gradient of the embeddings"), None
+        summed = all_reduce(grad, ctx.group, "the gradient of the embeddings")
+        return first_derivative_only("A loss with split classes", (summed,), (grad,))[0], None
 
 
 class _SumValue(torch.autograd.Function):

@@ -160,6 +160,20 @@ def others(rank, world, group, rows, folder):
     torch.manual_seed(6)
     found["mesh"] = whole(ProxyAnchorLoss(900, 40, process_group=mesh).proxies).detach().clone()
 
+    torch.manual_seed(6)
+    learners = EnsembleLoss(lambda: ProxyAnchorLoss(5, SIZE // 2, process_group=group), 2).losses.values()
+    found["learners"] = [whole(learner.proxies).detach().clone() for learner in learners]
+    emb = DATA.clone().requires_grad_()
+    net = DistributedLossWrapper(MAKERS["HybridLoss"](group).double())
+    (grad,) = torch.autograd.grad(net(emb[rows], LABELS[rows]), emb, create_graph=True)
+    found["penalty"] = error_of(lambda: grad.square().sum().backward())
+    alone = [dist.new_group([r]) for r in range(world)][rank]
+    other = DistributedLossWrapper(MAKERS["ProxyAnchorLoss"](group).double(), process_group=alone)
+    found["other group"] = error_of(lambda: other(DATA[rows], LABELS[rows]))
+    found["classes"] = error_of(lambda: ProxyAnchorLoss(5 + rank, SIZE, process_group=group))
+    found["margins"] = error_of(lambda: MAKERS["AdaptiveAdditiveMarginLoss, cosine"](group).get_margins(LABELS))
+    needy = DATA[rows].clone().requires_grad_(rank == 0)
+    found["gradient on one"] = error_of(lambda: net(needy, LABELS[rows]))
     hybrid = DistributedLossWrapper(MAKERS["HybridLoss"](group).double(), efficient=True)
     found["efficient"] = error_of(lambda: hybrid(DATA[rows], LABELS[rows]))
     found["bare"] = error_of(lambda: MAKERS["ProxyAnchorLoss"](group)(DATA.float(), LABELS))
@@ -267,6 +281,12 @@ def test_errors_and_copies(found):
             assert "must be called through pml_ext.distributed.DistributedLossWrapper with efficient=False" in one[key]
         expected = "labels must be < num_classes = 5" if rank == 0 else "got an error on rank 0"
         assert expected in one["labels"]
+        assert not torch.equal(*one["learners"])
+        assert one["penalty"].startswith("NotImplementedError: ")
+        assert "process_group of the loss must lie within that of DistributedLossWrapper" in one["other group"]
+        assert "num_classes and embedding_size must be the same on all ranks" in one["classes"]
+        assert one["margins"].startswith("NotImplementedError: get_margins needs all classes in one place")
+        assert "embeddings must require a gradient on all ranks or on none" in one["gradient on one"]
         assert one["logits"].startswith("NotImplementedError: get_logits needs all proxies in one place")
         assert one["distance"].startswith("ValueError: distance must be a CosineSimilarity")
         assert one["group"].startswith("TypeError: process_group must be a ProcessGroup or a DeviceMesh, got str")

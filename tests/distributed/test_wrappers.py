@@ -57,6 +57,12 @@ def build(make_loss, seed=3):
     return torch.nn.Linear(SIZE, SIZE).double(), make_loss().double()
 
 
+def first_draw():
+    """Return the seed that ranks agree on in the first call after the generator was set to SEED."""
+    torch.manual_seed(SEED)
+    return int(torch.randint(2**31, ()))
+
+
 def grads(module):
     return [None if p.grad is None else p.grad.clone() for p in module.parameters() if p.requires_grad]
 
@@ -70,7 +76,7 @@ def together(make_loss, rows, **kwargs):
     ddp = DistributedDataParallel(model)  # its hooks live as long as it does
     loss = wrapped(ddp(DATA[rows]), LABELS[rows])
     loss.backward()
-    with shared_random_state(SEED + 1, torch.device("cpu")):  # the state of the wrapper's first call
+    with shared_random_state(first_draw(), torch.device("cpu")):  # the state of the wrapper's call
         expected = whole_loss(whole_model(DATA), LABELS)
     expected.backward()
     return {
@@ -134,7 +140,7 @@ def others(rank, world, rows, splits):
         loss = DistributedLossWrapper(loss_func)(emb, LABELS[rows], mined)
         loss.backward()
         whole = build(MultiSimilarityLoss)[0]
-        with shared_random_state(SEED + 1, torch.device("cpu")):
+        with shared_random_state(first_draw(), torch.device("cpu")):
             mined = miner(whole(DATA), LABELS)
         expected = MultiSimilarityLoss()(whole(DATA), LABELS, mined)
         expected.backward()
@@ -233,9 +239,29 @@ def others(rank, world, rows, splits):
     after = torch.rand(3)
     torch.manual_seed(5)
     IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.5))
+    torch.randint(2**31, ())  # the one number that a call takes
     found["generator"] = (after, torch.rand(3))
 
-    # a rank without rows
+    # the loss itself inside of a checkpoint: both runs must draw the same dropout
+    noisy = DistributedLossWrapper(IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.5)).double())
+    two = []
+    for again in (False, True):
+        emb = DATA[rows].clone().requires_grad_()
+        torch.manual_seed(8)
+
+        def run(x):
+            return noisy(x, LABELS[rows])
+
+        loss = torch.utils.checkpoint.checkpoint(run, emb, use_reentrant=False) if again else run(emb)
+        loss.backward()
+        two.append(emb.grad)
+    found["checkpointed loss"] = tuple(two)
+
+    # a rank without rows, in both modes
+    sparse = DistributedLossWrapper(HybridLoss(NUM_CLASSES, SIZE).double(), efficient=True)
+    loss = sparse((DATA if rank == 0 else DATA[:0]).clone().requires_grad_(), LABELS if rank == 0 else LABELS[:0])
+    loss.backward()
+    found["empty rank, efficient"] = loss.detach()
     wrapped = DistributedLossWrapper(build(lambda: make(CASES["HybridLoss"]))[1])
     own = DATA if rank == 0 else DATA[:0]
     labels = LABELS if rank == 0 else LABELS[:0]
@@ -253,6 +279,26 @@ def others(rank, world, rows, splits):
     found["dtype"] = error_of(lambda: pairs(DATA[rows].float() if rank == 1 else DATA[rows], LABELS[rows]))
     some = tuple(torch.tensor([0, 1]) for _ in range(3))
     found["tuple on one"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], some if rank == 1 else None))
+    far = tuple(torch.tensor([0, 99]) for _ in range(3))
+    for efficient in (False, True):
+        wrapped = DistributedLossWrapper(MultiSimilarityLoss(), efficient=efficient)
+        good = None if efficient else some
+        mined = far if rank == 1 else good
+        found["far index", efficient] = error_of(lambda w=wrapped, mined=mined: w(DATA[rows], LABELS[rows], mined))
+    memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=30))
+    mask = torch.ones(len(rows) + 1, dtype=torch.bool)
+    own = mask if rank == 1 else mask[1:]
+    found["mask on one"] = error_of(
+        lambda: memory(DATA[rows], LABELS[rows], enqueue_mask=mask[1:] if rank == 1 else None)
+    )
+    found["mask too long"] = error_of(lambda: memory(DATA[rows], LABELS[rows], enqueue_mask=own))
+    found["memory, refs"] = error_of(lambda: memory(DATA[rows], LABELS[rows], ref_emb=DATA if rank == 1 else None))
+    mining = DistributedMinerWrapper(miners.BatchHardMiner())
+    found["miner"] = error_of(lambda: mining(DATA[rows][0] if rank == 1 else DATA[rows], LABELS[rows]))
+    found["classes"] = error_of(lambda: DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES + rank, SIZE)))
+    found["negative labels"] = error_of(
+        lambda: DistributedLossWrapper(losses.ContrastiveLoss())(DATA[rows], LABELS[rows] - 1)
+    )
     differing = tuple(torch.tensor([0, 1 + rank]) for _ in range(3))
     found["tuples differ"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], differing))
     return found
@@ -374,6 +420,8 @@ def test_generators_and_empty_ranks(found):
     for one in found:
         assert torch.equal(*one["generator"])
         torch.testing.assert_close(*one["empty rank"])
+        assert one["empty rank, efficient"] == found[0]["empty rank, efficient"] > 0
+        assert torch.equal(*one["checkpointed loss"])
 
 
 def test_bad_input_raises_on_all_ranks(found):
@@ -384,6 +432,21 @@ def test_bad_input_raises_on_all_ranks(found):
         else:
             for key in ("bad labels", "no tensor"):
                 assert one[key].startswith("ValueError: all ranks must be given a valid batch, got an error on rank 1")
+        assert one["negative labels"] == "no error"
+        assert "loss must have parameters of the same shapes on all ranks" in one["classes"]
+        assert "enqueue_mask must be given on all ranks or on none" in one["mask on one"]
+        told = {
+            ("far index", False): r"ValueError: indices_tuple[1] must be < the number of rows = 12, got 99",
+            ("far index", True): "ValueError: indices_tuple[0] must be <",
+            "mask too long": "ValueError: enqueue_mask must be a bool tensor of shape",
+            "memory, refs": "ValueError: ref_emb must not be given with CrossBatchMemory",
+            "miner": "ValueError: embeddings must have shape",
+        }
+        for key, message in told.items():
+            expected = (
+                message.split("[")[0] if rank == 1 else "ValueError: all ranks must be given a valid batch, got an err"
+            )
+            assert one[key].startswith(expected), (key, one[key])
         for key in ("width", "dtype"):
             assert one[key].startswith("ValueError: embeddings must have one width and dtype on all ranks"), one[key]
         assert "indices_tuple must be given on all ranks or on none" in one["tuple on one"]
