@@ -6,6 +6,7 @@ made, bytes are those of the tensors that a rank hands to torch.distributed in a
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -79,6 +80,14 @@ def worker(rank, way, name, num_classes, steps, folder):
     found = {"seconds": times[1:], "peak_mb": resident("VmHWM") - before, "bytes": sum(counter.values())}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     if world > 1:
+        del (
+            group,
+            wrapped,
+            loss_func,
+            optimizer,
+        )  # what holds the ranks' connections must be gone before they are closed
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -55,11 +55,15 @@ class ClassShards:
         else:
             raise TypeError(f"process_group must be a ProcessGroup or a DeviceMesh, got {type(process_group).__name__}")
         self.num_classes = num_classes
-        self.group: Group = self.mesh.get_group()
         self.rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         most = -(-num_classes // ranks)  # as torch.chunk, and with it DTensor, splits rows
         self.first = min(self.rank * most, num_classes)
         self.stop = min(self.first + most, num_classes)
+
+    @property
+    def group(self) -> Group:
+        """The ranks; not kept here, or gloo's threads would outlive ``destroy_process_group``."""
+        return self.mesh.get_group()
 
     def shard(self) -> Shard:
         """Return what the walks over proxies want to know."""

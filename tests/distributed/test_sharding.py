@@ -155,6 +155,27 @@ def others(rank, world, group, rows, folder):
         for optimizer, loss in ((plain, split), (again, fresh))
     )
 
+    # mixed precision with a scaler, and clipping: an optimizer and a list of its own for the split proxies
+    norms = []
+    for where, part in ((group, rows), (None, list(range(len(DATA))))):
+        model, loss_func = build(MAKERS["HybridLoss"], where)
+        net, loss = model.float(), loss_func.float()
+        if where is not None:
+            net, loss = DistributedDataParallel(model), DistributedLossWrapper(loss_func)
+        optimizers = [torch.optim.AdamW(module.parameters(), lr=0.01) for module in (model, loss_func)]
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(net(DATA[part].float()), LABELS[part])
+        scaler.scale(value).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(loss_func.parameters(), 0.01)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        norms.append([whole(norm).item(), whole(loss_func.proxy_loss.proxies.grad).norm().item()])
+    found["clipped"] = norms
+
     # other ways to say which ranks, and how proxies start
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(6)
@@ -250,6 +271,13 @@ def test_each_rank_has_its_part(found):
 def test_training(found):
     for one in found[0]:
         assert_same(one["trained"], rtol=1e-7, atol=1e-9)
+
+
+def test_mixed_precision_and_clipping(found):
+    for one in found[0]:
+        split, single = one["clipped"]
+        assert split == pytest.approx(single, rel=0.02)
+        assert split[1] == pytest.approx(0.01, rel=1e-3)  # clipped
 
 
 def test_checkpoints(found):
