@@ -1,6 +1,5 @@
 """The loss of the batch of all ranks, with exact gradients."""
 
-import itertools
 import zlib
 from typing import Any
 
@@ -147,8 +146,8 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
         self, part: Part, batch: Gathered, refs: Gathered | None, indices_tuple: Indices | None
     ) -> Tensor:
         """Return the sum over ranks of the loss of own rows against all rows."""
-        names, parameters = zip(*self.loss.named_parameters(), strict=True) if _has_parameters(self.loss) else ((), ())
-        zero, *shared = _SumGradients.apply(self.process_group, *parameters)
+        parameters = dict(self.loss.named_parameters())
+        zero, *shared = _SumGradients.apply(self.process_group, *parameters.values())
         loss, error = None, None
         try:  # what fails here, fails on this rank alone
             ref_rows, ref_labels = (batch if refs is None else refs).own_first()
@@ -159,7 +158,7 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
             elif indices_tuple is None:  # PML's function knows no empty batch
                 indices_tuple = (torch.empty(0, dtype=torch.int64, device=own.device),) * 4
             arguments = (own, labels, indices_tuple, ref_rows, ref_labels)
-            loss = torch.func.functional_call(self.loss, dict(zip(names, shared, strict=True)), arguments)
+            loss = torch.func.functional_call(self.loss, dict(zip(parameters, shared, strict=True)), arguments)
         except Exception as failed:
             error = failed
         confirm(error, 0, self.process_group)
@@ -248,7 +247,3 @@ class _SumGradients(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         summed = tuple(all_reduce(grad, ctx.group, "the gradients of the loss's parameters") for grad in grads)
         return None, *first_derivative_only("A loss with efficient=True", summed, grads)
-
-
-def _has_parameters(loss: torch.nn.Module) -> bool:
-    return any(True for _ in itertools.islice(loss.parameters(), 1))
