@@ -9,7 +9,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # (see below)
 from torch import Tensor
+
+# DistributedDataParallel imports torch.distributed.nn, whose default arguments keep the group of that moment for ever:
+# gloo's threads outlive destroy_process_group, and may abort the process while it exits. Imported before there is one,
+# it keeps none.
 
 Group = Any  # a ProcessGroup, or None for all ranks
 T = TypeVar("T")

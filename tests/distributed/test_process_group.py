@@ -1,0 +1,43 @@
+"""No thread of a process group outlives it: with one, a process may abort while it exits."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os
+import sys
+
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from pml_ext.distributed import DistributedLossWrapper
+from pml_ext.losses import ProxyAnchorLoss
+
+
+def threads():
+    return sum("gloo" in open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task"))
+
+
+def train():
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+    model = DistributedDataParallel(torch.nn.Linear(4, 4))
+    DistributedLossWrapper(ProxyAnchorLoss(3, 4))(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+    dist.destroy_process_group()
+
+
+before = threads()
+train()
+print(before, threads())
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux shows them")
+def test_no_thread_is_left(tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "rendezvous")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "0"]
