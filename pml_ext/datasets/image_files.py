@@ -1,0 +1,74 @@
+"""Images in files: what the data sets on disk have in common."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pml_ext.datasets.labels import as_class_names, as_labels
+
+
+class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
+    """Images in files, opened when asked for.
+
+    Args:
+        paths: Of the N images.
+        labels: ``(N,)``, integers.
+        transform: Applied to the PIL image.
+        class_names: That of label i at index i, or None.
+        mode: Of the PIL image: "RGB" or "L" (gray).
+
+    Attributes:
+        paths: A list.
+        labels: ``(N,)``, int64 tensor.
+        transform: May be set at any time.
+        class_names: A list, or None.
+
+    Raises:
+        ValueError: If ``mode`` is unknown or labels do not match; on access: if a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        labels: Any,
+        transform: Callable[[Any], Any] | None = None,
+        class_names: Sequence[str] | None = None,
+        mode: str = "RGB",
+    ) -> None:
+        if mode not in ("RGB", "L"):
+            raise ValueError(f"mode must be 'RGB' or 'L', got {mode!r}")
+        self.paths = list(paths)
+        self.labels = as_labels("labels", labels, len(self.paths))
+        self.transform = transform
+        self.class_names = as_class_names(class_names, self.labels)
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return (image, label), as a PIL image unless the transform changes it, and an int."""
+        image = read_image(self.paths[index], self.mode)
+        return image if self.transform is None else self.transform(image), int(self.labels[index])
+
+
+def read_image(path: str | Path, mode: str = "RGB") -> Any:
+    """Return the PIL image in a file, fully loaded; 16-bit gray values lose their lower byte.
+
+    Raises:
+        ValueError: If the file is missing, no image, truncated, or has values without a fixed range (mode I or F).
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # convert() would clip at 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its mode {image.mode!r} has no fixed range of values")
+            return image.convert(mode)
+    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, EOFError, struct.error and more
+        raise ValueError(f"cannot read image {path}: {error}") from error

@@ -1,0 +1,64 @@
+"""Labels and names of classes, checked for all data sets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def as_labels(name: str, labels: Any, length: int) -> Tensor:
+    """Return labels as a tensor.
+
+    Args:
+        name: For the messages.
+        labels: ``(N,)``, integers: a tensor, an array or a sequence.
+        length: N.
+
+    Returns:
+        ``(N,)``, int64.
+
+    Raises:
+        TypeError: If they are no integers.
+        ValueError: If the shape is another.
+    """
+    found = labels.detach().cpu() if isinstance(labels, Tensor) else np.asarray(labels)
+    if isinstance(found, np.ndarray):
+        if found.dtype.kind not in "iu":
+            raise TypeError(f"{name} must have an integer dtype, got {found.dtype}")
+        found = torch.from_numpy(found.astype(np.int64))
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {found.dtype}")
+    if found.shape != (length,):
+        raise ValueError(f"{name} must have one entry for each of {length} images, got shape {tuple(found.shape)}")
+    return found.long()
+
+
+def label_values(labels: Tensor) -> list[int]:
+    """Return the values that occur, sorted."""
+    return sorted(set(labels.tolist()))
+
+
+def as_class_names(class_names: Sequence[str] | None, labels: Tensor) -> list[str] | None:
+    """Return the names of classes as a list: that of label i at index i.
+
+    Args:
+        class_names: One for each label value, or None.
+        labels: ``(N,)``, those that need a name.
+
+    Raises:
+        TypeError: If they are no strings.
+        ValueError: If a label has no name.
+    """
+    if class_names is None:
+        return None
+    wrong = [class_names] if isinstance(class_names, str) else [x for x in class_names if not isinstance(x, str)]
+    if wrong:
+        raise TypeError(f"class_names must be a sequence of strings, got {wrong[0]!r}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(class_names):
+        raise ValueError(
+            f"class_names must have a name for each label, got {len(class_names)} names and labels {low} to {high}"
+        )
+    return [str(name) for name in class_names]

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from pml_ext.datasets import ImageFolder
+
+
+def save(path, value=0, mode="RGB", size=(6, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    save(tmp_path / "dog" / "b.PNG", (1, 2, 3))
+    save(tmp_path / "dog" / "a.jpeg", (200, 200, 200))
+    save(tmp_path / "cat" / "day 1" / "deep" / "x.bmp", 50, "L")
+    save(tmp_path / "cat" / "y.gif", 60, "L")
+    save(tmp_path / ".hidden" / "z.png")
+    save(tmp_path / "cat" / "._y.png")
+    save(tmp_path / "cat" / ".thumbnails" / "y.png")
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "readme.md").write_text("no class")
+    return tmp_path
+
+
+def test_items(root):
+    dataset = ImageFolder(root)
+    assert dataset.class_names == ["cat", "dog"]
+    assert dataset.labels.tolist() == [0, 0, 1, 1]
+    assert [str(path).removeprefix(str(root)) for path in dataset.paths] == [
+        "/cat/day 1/deep/x.bmp",
+        "/cat/y.gif",
+        "/dog/a.jpeg",
+        "/dog/b.PNG",
+    ]
+    image, label = dataset[3]
+    assert (image.mode, image.size, image.getpixel((0, 0)), type(label), label) == ("RGB", (6, 4), (1, 2, 3), int, 1)
+    assert dataset[0][0].getpixel((0, 0)) == (50, 50, 50)
+    assert ImageFolder(str(root), mode="L")[0][0].mode == "L"
+
+
+def test_classes_and_transform(root):
+    save(root / "ant" / "0.png", (9, 9, 9))
+    dataset = ImageFolder(root, transform=lambda image: image.size, classes=["dog", "ant"])
+    assert dataset.class_names == ["dog", "ant"]
+    assert dataset.labels.tolist() == [0, 0, 1]
+    assert dataset[2] == ((6, 4), 1)
+    dataset.transform = lambda image: image.getpixel((0, 0))
+    assert dataset[2] == ((9, 9, 9), 1)
+
+
+def test_images_are_opened_when_asked_for(root):
+    whole = (root / "dog" / "a.jpeg").read_bytes()
+    (root / "dog" / "a.jpeg").write_bytes(whole[: len(whole) - 30])
+    (root / "dog" / "c.png").write_bytes(b"text")
+    dataset = ImageFolder(root)
+    assert dataset[3][0].size == (6, 4)
+    for index, name in ((2, "a.jpeg"), (4, "c.png")):
+        with pytest.raises(ValueError, match=rf"cannot read image .*{name}: ") as error:
+            dataset[index]
+        assert isinstance(error.value.__cause__, OSError)
+    (root / "dog" / "b.PNG").unlink()
+    with pytest.raises(ValueError, match=r"cannot read image .*b\.PNG: "):
+        dataset[3]
+
+
+def test_wide_gray_values_are_not_clipped(tmp_path):
+    (tmp_path / "a").mkdir()
+    values = np.array([[0, 256, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a" / "0.tif")
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "a" / "1.tif")
+    dataset = ImageFolder(tmp_path)
+    assert np.asarray(dataset[0][0])[0, :, 0].tolist() == [0, 1, 255]
+    with pytest.raises(ValueError, match=r"1\.tif: its mode 'F' has no fixed range of values"):
+        dataset[1]
+
+
+def test_bad_folders(root):
+    with pytest.raises(FileNotFoundError, match=r"root must be a folder, got .*nowhere"):
+        ImageFolder(root / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"root must be a folder, got .*readme\.md"):
+        ImageFolder(root / "readme.md")
+    with pytest.raises(ValueError, match=r"root must have a sub-folder for each class, got .*dog without any"):
+        ImageFolder(root / "dog")
+    with pytest.raises(ValueError, match=r"classes must be sub-folders of .*, got 'cow'"):
+        ImageFolder(root, classes=["cat", "cow"])
+    for classes in ([], ["cat", "cat"]):
+        with pytest.raises(ValueError, match="classes must be different and at least one"):
+            ImageFolder(root, classes=classes)
+    with pytest.raises(ValueError, match="mode must be 'RGB' or 'L', got 'P'"):
+        ImageFolder(root, mode="P")
+    (root / "eel").mkdir()
+    with pytest.raises(ValueError, match=r"class folder .*eel must contain images \(\.png, "):
+        ImageFolder(root)
