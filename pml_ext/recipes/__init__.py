@@ -1,0 +1,8 @@
+"""The trainings of the papers and their baselines, each in one line."""
+
+from pml_ext.recipes.evaluation import METRICS, embed, retrieval_metrics
+from pml_ext.recipes.recipe import RECIPES, Recipe, recipe
+from pml_ext.recipes.settings import PRESETS
+from pml_ext.recipes.trainer import Trainer
+
+__all__ = ["METRICS", "PRESETS", "RECIPES", "Recipe", "Trainer", "embed", "recipe", "retrieval_metrics"]

@@ -1,0 +1,45 @@
+"""A margin for each pair of classes, from a second modality (AAML, 2020; a reconstruction)."""
+
+from torch import Tensor
+
+from pml_ext.losses import AdaptiveAdditiveMarginLoss
+from pml_ext.recipes.backbones import pooled_trunk
+from pml_ext.recipes.parts import Method, Parts
+from pml_ext.recipes.settings import OURS, Settings
+
+_UNKNOWN = "ours: the paper's is unknown"
+
+
+def make_adaptive_loss(
+    s: Settings, num_classes: int, size: int, class_embeddings: Tensor | None
+) -> AdaptiveAdditiveMarginLoss:
+    """Return the loss; without class embeddings its margin is the constant ``base_margin``."""
+    return AdaptiveAdditiveMarginLoss(
+        num_classes,
+        size,
+        class_embeddings=class_embeddings,
+        margin_scale=s.margin_scale,
+        base_margin=s.base_margin,
+        direction=s.direction,
+        scale=s.scale,
+    )
+
+
+def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+    if class_embeddings is None and s.margin_scale:
+        raise ValueError("class_embeddings must be given for adaptive margins (or margin_scale=0), got None")
+    return Parts(pooled_trunk(s), make_adaptive_loss(s, num_classes, s.embedding_size, class_embeddings))
+
+
+ADAPTIVE_MARGIN: Method = (
+    {
+        "all": {
+            "margin_scale": (0.3, _UNKNOWN),
+            "base_margin": (0.0, _UNKNOWN),
+            "direction": ("distance", _UNKNOWN),
+            "scale": (16.0, _UNKNOWN),
+        },
+        "paper": {"epochs": (40, OURS)},
+    },
+    _build,
+)

@@ -1,0 +1,63 @@
+"""What the papers' methods are compared with: losses of PML and of this package behind a plain head."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pytorch_metric_learning import losses, miners
+from torch import Tensor
+
+from pml_ext.losses import LabelSmoothingCrossEntropyLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.recipes.backbones import pooled_trunk
+from pml_ext.recipes.parts import Method, Parts
+from pml_ext.recipes.settings import OURS, PROXY_ANCHOR, Numbers, Settings
+
+_PML = "PML's default"
+
+
+def _plain(numbers: Numbers, make: Callable[[Settings, int], tuple[Any, Any]], **presets: Numbers) -> Method:
+    def build(settings: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+        return Parts(pooled_trunk(settings), *make(settings, num_classes))
+
+    return {"all": numbers} | presets, build
+
+
+def _contrastive(s: Settings, num_classes: int) -> tuple[Any, Any]:
+    return losses.ContrastiveLoss(pos_margin=s.pos_margin, neg_margin=s.neg_margin), None
+
+
+def _triplet(s: Settings, num_classes: int) -> tuple[Any, Any]:
+    return losses.TripletMarginLoss(s.margin), miners.TripletMarginMiner(s.margin, s.type_of_triplets)
+
+
+def _multi_similarity(s: Settings, num_classes: int) -> tuple[Any, Any]:
+    return MultiSimilarityLoss(s.alpha, s.beta, s.base), None
+
+
+def _proxy_anchor(s: Settings, num_classes: int) -> tuple[Any, Any]:
+    return ProxyAnchorLoss(num_classes, s.embedding_size, s.margin, s.alpha), None
+
+
+def _cosface(s: Settings, num_classes: int) -> tuple[Any, Any]:
+    return losses.CosFaceLoss(num_classes, s.embedding_size, margin=s.margin, scale=s.scale), None
+
+
+def _normalized_softmax(s: Settings, num_classes: int) -> tuple[Any, Any]:
+    return losses.NormalizedSoftmaxLoss(num_classes, s.embedding_size, temperature=s.temperature), None
+
+
+def _cross_entropy(s: Settings, num_classes: int) -> tuple[Any, Any]:
+    loss = LabelSmoothingCrossEntropyLoss(
+        num_classes, s.embedding_size, temperature=s.temperature, label_smoothing=s.label_smoothing
+    )
+    return loss, None
+
+
+BASELINES: dict[str, Method] = {
+    "contrastive": _plain({"pos_margin": (0.0, _PML), "neg_margin": (1.0, _PML)}, _contrastive),
+    "triplet": _plain({"margin": (0.2, OURS), "type_of_triplets": ("semihard", OURS)}, _triplet),
+    "multi_similarity": _plain({"alpha": (2, _PML), "beta": (50, _PML), "base": (0.5, _PML)}, _multi_similarity),
+    "proxy_anchor": _plain({"margin": (0.1, PROXY_ANCHOR), "alpha": (32, PROXY_ANCHOR)}, _proxy_anchor),
+    "cosface": _plain({"margin": (0.35, _PML), "scale": (64.0, _PML)}, _cosface, small={"scale": (16.0, OURS)}),
+    "normalized_softmax": _plain({"temperature": (0.05, _PML)}, _normalized_softmax),
+    "cross_entropy": _plain({"temperature": (1.0, OURS), "label_smoothing": (0.0, OURS)}, _cross_entropy),
+}

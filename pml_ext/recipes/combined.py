@@ -1,0 +1,75 @@
+"""The ideas of the four papers in one training, each of which can be turned off."""
+
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from torch import Tensor
+
+from pml_ext.losses import EnsembleLoss, HybridLoss, IntraBatchLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.recipes.adaptive_margin import ADAPTIVE_MARGIN, make_adaptive_loss
+from pml_ext.recipes.attention_ensemble import ATTENTION_ENSEMBLE
+from pml_ext.recipes.backbones import attention_ensemble, global_local_trunk, pooled_trunk
+from pml_ext.recipes.intra_batch import INTRA_BATCH, make_refiner
+from pml_ext.recipes.mhgl import MHGL
+from pml_ext.recipes.parts import Method, Parts
+from pml_ext.recipes.settings import OURS, Settings
+
+
+def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+    """A pair loss and a proxy loss for each learner, and a refiner with a classifier on the whole vector.
+
+    ``num_learners=1``: no ensemble. ``proxy_loss``: "adaptive_margin" or "proxy_anchor". ``refined_weight=0``: no
+    refiner.
+    """
+    if s.proxy_loss not in ("proxy_anchor", "adaptive_margin"):
+        raise ValueError(f"proxy_loss must be 'proxy_anchor' or 'adaptive_margin', got {s.proxy_loss!r}")
+    if s.num_learners > 1 and s.levels == "both":
+        raise ValueError("levels must be 'global' for an ensemble, whose learners share one map, got 'both'")
+    size = s.embedding_size // s.num_learners
+
+    def hybrid() -> BaseMetricLossFunction:
+        if s.proxy_loss == "adaptive_margin":
+            proxy: BaseMetricLossFunction = make_adaptive_loss(s, num_classes, size, class_embeddings)
+        else:
+            proxy = ProxyAnchorLoss(num_classes, size)
+        return HybridLoss(
+            pair_loss=MultiSimilarityLoss(base=s.base),
+            proxy_loss=proxy,
+            pair_weight=s.pair_weight,
+            proxy_weight=s.proxy_weight,
+        )
+
+    attention = None if s.attention == "none" else s.attention
+    if s.num_learners > 1:
+        trunk = attention_ensemble(s, s.num_learners) if s.masks else pooled_trunk(s, s.num_learners)
+        loss: BaseMetricLossFunction = EnsembleLoss(hybrid, s.num_learners, s.divergence_weight, s.divergence_margin)
+    else:
+        trunk = global_local_trunk(s, attention) if s.levels == "both" else pooled_trunk(s, attention=attention)
+        loss = hybrid()
+    if s.refined_weight:
+        loss = IntraBatchLoss(
+            num_classes,
+            s.embedding_size,
+            refiner=make_refiner(s),
+            raw_loss=loss,
+            temperature=s.temperature,
+            label_smoothing=s.label_smoothing,
+            refined_weight=s.refined_weight,
+        )
+    return Parts(trunk, loss)
+
+
+_OF_PARTS = [MHGL[0], ATTENTION_ENSEMBLE[0], INTRA_BATCH[0], ADAPTIVE_MARGIN[0]]
+_ALL = {name: number for part in reversed(_OF_PARTS) for name, number in part["all"].items()}
+
+COMBINED: Method = (
+    {
+        "all": {name: number for name, number in _ALL.items() if name not in ("learner_loss", "raw_weight")}
+        | {
+            "levels": ("global", OURS),
+            "attention": ("none", OURS),
+            "pool_type": ("avg", OURS),
+            "num_learners": (1, OURS),
+            "proxy_loss": ("proxy_anchor", OURS),
+        }
+    },
+    _build,
+)

@@ -1,0 +1,65 @@
+"""Embeddings of a data set, and how well they retrieve."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pml_ext.trunks.modes import evaluating
+
+METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+
+
+@torch.inference_mode()
+def embed(
+    trunk: nn.Module,
+    dataset: Any,
+    batch_size: int = 256,
+    autocast: torch.dtype | None = None,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of a data set, of length 1, and its labels, on the CPU.
+
+    Args:
+        trunk: The network, used in eval mode and on its own device.
+        dataset: Of transformed images and labels.
+        batch_size: Images at a time.
+        autocast: As in ``Trainer``.
+        num_workers: Processes that load images.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``(N, D)`` float32 and ``(N,)``.
+    """
+    like = next(trunk.parameters(), torch.empty(0))
+    loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=num_workers)
+    embeddings, labels = [], []
+    with evaluating(trunk):
+        for images, batch_labels in tqdm(loader, desc="embedding", disable=not progress):
+            with torch.autocast(like.device.type, autocast, enabled=autocast is not None):
+                found = trunk(images.to(like.device))
+            embeddings.append(nn.functional.normalize(found.float()).cpu())
+            labels.append(torch.as_tensor(batch_labels))
+    return torch.cat(embeddings), torch.cat(labels)
+
+
+def retrieval_metrics(
+    embeddings: Tensor,
+    labels: Tensor,
+    gallery: tuple[Tensor, Tensor] | None = None,
+    metrics: Sequence[str] = METRICS,
+) -> dict[str, float]:
+    """Return PML's metrics, 0 to 1.
+
+    Args:
+        embeddings: ``(N, D)``, the queries.
+        labels: ``(N,)``.
+        gallery: Embeddings and labels that are searched. None: every query searches all other queries.
+        metrics: Names of PML's ``AccuracyCalculator``.
+    """
+    calculator = AccuracyCalculator(include=tuple(metrics), k="max_bin_count", device=torch.device("cpu"))
+    return dict(calculator.get_accuracy(embeddings, labels, *(() if gallery is None else gallery)))

@@ -1,0 +1,90 @@
+"""Messages between the samples of a batch, for training only (IBC, ICML 2021)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pml_ext.losses import IntraBatchLoss
+from pml_ext.recipes.backbones import pooled_trunk
+from pml_ext.recipes.parts import Method, Parts
+from pml_ext.recipes.settings import CODE, OURS, Numbers, Settings
+from pml_ext.trunks import IntraBatchRefiner
+
+
+class SilentRefiner(IntraBatchRefiner):
+    """The same layers without messages: the control that tells what messages add."""
+
+    def forward(self, embeddings: Tensor, edge_index: Tensor | None = None, batch: Tensor | None = None) -> Any:
+        """Return the embeddings as refined by what each sample knows of itself."""
+        return super().forward(embeddings, embeddings.new_empty(2, 0, dtype=torch.long), batch)
+
+
+def make_refiner(s: Settings) -> IntraBatchRefiner:
+    """Return the refiner of the settings ``num_layers``, ``heads``, ``output`` and ``messages``."""
+    kind = IntraBatchRefiner if s.messages else SilentRefiner
+    return kind(s.embedding_size, s.num_layers, s.heads, output=s.output)
+
+
+def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+    """``refined_weight=0`` is the same cross-entropy without refiner; ``messages=False`` one that says nothing."""
+    loss = IntraBatchLoss(
+        num_classes,
+        s.embedding_size,
+        refiner=make_refiner(s) if s.refined_weight else None,
+        temperature=s.temperature,
+        label_smoothing=s.label_smoothing,
+        refined_weight=s.refined_weight,
+        raw_weight=s.raw_weight,
+    )
+    return Parts(pooled_trunk(s), loss)
+
+
+def _paper(layers: int, heads: int, lr: float, decay: float, temperature: float, classes: int, images: int) -> Numbers:
+    values = {
+        "num_layers": layers,
+        "heads": heads,
+        "lr": lr,
+        "proxy_lr": lr,
+        "weight_decay": decay,
+        "temperature": temperature,
+        "batch_size": classes * images,
+        "samples_per_class": images,
+    }
+    return {name: (value, CODE) for name, value in values.items()}
+
+
+INTRA_BATCH: Method = (
+    {
+        "all": {
+            "num_layers": (1, CODE),
+            "heads": (2, CODE),
+            "output": ("last", CODE),
+            "messages": (True, CODE),
+            "temperature": (0.2, CODE),
+            "label_smoothing": (0.1, CODE),
+            "refined_weight": (1.0, CODE),
+            "raw_weight": (1.0, CODE),
+        },
+        "small": {"proxy_lr": (2e-3, OURS)},
+        "paper": {
+            "pool_type": ("max", CODE),
+            "image_size": (227, CODE),
+            "resize": (256, CODE),
+            "augmentation": ("crop+erase", CODE),
+            "optimizer": ("RAdam", CODE),
+            "epochs": (70, CODE),
+            "milestones": ((30, 50), "authors' code means it; its second step does not come into effect"),
+            "gamma": (0.1, CODE),
+            "warmup_epochs": (0, CODE),
+            "clip_value": (None, CODE),
+            "freeze_batch_norm": (False, CODE),
+        },
+        "paper:cub": _paper(1, 2, 1.5636637e-4, 6.0597e-6, 0.2, 6, 9),
+        "paper:cars": _paper(2, 8, 3.6683240e-4, 2.5519e-9, 0.111111, 10, 7) | {"output": ("cat", CODE)},
+        "paper:sop": _paper(1, 8, 2.4724715e-4, 2.7650e-13, 0.6046909, 15, 6)
+        | {"refined_weight": (1.0, "ours: the authors' configuration for SOP never runs the messages")},
+        "paper:inshop": _paper(1, 4, 1.1265975e-4, 1.0555e-7, 0.1859135, 14, 4),
+    },
+    _build,
+)

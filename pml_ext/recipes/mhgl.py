@@ -1,0 +1,43 @@
+"""Global and local heads with second-order attention, and a hybrid of pair and proxy loss (MHGL, WACV 2022)."""
+
+from torch import Tensor
+
+from pml_ext.losses import HybridLoss, MultiSimilarityLoss
+from pml_ext.recipes.backbones import global_local_trunk, pooled_trunk
+from pml_ext.recipes.parts import Method, Parts
+from pml_ext.recipes.settings import OURS, PAPER, Settings
+
+_OF_LOSS = "default of HybridLoss, chosen on validation classes"
+
+
+def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+    """``levels``: "both", or "global" for one head; ``attention``: "printed", "solar" or None ("none")."""
+    if s.levels not in ("both", "global"):
+        raise ValueError(f"levels must be 'both' or 'global', got {s.levels!r}")
+    attention = None if s.attention == "none" else s.attention
+    trunk = global_local_trunk(s, attention) if s.levels == "both" else pooled_trunk(s, attention=attention)
+    loss = HybridLoss(
+        num_classes,
+        s.embedding_size,
+        pair_loss=MultiSimilarityLoss(base=s.base),
+        pair_weight=s.pair_weight,
+        proxy_weight=s.proxy_weight,
+    )
+    return Parts(trunk, loss)
+
+
+MHGL: Method = (
+    {
+        "all": {
+            "levels": ("both", PAPER),
+            "attention": ("printed", PAPER),
+            "pool_type": ("avg+max", PAPER),
+            "base": (0.5, _OF_LOSS),
+            "pair_weight": (1.0, PAPER),
+            "proxy_weight": (0.03, PAPER),
+        },
+        "small": {"attention": ("solar", OURS)},
+        "paper": {"base": (1.0, PAPER), "epochs": (20, PAPER), "lr": (1e-4, PAPER), "proxy_lr": (1e-2, PAPER)},
+    },
+    _build,
+)

@@ -1,0 +1,120 @@
+"""Numbers of a training, and where each comes from."""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+Numbers = dict[str, tuple[Any, str]]
+"""Name to value and source."""
+
+PAPER_PRESETS = ("paper:cub", "paper:cars", "paper:sop", "paper:inshop")
+PRESETS = ("small", *PAPER_PRESETS)
+
+OURS, PAPER, CODE, PROXY_ANCHOR = "our choice", "paper", "authors' code", "Proxy-Anchor's code"
+
+_SMALL: Numbers = {
+    "backbone": ("convnet", OURS),
+    "pretrained": (False, OURS),
+    "width": (32, OURS),
+    "depth": (1, OURS),
+    "embedding_size": (64, OURS),
+    "pool_type": ("avg", OURS),
+    "in_channels": (3, OURS),
+    "image_size": (32, OURS),
+    "resize": (None, OURS),
+    "augmentation": ("shift", OURS),
+    "flip": (None, OURS),
+    "batch_size": (96, OURS),
+    "samples_per_class": (4, OURS),
+    "epochs": (40, OURS),
+    "optimizer": ("AdamW", OURS),
+    "lr": (2e-3, OURS),
+    "head_lr": (None, OURS),
+    "proxy_lr": (2e-2, OURS),
+    "weight_decay": (1e-4, OURS),
+    "schedule": ("cosine", OURS),
+    "milestones": ((), OURS),
+    "gamma": (0.1, OURS),
+    "warmup_epochs": (0, OURS),
+    "clip_value": (None, OURS),
+    "freeze_batch_norm": (False, OURS),
+}
+_PAPER: Numbers = _SMALL | {
+    "backbone": ("resnet50", PAPER),
+    "pretrained": (True, PAPER),
+    "embedding_size": (512, PAPER),
+    "image_size": (224, PROXY_ANCHOR),
+    "resize": (256, PROXY_ANCHOR),
+    "augmentation": ("crop", PROXY_ANCHOR),
+    "flip": (True, PROXY_ANCHOR),
+    "batch_size": (120, PROXY_ANCHOR),
+    "lr": (1e-4, PROXY_ANCHOR),
+    "proxy_lr": (1e-2, PROXY_ANCHOR),
+    "weight_decay": (1e-4, PROXY_ANCHOR),
+    "schedule": ("step", PROXY_ANCHOR),
+    "milestones": ((10, 20, 30), PROXY_ANCHOR),
+    "gamma": (0.5, PROXY_ANCHOR),
+    "warmup_epochs": (1, PROXY_ANCHOR),
+    "clip_value": (10.0, PROXY_ANCHOR),
+}
+_FROZEN: Numbers = {"freeze_batch_norm": (True, PROXY_ANCHOR)}
+_COMMON: dict[str, Numbers] = {
+    "small": _SMALL,
+    "paper:cub": _PAPER | _FROZEN,
+    "paper:cars": _PAPER | _FROZEN,
+    "paper:sop": _PAPER,
+    "paper:inshop": _PAPER,
+}
+
+
+class Settings(Mapping[str, Any]):
+    """The settings of a recipe, as attributes and as a mapping.
+
+    Attributes:
+        preset: Name of the preset.
+        notes: Name to "value: where it comes from".
+    """
+
+    def __init__(self, preset: str, numbers: Numbers) -> None:
+        self.preset = preset
+        self._values = {name: value for name, (value, _) in numbers.items()}
+        self.notes = {name: f"{value}: {source}" for name, (value, source) in numbers.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._values:
+            raise AttributeError(f"settings have no {name!r}")
+        return self._values[name]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) -> Settings:
+    """Return the settings of a preset: those of all recipes, then the recipe's own, then the user's.
+
+    Args:
+        preset: One of PRESETS.
+        own: The recipe's numbers by preset; those of "all" for each preset, those of "paper" for each of the papers'.
+        given: By the user; None stands for "as the preset has it".
+
+    Raises:
+        ValueError: If preset or a name is unknown.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    numbers = dict(_COMMON[preset])
+    for key in ("all", *(["paper"] if preset in PAPER_PRESETS else []), preset):
+        numbers |= own.get(key, {})
+    for name, value in given.items():
+        if name not in numbers:
+            close = ", ".join(get_close_matches(name, numbers, n=3)) or ", ".join(sorted(numbers))
+            raise ValueError(f"a setting must be one of the recipe's, such as {close}, got {name!r}")
+        if value is not None:
+            numbers[name] = (value, "given")
+    return Settings(preset, numbers)

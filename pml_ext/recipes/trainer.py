@@ -1,0 +1,237 @@
+"""PML's trainer, wired for a recipe, that can be stopped and go on."""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pytorch_metric_learning.trainers import MetricLossOnly
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pml_ext.recipes.recipe import Recipe
+
+
+class Trainer(MetricLossOnly):
+    """Train a recipe's network with PML's ``MetricLossOnly``, loss optimizer included.
+
+    Batches are drawn anew for each epoch, so that a resumed training goes through the same ones.
+
+    Args:
+        recipe: What to train; its modules are trained in place.
+        dataset: Of transformed images and labels 0 to C - 1.
+        labels: ``(N,)``, those of the data set.
+        validate: Called with the trunk after each epoch; returns metrics, a dictionary of numbers.
+        metric: Which of them is to be largest; its epoch is kept as the best.
+        folder: Where to keep ``last.pt``, ``best.pt`` and ``metrics.jsonl``. None: nowhere.
+        autocast: dtype of the network's forward, such as ``torch.bfloat16``; parameters and loss stay as they are.
+        channels_last: Whether network and images get this memory format, which convolutions on CPUs are faster with.
+        device: None: CUDA if there is any, else the CPU.
+        dataloader_num_workers: Processes that load images.
+        end_of_iteration_hook: As in PML, called with the trainer.
+        end_of_epoch_hook: As in PML; training ends where it returns False.
+
+    Attributes:
+        recipe: What is trained.
+        history: A dictionary for each epoch: ``epoch``, ``loss`` (mean), ``seconds``, ``lr``, and the metrics.
+        best: The entry of the best epoch, None without ``validate``.
+        epochs_done: How many epochs the modules have been trained.
+
+    Examples:
+        >>> from pml_ext.recipes import recipe
+        >>> images, labels = torch.rand(12, 1, 28, 28), torch.arange(12) // 4
+        >>> made = recipe("proxy_anchor", 3, in_channels=1, image_size=28, batch_size=12, epochs=2, width=4)
+        >>> trainer = made.trainer(torch.utils.data.TensorDataset(images, labels), labels)
+        >>> len(trainer.train())
+        2
+    """
+
+    def __init__(
+        self,
+        recipe: "Recipe",
+        dataset: Any,
+        labels: Tensor,
+        validate: Callable[[nn.Module], dict[str, float]] | None = None,
+        metric: str = "mean_average_precision_at_r",
+        folder: str | os.PathLike[str] | None = None,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+        device: torch.device | str | None = None,
+        dataloader_num_workers: int = 0,
+        end_of_iteration_hook: Callable[[Any], Any] | None = None,
+        end_of_epoch_hook: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.validate = validate
+        self.metric = metric
+        self._labels = labels
+        self.folder = None if folder is None else Path(folder)
+        self.autocast = autocast
+        self.channels_last = channels_last
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        device = c_f.use_cuda_if_available() if device is None else torch.device(device)
+        trunk, loss = recipe.trunk.to(device), recipe.loss.to(device)
+        if channels_last:
+            trunk = trunk.to(memory_format=torch.channels_last)
+        groups = recipe.param_groups
+        of_loss = {id(p) for p in loss.parameters()}
+        parts = {
+            "trunk": [g for g in groups if not any(id(p) in of_loss for p in g["params"])],
+            "metric_loss": [g for g in groups if any(id(p) in of_loss for p in g["params"])],
+        }
+        optimizers = {f"{name}_optimizer": recipe.optimizer(own) for name, own in parts.items() if own}
+        schedulers = {
+            f"{name.removesuffix('_optimizer')}_scheduler_by_epoch": recipe.scheduler(optimizer)
+            for name, optimizer in optimizers.items()
+        }
+        clip = recipe.settings.clip_value
+        clippers = None
+        if clip is not None:
+            clippers = {
+                f"{name}_grad_clipper": partial(nn.utils.clip_grad_value_, list(module.parameters()), clip)
+                for name, module in (("trunk", trunk), ("metric_loss", loss))
+            }
+        super().__init__(
+            models={"trunk": trunk, "embedder": nn.Identity()},
+            optimizers=optimizers,
+            batch_size=recipe.batch_size(labels),
+            loss_funcs={"metric_loss": loss},
+            mining_funcs={} if recipe.miner is None else {"tuple_miner": recipe.miner},
+            dataset=dataset,
+            data_device=device,
+            lr_schedulers=schedulers,
+            gradient_clippers=clippers,
+            dataloader_num_workers=dataloader_num_workers,
+            end_of_iteration_hook=self._add_loss,
+            end_of_epoch_hook=self._after_epoch,
+        )
+        self._users_hooks = end_of_iteration_hook, end_of_epoch_hook
+        self._stopped = False
+
+    @property
+    def epochs_done(self) -> int:
+        """How many epochs the modules have been trained."""
+        return len(self.history)
+
+    def train(self, num_epochs: int | None = None) -> list[dict[str, Any]]:
+        """Train up to an epoch and return ``history``.
+
+        Args:
+            num_epochs: Epochs in all, those of a resumed training included. None: the recipe's.
+        """
+        last = self.recipe.epochs if num_epochs is None else num_epochs
+        self._stopped = False
+        while self.epochs_done < last and not self._stopped:
+            self._loss_sum, self._started = torch.zeros(()), time.perf_counter()
+            self._lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+            epoch = self.epochs_done + 1
+            super().train(start_epoch=epoch, num_epochs=epoch)
+        return self.history
+
+    def resume(self, path: str | os.PathLike[str] | None = None) -> int:
+        """Load a checkpoint and return how many epochs it has been trained.
+
+        Args:
+            path: None: ``last.pt`` in ``folder``.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+            ValueError: If neither ``path`` nor ``folder`` is given.
+        """
+        if path is None:
+            if self.folder is None:
+                raise ValueError("path must be given for a trainer without folder, got None")
+            path = self.folder / "last.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.history, self.best = state["history"], state["best"]
+        _set_random_state(state["random"])
+        return self.epochs_done
+
+    def initialize_dataloader(self) -> None:
+        """Make loader and sampler; PML's sampler remembers how it shuffled, and a resumed run would not."""
+        self.sampler = self.recipe.sampler(self._labels)
+        super().initialize_dataloader()
+
+    def get_trunk_output(self, data: Tensor) -> Tensor:
+        """Return the embeddings; PML calls it."""
+        data = c_f.to_device(data, device=self.data_device, dtype=self.dtype)
+        if self.channels_last:
+            data = data.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(data.device.type, self.autocast, enabled=self.autocast is not None):
+            embeddings: Tensor = self.models["trunk"](data)
+        return embeddings.float() if self.autocast is not None else embeddings
+
+    def set_to_train(self) -> None:
+        """Put all in training mode; the backbone stands still while the new layers warm up."""
+        super().set_to_train()
+        warming = self.epoch <= self.recipe.settings.warmup_epochs
+        backbone = getattr(self.models["trunk"], "backbone", None)
+        if backbone is not None and self.recipe.settings.warmup_epochs:
+            for parameter in backbone.parameters():
+                parameter.requires_grad_(not warming)
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"trunk": self.models["trunk"], "loss": self.loss_funcs["metric_loss"]}
+        return parts | self.optimizers | self.lr_schedulers
+
+    def _add_loss(self, trainer: Any) -> None:
+        loss = self.losses["total_loss"] = self.losses["total_loss"].detach()  # PML prints it next
+        self._loss_sum += loss.cpu()
+        if self._users_hooks[0] is not None:
+            self._users_hooks[0](self)
+
+    def _after_epoch(self, trainer: Any) -> bool:
+        entry: dict[str, Any] = {
+            "epoch": self.epoch,
+            "loss": self._loss_sum.item() / self.iterations_per_epoch,
+            "seconds": time.perf_counter() - self._started,
+            "lr": self._lr,
+        }
+        if self.validate is not None:
+            entry |= self.validate(self.models["trunk"])
+        self.history.append(entry)
+        better = self.validate is not None and (self.best is None or entry[self.metric] > self.best[self.metric])
+        if better:
+            self.best = entry
+        if self.folder is not None:
+            self._save(better)
+        self._stopped = self._users_hooks[1] is not None and self._users_hooks[1](self) is False
+        return not self._stopped
+
+    def _save(self, better: bool) -> None:
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"history": self.history, "best": self.best, "random": _random_state()}
+        for name in ("last.pt", *(["best.pt"] if better else [])):
+            torch.save(state, self.folder / f"{name}.new")
+            os.replace(self.folder / f"{name}.new", self.folder / name)  # a run killed here leaves the last one whole
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        (self.folder / "metrics.jsonl").write_text(lines)
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of the generators that samplers, transforms and networks draw from."""
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (PML's sampler draws from it)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    state["numpy"]["state"]["key"] = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    random.setstate(state["python"])

@@ -1,0 +1,82 @@
+"""What is done to images before the network sees them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torchvision.transforms import v2
+
+from pml_ext.recipes.settings import Settings
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Transforms(NamedTuple):
+    """Transforms of PIL images or uint8 tensors to normalised float32 tensors ``(C, H, W)``."""
+
+    train: Callable[[Any], torch.Tensor]
+    test: Callable[[Any], torch.Tensor]
+
+
+def make_transforms(settings: Settings) -> Transforms:
+    """Return the transforms of a recipe.
+
+    ``augmentation``: "shift" pads by an eighth of the side and crops; "crop" is a random part of 8% to 100% of the
+    image; "crop+erase" erases a rectangle as well (IBC); "square" pads to a square and crops (ABE); None.
+    """
+    size, channels = settings.image_size, settings.in_channels
+    known = (None, "shift", "crop", "crop+erase", "square")
+    if settings.augmentation not in known:
+        raise ValueError(f"augmentation must be one of {known}, got {settings.augmentation!r}")
+    if channels not in (1, 3):
+        raise ValueError(f"in_channels must be 1 or 3, got {channels}")
+    image = [partial(_with_channels, channels=channels)]
+    mean, std = _IMAGENET if channels == 3 and settings.preset != "small" else ((0.5,) * channels,) * 2
+    number = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    resize = settings.resize or size
+    square = [_pad_to_square] if settings.augmentation == "square" else []
+    whole = [partial(_resize, size=[resize, resize] if settings.preset == "small" or square else [resize])]
+    flip = channels == 3 if settings.flip is None else settings.flip
+    augment: list[Any] = []
+    if settings.augmentation in ("crop", "crop+erase"):
+        augment = [v2.RandomResizedCrop(size, antialias=True)]
+    elif settings.augmentation == "shift":
+        augment = [*whole, v2.RandomCrop(size, padding=size // 8)]
+    else:
+        augment = [*square, *whole, v2.RandomCrop(size)]
+    if flip:
+        augment.append(v2.RandomHorizontalFlip())
+    erase = []
+    if settings.augmentation == "crop+erase":
+        erase = [v2.RandomErasing(0.5, (0.02, 0.4), (0.3, 3.3), value=[0.4914, 0.4822, 0.4465][:channels])]
+    return Transforms(
+        train=v2.Compose([*image, *augment, *number, *erase]),
+        test=v2.Compose([*image, *square, *whole, v2.CenterCrop(size), *number]),
+    )
+
+
+def _with_channels(image: Any, channels: int) -> torch.Tensor:
+    """Return a tensor of gray or RGB, without alpha."""
+    found: torch.Tensor = image if isinstance(image, torch.Tensor) else v2.functional.pil_to_tensor(image)
+    if found.shape[0] in (2, 4):
+        found = found[:-1]
+    if found.shape[0] == channels:
+        return found
+    convert = v2.functional.rgb_to_grayscale if channels == 1 else v2.functional.grayscale_to_rgb
+    return convert(found)
+
+
+def _resize(image: torch.Tensor, size: list[int]) -> torch.Tensor:
+    if len(size) == 2 and list(image.shape[-2:]) == size:
+        return image
+    resized: torch.Tensor = v2.functional.resize(image, size, antialias=True)
+    return resized
+
+
+def _pad_to_square(image: torch.Tensor) -> torch.Tensor:
+    height, width = image.shape[-2:]
+    side = max(height, width)
+    left, top = (side - width) // 2, (side - height) // 2
+    padded: torch.Tensor = v2.functional.pad(image, [left, top, side - width - left, side - height - top])
+    return padded

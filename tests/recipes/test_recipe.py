@@ -1,0 +1,209 @@
+import copy
+
+import pytest
+import torch
+from pytorch_metric_learning import losses, miners
+from torch import nn
+
+from pml_ext.learners import split_learners
+from pml_ext.losses import EnsembleLoss, IntraBatchLoss
+from pml_ext.recipes import PRESETS, RECIPES, recipe
+from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk
+
+CLASSES = 6
+TINY = {"in_channels": 1, "image_size": 28, "width": 4, "batch_size": 12, "samples_per_class": 2, "embedding_size": 16}
+DESCRIPTIONS = torch.randn(CLASSES, 5, generator=torch.Generator().manual_seed(1))
+IMAGES, LABELS = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(2)), torch.arange(12) % CLASSES
+
+
+def tiny(name, **settings):
+    return recipe(name, CLASSES, class_embeddings=DESCRIPTIONS, **(TINY | settings))
+
+
+def loss_of(made):
+    embeddings = made.trunk(IMAGES)
+    mined = None if made.miner is None else made.miner(embeddings, LABELS)
+    return made.loss(embeddings, LABELS, mined)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_all_its_parameters(name):
+    made = tiny(name)
+    assert made.trunk(IMAGES).shape == (12, 16)
+    loss = loss_of(made)
+    loss.backward()
+    assert loss > 0
+    parameters = [*made.trunk.parameters(), *made.loss.parameters()]
+    wanted = {id(p) for p in parameters if p.requires_grad}
+    grouped = [id(p) for group in made.optimizer().param_groups for p in group["params"]]
+    assert set(grouped) == wanted and len(grouped) == len(wanted)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_number_says_where_it_comes_from(name):
+    made = tiny(name)
+    assert set(made.notes) == set(made.settings)
+    assert all(source.strip() for source in (note.split(": ", 1)[1] for note in made.notes.values()))
+    assert made.notes["width"] == "4: given"
+    assert "given" not in made.notes["lr"]
+
+
+@pytest.mark.parametrize("preset", PRESETS[1:])
+@pytest.mark.parametrize("name", ["mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "proxy_anchor"])
+def test_paper_presets_build(name, preset):
+    made = recipe(name, CLASSES, preset=preset, class_embeddings=DESCRIPTIONS, pretrained=False)
+    assert made.trunk.out_features == 512
+    assert made.settings.backbone == ("googlenet" if name == "attention_ensemble" else "resnet50")
+    frozen = [m for m in made.trunk.train().modules() if isinstance(m, nn.BatchNorm2d) and not m.training]
+    assert bool(frozen) == (preset in ("paper:cub", "paper:cars") and name not in ("intra_batch", "attention_ensemble"))
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "expected"),
+    [
+        ("mhgl", "paper:cub", {"lr": 1e-4, "proxy_lr": 1e-2, "proxy_weight": 0.03, "base": 1.0, "epochs": 20}),
+        ("mhgl", "paper:sop", {"attention": "printed", "pool_type": "avg+max", "levels": "both"}),
+        ("intra_batch", "paper:cub", {"num_layers": 1, "heads": 2, "batch_size": 54, "samples_per_class": 9}),
+        ("intra_batch", "paper:cars", {"num_layers": 2, "heads": 8, "output": "cat", "batch_size": 70}),
+        ("intra_batch", "paper:sop", {"temperature": 0.6046909, "batch_size": 90, "refined_weight": 1.0}),
+        ("intra_batch", "paper:inshop", {"heads": 4, "lr": 1.1265975e-4, "proxy_lr": 1.1265975e-4, "epochs": 70}),
+        ("attention_ensemble", "paper:cub", {"num_learners": 8, "divergence_weight": 1.0, "batch_size": 64}),
+    ],
+)
+def test_numbers_of_the_papers(name, preset, expected):
+    settings = recipe(name, CLASSES, preset=preset, pretrained=False).settings
+    assert {key: settings[key] for key in expected} == expected
+
+
+def test_what_the_recipes_are_made_of():
+    assert isinstance(tiny("mhgl").trunk, GlobalLocalTrunk)
+    assert tiny("mhgl").loss.proxy_weight == 0.03
+    assert isinstance(tiny("mhgl", levels="global", attention="none").trunk.attention, nn.Identity)
+    assert isinstance(tiny("attention_ensemble").trunk, AttentionEnsemble)
+    assert isinstance(tiny("intra_batch").loss, IntraBatchLoss)
+    assert tiny("intra_batch", refined_weight=0.0).loss.refiner is None
+    assert tiny("adaptive_margin", direction="similarity").loss.direction == "similarity"
+    assert isinstance(tiny("triplet").miner, miners.TripletMarginMiner)
+    assert isinstance(tiny("cosface").loss, losses.CosFaceLoss) and tiny("cosface").loss.scale == 16
+    assert recipe("cosface", 3, preset="paper:cub", pretrained=False).loss.scale == 64
+
+
+def test_plain_heads_of_an_ensemble_have_slices_of_length_one():
+    slices = split_learners(tiny("attention_ensemble", masks=False).trunk(IMAGES), 4)
+    torch.testing.assert_close(slices.norm(dim=2), torch.ones(12, 4))
+
+
+def test_messages_are_the_only_thing_that_the_control_lacks():
+    """In eval mode, a sample's refined embedding depends on the others with messages and not without."""
+    for messages in (True, False):
+        refiner = tiny("intra_batch", messages=messages).loss.refiner.eval()
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+        changed = torch.cat([x[:1], x[1:] + 1])
+        same = torch.allclose(refiner(x)[0], refiner(changed)[0], atol=1e-6)
+        assert same != messages
+        assert sum(p.numel() for p in refiner.parameters()) == sum(
+            p.numel() for p in tiny("intra_batch").loss.refiner.parameters()
+        )
+
+
+@pytest.mark.parametrize("proxy_loss", ["proxy_anchor", "adaptive_margin"])
+@pytest.mark.parametrize("refined_weight", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "network",
+    [
+        {},
+        {"levels": "both", "attention": "solar"},
+        {"num_learners": 4},
+        {"num_learners": 4, "masks": False, "divergence_weight": 0.5},
+    ],
+)
+def test_all_ideas_combine(proxy_loss, refined_weight, network):
+    made = tiny("combined", proxy_loss=proxy_loss, refined_weight=refined_weight, **network)
+    loss_of(made).backward()
+    grads = [p.grad for p in (*made.trunk.parameters(), *made.loss.parameters()) if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in grads)
+    assert isinstance(made.loss, IntraBatchLoss) == bool(refined_weight)
+    inner = made.loss.raw_loss if refined_weight else made.loss
+    assert isinstance(inner, EnsembleLoss) == ("num_learners" in network)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])
+def test_timm_backbones(backbone):
+    made = recipe("multi_similarity", CLASSES, backbone=backbone, image_size=32, embedding_size=16)
+    assert made.trunk.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 16)
+    features = made.trunk.backbone(torch.rand(2, 3, 32, 32))
+    assert features.shape[1] == made.trunk.backbone.num_features
+    if backbone == "resnet18":
+        assert features.shape[2:] == (4, 4)  # stride 8 instead of 32
+
+
+def test_learning_rates():
+    made = tiny("proxy_anchor", lr=0.5, head_lr=0.25, proxy_lr=0.125)
+    rates = {group["name"].split(",")[0]: group["lr"] for group in made.param_groups}
+    assert rates == {"backbone": 0.5, "new layers": 0.25, "proxies": 0.125}
+
+
+def test_schedules():
+    made = tiny("proxy_anchor", epochs=4)
+    optimizer = made.optimizer()
+    scheduler, rates = made.scheduler(optimizer), []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == 2e-3 and rates == sorted(rates, reverse=True) and optimizer.param_groups[0]["lr"] < 1e-9
+    made = tiny("proxy_anchor", schedule="step", milestones=(1, 3), gamma=0.1, lr=1.0)
+    optimizer = made.optimizer()
+    scheduler, rates = made.scheduler(optimizer), []
+    for _ in range(4):
+        rates.append(round(optimizer.param_groups[0]["lr"], 9))
+        optimizer.step()
+        scheduler.step()
+    assert rates == [1.0, 0.1, 0.1, 0.01]
+
+
+def test_sampler():
+    made = tiny("proxy_anchor", batch_size=8, samples_per_class=4)
+    labels = torch.tensor([0] * 9 + [1] * 3 + [2] * 8)
+    batch = list(made.sampler(labels))[:8]
+    assert sorted(torch.bincount(labels[batch], minlength=3).tolist()) == [0, 4, 4]
+    assert made.batch_size(labels) == 8
+    assert tiny("proxy_anchor", batch_size=96, samples_per_class=4).batch_size(labels) == 12  # three classes only
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "mhg"}, "name must be one of mhgl, intra_batch, .*, got 'mhg'"),
+        ({"preset": "paper"}, "preset must be one of small, paper:cub, .* got 'paper'"),
+        ({"num_classes": 0}, "num_classes must be an integer >= 1, got 0"),
+        ({"proxy_weigth": 1}, "a setting must be one of the recipe's, such as proxy_weight.*, got 'proxy_weigth'"),
+        ({"backbone": "resnet19"}, "backbone must be a timm model such as .*resnet18.*, got 'resnet19'"),
+        ({"batch_size": 10, "samples_per_class": 4}, "batch_size must be a multiple of samples_per_class = 4.* got 10"),
+        ({"optimizer": "Adagrad"}, "optimizer must be one of AdamW, RAdam, SGD, got 'Adagrad'"),
+        ({"schedule": "line"}, "schedule must be one of cosine, step, got 'line'"),
+        ({"levels": "local"}, "levels must be 'both' or 'global', got 'local'"),
+        ({"in_channels": 2}, "in_channels must be 1 or 3, got 2"),
+        ({"augmentation": "mixup"}, "augmentation must be one of .*, got 'mixup'"),
+        ({"pretrained": True}, "pretrained must be False for the backbone 'convnet'"),
+        ({"name": "combined", "proxy_loss": "none"}, "proxy_loss must be 'proxy_anchor' or 'adaptive_margin'"),
+        ({"name": "combined", "num_learners": 4, "levels": "both"}, "levels must be 'global' for an ensemble"),
+        ({"name": "attention_ensemble", "learner_loss": "triplet"}, "learner_loss must be 'contrastive' or"),
+        ({"name": "adaptive_margin"}, "class_embeddings must be given for adaptive margins"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**({"name": "mhgl", "num_classes": CLASSES, "width": 4} | arguments))
+
+
+def test_none_stands_for_the_preset():
+    assert tiny("mhgl", lr=None).settings.lr == 2e-3
+
+
+def test_settings_are_a_mapping_that_can_be_copied():
+    settings = tiny("mhgl").settings
+    assert dict(copy.deepcopy(settings)) == dict(settings)
+    with pytest.raises(AttributeError, match="settings have no 'nothing'"):
+        settings.nothing  # noqa: B018

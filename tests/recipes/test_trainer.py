@@ -1,0 +1,181 @@
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning.trainers import MetricLossOnly
+
+from pml_ext.recipes import recipe
+
+CLASSES = 6
+IMAGES = torch.rand(36, 1, 28, 28, generator=torch.Generator().manual_seed(2))
+LABELS = torch.arange(36) % CLASSES
+
+
+class Images(torch.utils.data.Dataset):
+    """What a user's data set looks like; its random transform shows whether a resumed run draws the same numbers."""
+
+    def __init__(self):
+        self.labels = LABELS
+        self.transform = None
+
+    def __len__(self):
+        return len(LABELS)
+
+    def __getitem__(self, index):
+        return self.transform((255 * IMAGES[index]).byte()), int(LABELS[index])
+
+
+def tiny(name="proxy_anchor", **settings):
+    torch.manual_seed(0)
+    common = {"in_channels": 1, "image_size": 28, "width": 4, "batch_size": 12, "samples_per_class": 2, "epochs": 3}
+    return recipe(name, CLASSES, **(common | settings))
+
+
+def state_of(made):
+    modules = (made.trunk, made.loss)
+    return {f"{i}.{name}": x.clone() for i, module in enumerate(modules) for name, x in module.state_dict().items()}
+
+
+def test_trunk_and_proxies_are_trained():
+    made = tiny()
+    before = state_of(made)
+    trainer = made.trainer(Images())
+    assert isinstance(trainer, MetricLossOnly)
+    history = trainer.train()
+    after = state_of(made)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[0]["lr"] == 2e-3 > history[1]["lr"] and history[0]["seconds"] > 0
+    assert {"trunk_optimizer", "metric_loss_optimizer"} == set(trainer.optimizers)
+
+
+def test_the_mean_loss_of_an_epoch():
+    """With learning rates near 0 and no batch norm statistics in it, it is the mean over the batches of the hook."""
+    seen = []
+    trainer = tiny().trainer(Images(), end_of_iteration_hook=lambda t: seen.append(t.losses["total_loss"].item()))
+    entry = trainer.train(1)[0]
+    assert len(seen) == 3
+    assert entry["loss"] == pytest.approx(sum(seen) / 3)
+
+
+def test_validation_chooses_the_epoch(tmp_path):
+    scores, states = iter([0.2, 0.9, 0.5]), []
+    made = tiny()
+
+    def validate(trunk):
+        assert trunk is made.trunk
+        states.append(copy.deepcopy(trunk.state_dict()))
+        return {"mean_average_precision_at_r": next(scores)}
+
+    trainer = made.trainer(Images(), validate=validate, folder=tmp_path)
+    trainer.train()
+    assert trainer.best["epoch"] == 2 and trainer.best["mean_average_precision_at_r"] == 0.9
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert all(torch.equal(best["trunk"][name], x) for name, x in states[1].items())
+    assert all(torch.equal(last["trunk"][name], x) for name, x in states[2].items())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == trainer.history and len(lines) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["proxy_anchor", "intra_batch"])  # one that draws nothing, one with dropout
+def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
+    whole, parts = tiny(name), tmp_path / "parts"
+    _seed()
+    expected = whole.trainer(Images()).train()
+    first = tiny(name)
+    _seed()
+    first.trainer(Images(), folder=parts).train(1)
+    second = tiny(name)
+    torch.manual_seed(99)  # another process knows nothing of the first one's generators
+    trainer = second.trainer(Images(), folder=parts)
+    assert trainer.resume() == 1
+    history = trainer.train()
+    assert [entry["loss"] for entry in history] == [entry["loss"] for entry in expected]
+    assert all(torch.equal(x, state_of(second)[key]) for key, x in state_of(whole).items())
+
+
+def _seed():
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    random.seed(5)
+
+
+def test_a_hook_can_end_the_training():
+    trainer = tiny().trainer(Images(), end_of_epoch_hook=lambda t: len(t.history) < 2)
+    assert len(trainer.train()) == 2
+    assert len(trainer.train(3)) == 3  # and it can go on
+
+
+def test_backbone_stands_still_while_new_layers_warm_up():
+    made = tiny(warmup_epochs=1)
+    start = copy.deepcopy(made.trunk.state_dict())
+    trainer = made.trainer(Images())
+    trainer.train(1)
+    names = [name for name, _ in made.trunk.named_parameters()]
+    changed = {name: not torch.equal(start[name], made.trunk.state_dict()[name]) for name in names}
+    assert {name for name in names if changed[name]} == {"linear.weight", "linear.bias"}
+    trainer.train(2)
+    assert all(not torch.equal(start[name], made.trunk.state_dict()[name]) for name in names)
+
+
+def test_gradients_are_clipped():
+    largest = []
+
+    def look(trainer):
+        modules = (trainer.models["trunk"], trainer.loss_funcs["metric_loss"])
+        largest.append(max(p.grad.abs().max().item() for module in modules for p in module.parameters()))
+
+    tiny().trainer(Images(), end_of_iteration_hook=look).train(1)
+    free, largest = max(largest), []
+    tiny(clip_value=free / 2).trainer(Images(), end_of_iteration_hook=look).train(1)
+    assert max(largest) == pytest.approx(free / 2)
+
+
+def test_frozen_batch_norms_keep_their_statistics():
+    made = tiny(freeze_batch_norm=True)
+    made.trainer(Images()).train(1)
+    norm = made.trunk.backbone.stage1[1]
+    assert not norm.running_mean.any() and norm.weight.ne(1).any()
+
+
+def test_autocast_and_channels_last():
+    made = tiny(width=8)
+    found = []
+    trainer = made.trainer(
+        Images(),
+        autocast=torch.bfloat16,
+        channels_last=True,
+        end_of_iteration_hook=lambda t: found.append(t.losses["total_loss"].dtype),
+    )
+    seen = {}
+    made.trunk.backbone.stage2[1].register_forward_hook(lambda m, i, o: seen.update(dtype=o.dtype, x=o))
+    history = trainer.train()
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert seen["dtype"] == torch.bfloat16 and seen["x"].is_contiguous(memory_format=torch.channels_last)
+    assert set(found) == {torch.float32}
+    assert {p.dtype for p in made.trunk.parameters()} == {torch.float32}
+
+
+def test_a_transform_of_the_users_is_kept():
+    dataset = Images()
+    dataset.transform = own = lambda image: image.float() / 255
+    tiny().trainer(dataset)
+    assert dataset.transform is own
+
+
+def test_errors(tmp_path):
+    made = tiny()
+    with pytest.raises(ValueError, match="labels must be given for a dataset without the attribute"):
+        made.trainer(torch.utils.data.TensorDataset(IMAGES, LABELS))
+    with pytest.raises(ValueError, match=r"labels must lie in 0 to num_classes - 1 = 5, got 1 to 6"):
+        made.trainer(torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS + 1)
+    with pytest.raises(ValueError, match="path must be given for a trainer without folder"):
+        made.trainer(Images()).resume()
+    with pytest.raises(FileNotFoundError):
+        made.trainer(Images(), folder=tmp_path).resume()

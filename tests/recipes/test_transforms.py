@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pml_ext.recipes import recipe
+
+
+def transforms(**settings):
+    return recipe("proxy_anchor", 3, width=4, **settings).transforms
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["tensor", "PIL gray", "PIL RGB", "PIL RGBA"])
+def test_any_image_becomes_a_float_tensor(kind, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    if kind == "tensor":
+        image = torch.from_numpy(pixels)[None].expand(channels, 28, 28)
+    else:
+        image = Image.fromarray(pixels).convert({"PIL gray": "L", "PIL RGB": "RGB", "PIL RGBA": "RGBA"}[kind])
+    made = transforms(in_channels=channels, image_size=32)
+    for transform in made:
+        found = transform(image)
+        assert found.shape == (channels, 32, 32) and found.dtype == torch.float32
+        assert -1 <= found.min() < -0.5 and 0.5 < found.max() <= 1
+
+
+def test_small_images_are_shifted_in_training_only():
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    image[:, 10:18, 10:18] = 255
+    made = transforms(in_channels=1, image_size=28)
+    seen = {tuple((made.train(image)[0] > 0).nonzero()[0].tolist()) for _ in range(60)}
+    assert len(seen) > 20 and all(abs(y - 10) <= 3 and abs(x - 10) <= 3 for y, x in seen)
+    torch.testing.assert_close(made.test(image), image.float() / 127.5 - 1)
+
+
+def test_gray_images_are_not_flipped_and_colour_ones_are():
+    for channels in (1, 3):
+        image = torch.zeros(channels, 16, 16, dtype=torch.uint8)
+        image[:, :, :8] = 255
+        made = transforms(in_channels=channels, image_size=16)
+        left = [bool(made.train(image)[0, 8, 4] > 0) for _ in range(40)]
+        assert all(left) == (channels == 1)
+    assert not all(
+        bool(transforms(in_channels=1, image_size=16, flip=True).train(image)[0, 8, 4] > 0) for _ in range(40)
+    )
+
+
+def test_paper_transforms():
+    image = Image.fromarray(np.full((300, 400, 3), 128, dtype=np.uint8))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = ((128 / 255 - mean) / std)[:, None, None]
+    for name, size in (("proxy_anchor", 224), ("intra_batch", 227)):
+        made = recipe(name, 3, preset="paper:cub", pretrained=False).transforms
+        assert made.train(image).shape == (3, size, size)
+        torch.testing.assert_close(made.test(image), expected.expand(3, size, size))
+    erased = torch.stack([made.train(image) for _ in range(30)])
+    whole = (erased - expected).abs().amax((1, 2, 3)) < 1e-5
+    assert 0 < whole.sum() < 30  # some are erased in part, to the authors' value
+    assert erased[~whole][0].sub(torch.tensor([0.4914, 0.4822, 0.4465])[:, None, None]).abs().amin() < 1e-6
+
+
+def test_images_are_padded_to_squares():
+    image = torch.full((3, 20, 40), 255, dtype=torch.uint8)
+    found = transforms(augmentation="square", image_size=40, in_channels=3).test(image)
+    assert (found[:, 10:30] > 0).all() and (found[:, :10] < 0).all() and (found[:, 30:] < 0).all()
