@@ -1,0 +1,361 @@
+"""What is each method worth? Zero-shot retrieval, same network, batches, images and evaluation for all rows.
+
+python benchmarks/retrieval.py --data omniglot.npz --tune --jobs 2 --out DIR      four trials a row, validation classes
+python benchmarks/retrieval.py --data omniglot.npz --seeds 0 1 2 3 4 --jobs 2 --out DIR      the runs and the tables
+python benchmarks/retrieval.py --data cifar100.npz --tuned-on omniglot ...      with what was chosen on another data set
+python benchmarks/retrieval.py --show --out DIR      the tables alone
+
+A finished run is not repeated: each has a JSON file of its own under --out. ``--recipes`` takes rows of
+ROWS below, or a recipe with settings of yours: "mhgl:attention=printed,proxy_weight=0.1".
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import random
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+from tqdm import tqdm
+
+from pml_ext import class_embeddings
+from pml_ext.datasets import open_data
+from pml_ext.inference import neighbor_groups, refine_with_neighbors
+from pml_ext.recipes import embed, recipe, retrieval_metrics
+
+METRICS = {
+    "precision_at_1": "P@1",
+    "r_precision": "R-precision",
+    "mean_average_precision_at_r": "MAP@R",
+    "NMI": "NMI",
+}
+VALIDATION_CLASSES, TUNED_FOR = 0.25, "mean_average_precision_at_r"
+RATES = (1e-3, 3e-3)
+
+
+class Row(NamedTuple):
+    """A recipe, its settings, the values of one setting of its own that are tried, and its class embeddings.
+
+    ``class_embeddings``: None, "given", or "shuffled": those of another class each.
+    """
+
+    recipe: str
+    settings: dict[str, Any]
+    tuned: tuple[str, tuple[Any, Any]]
+    class_embeddings: str | None = None
+
+    def trials(self) -> list[dict[str, Any]]:
+        """Return the settings of the four trials: two learning rates, two values of the row's own setting."""
+        name, values = self.tuned
+        return [{"lr": lr, name: value} for lr in RATES for value in values]
+
+
+_PLAIN = {"levels": "global", "attention": "none", "pool_type": "avg"}
+_BASE = ("base", (0.5, 1.0))
+_PROXY_WEIGHT = ("proxy_weight", (0.03, 0.3))
+_TEMPERATURE = ("temperature", (0.1, 0.3))
+_MARGIN = ("margin_scale", (0.1, 0.3))
+
+ROWS: dict[str, Row] = {
+    "contrastive": Row("contrastive", {}, ("neg_margin", (0.5, 1.0))),
+    "triplet": Row("triplet", {}, ("margin", (0.1, 0.3))),
+    "multi_similarity": Row("multi_similarity", {}, _BASE),
+    "proxy_anchor": Row("proxy_anchor", {}, ("proxy_lr", (1e-2, 1e-1))),
+    "cosface": Row("cosface", {}, ("margin", (0.2, 0.35))),
+    "normalized_softmax": Row("normalized_softmax", {}, ("temperature", (0.05, 0.1))),
+    "cross_entropy": Row("cross_entropy", {}, ("proxy_lr", (2e-3, 2e-2))),
+    "hybrid": Row("mhgl", _PLAIN, _PROXY_WEIGHT),
+    "hybrid, avg+max": Row("mhgl", _PLAIN | {"pool_type": "avg+max"}, _PROXY_WEIGHT),
+    "hybrid, avg+max, attention": Row("mhgl", {"levels": "global"}, _PROXY_WEIGHT),
+    "hybrid, two levels": Row("mhgl", {"attention": "none"}, _PROXY_WEIGHT),
+    "mhgl": Row("mhgl", {}, _PROXY_WEIGHT),
+    "4 heads": Row("attention_ensemble", {"masks": False, "divergence_weight": 0.0}, _BASE),
+    "4 heads, divergence": Row("attention_ensemble", {"masks": False}, ("divergence_weight", (0.1, 1.0))),
+    "4 learners": Row("attention_ensemble", {"divergence_weight": 0.0}, _BASE),
+    "4 learners, divergence": Row("attention_ensemble", {}, ("divergence_weight", (0.1, 1.0))),
+    "smoothed cross-entropy": Row("intra_batch", {"refined_weight": 0.0}, _TEMPERATURE),
+    "refiner without messages": Row("intra_batch", {"messages": False}, _TEMPERATURE),
+    "refiner": Row("intra_batch", {}, _TEMPERATURE),
+    "no margin": Row("adaptive_margin", {"margin_scale": 0.0}, ("scale", (16.0, 32.0))),
+    "constant margin": Row("adaptive_margin", {"margin_scale": 0.0}, ("base_margin", (0.1, 0.3))),
+    "margin from distance": Row("adaptive_margin", {}, _MARGIN, "given"),
+    "margin from similarity": Row("adaptive_margin", {"direction": "similarity"}, _MARGIN, "given"),
+    "margin from shuffled distance": Row("adaptive_margin", {}, _MARGIN, "shuffled"),
+}
+
+
+def row_of(spec):
+    """Return a row by its name, or one of "recipe:setting=value,..."."""
+    if spec in ROWS:
+        return ROWS[spec]
+    name, _, settings = spec.partition(":")
+    pairs = [pair.partition("=") for pair in settings.split(",") if pair]
+    return Row(name, {key: value_of(value) for key, _, value in pairs}, ("lr", (1e-3, 3e-3)))
+
+
+def value_of(text):
+    """Return a number, True, False or None where the text is one, else the text."""
+    try:
+        return json.loads(text.replace("True", "true").replace("False", "false").replace("None", "null"))
+    except json.JSONDecodeError:
+        return text
+
+
+def load(source, embeddings):
+    """Return the data; ``embeddings``: a file, "names" of classes, or "array:NAME", class means of such an array."""
+    if embeddings == "names":
+        data = open_data(source)
+        rows = class_embeddings.from_text(data.train.class_names, model="tfidf")
+        return open_data(source, class_embeddings=rows)
+    if embeddings is not None and embeddings.startswith("array:"):
+        arrays = np.load(source)
+        features = torch.from_numpy(arrays[embeddings.removeprefix("array:")]).float()
+        rows = class_embeddings.from_samples(features, torch.from_numpy(arrays["labels"]))
+        return open_data(source, class_embeddings=rows)
+    return open_data(source, class_embeddings=embeddings)
+
+
+def run(job):
+    """Train and evaluate once; write and return what was found. A process of its own: memory is that of this run."""
+    row, seed, settings = row_of(job["row"]), job["seed"], job["settings"]
+    torch.set_num_threads(1)
+    data = load(job["data"], job["class_embeddings"])
+    if job["validation"]:
+        data = data.hold_out(VALIDATION_CLASSES, seed)
+    for seeded in (torch.manual_seed, np.random.seed, random.seed):  # before the network is made
+        seeded(seed)
+    rows = data.class_embeddings if row.class_embeddings else None
+    if row.class_embeddings and rows is None:
+        raise ValueError(f"--class-embeddings must be given for the row {job['row']!r}, got none")
+    if row.class_embeddings == "shuffled":
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        rows = rows[order]
+    made = recipe(
+        row.recipe,
+        data.num_classes,
+        class_embeddings=rows,
+        in_channels=data.in_channels,
+        epochs=job["epochs"],
+        **(row.settings | settings),
+    )
+    data.train.transform, data.test.transform = made.transforms.train, made.transforms.test
+    started = time.perf_counter()
+    trainer = made.trainer(data.train, autocast=torch.bfloat16, channels_last=True)
+    trainer.train()
+    seconds = time.perf_counter() - started
+    embeddings, labels = embed(made.trunk, data.test, autocast=torch.bfloat16)
+    found = {
+        name: percent(retrieval_metrics(x, labels, metrics=tuple(METRICS)))
+        for name, x in at_test_time(made, embeddings).items()
+    }
+    found = job | {
+        "settings": dict(made.settings.items()),
+        "metrics": found,
+        "images_seen": trainer.iterations_per_epoch * trainer.batch_size * job["epochs"],
+        "loss": [round(entry["loss"], 4) for entry in trainer.history],
+        "seconds": round(seconds, 1),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "versions": {name: version(name) for name in ("torch", "pytorch-metric-learning", "timm", "pml-ext")},
+        "device": platform.machine(),
+    }
+    found["data"] = Path(job["data"]).stem
+    if job["class_embeddings"] is not None:
+        found["class_embeddings"] = Path(job["class_embeddings"]).name
+    write(Path(job["path"]), {name: value for name, value in found.items() if name != "path"})
+    return found
+
+
+def at_test_time(made, embeddings):
+    """Return the embeddings, and where there is a refiner, those that it refines with neighbours, and plain means."""
+    found = {"": embeddings}
+    if getattr(made.loss, "refiner", None) is not None:
+        groups = neighbor_groups(embeddings, k1=30, size=8)
+        found[" + mean of 8 neighbours"] = nn.functional.normalize(embeddings[groups].mean(1))
+        found[" + refinement at test time"] = nn.functional.normalize(
+            refine_with_neighbors(made.loss.refiner, embeddings, k1=30, size=8)
+        )
+    return found
+
+
+def percent(metrics):
+    return {name: round(100 * float(metrics[name]), 3) for name in METRICS}
+
+
+def write(path, found):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    new.replace(path)
+
+
+def tuned_settings(out, data, row):
+    """Return the settings of the best trial on a data set's validation classes."""
+    trials = [json.loads(path.read_text()) for path in sorted((out / data / "tuning" / folder(row)).glob("*.json"))]
+    if not trials:
+        raise ValueError(f"--tuned-on {data}: no trial of {row!r} under {out}; run --tune first")
+    best = max(trials, key=lambda trial: trial["metrics"][""][TUNED_FOR])
+    return {name: best["settings"][name] for name in best["trial"]}
+
+
+def folder(row):
+    return row.replace(" ", "-").replace(",", "").replace("+", "-and-").replace(":", "_").replace("=", "-")
+
+
+def jobs_of(data, recipes, seeds, epochs, out, tune, tuned_on, embeddings, settings):
+    """Return what is to be run and has not been."""
+    name, found = Path(data).stem, []
+    for row in recipes:
+        shared = {"row": row, "data": data, "class_embeddings": embeddings, "epochs": epochs, "validation": tune}
+        if tune:
+            for number, trial in enumerate(row_of(row).trials()):
+                path = out / name / "tuning" / folder(row) / f"trial-{number}.json"
+                own = {"seed": seeds[0], "settings": settings | trial, "trial": trial, "path": str(path)}
+                found.append(shared | own)
+        else:
+            chosen = tuned_settings(out, tuned_on, row) if tuned_on else {}
+            for seed in seeds:
+                path = out / name / folder(row) / f"seed-{seed}.json"
+                found.append(shared | {"seed": seed, "settings": settings | chosen, "path": str(path)})
+    return [job for job in found if not Path(job["path"]).exists()]
+
+
+def work(jobs, processes):
+    """Run all, each in a process of its own, and show how far it is."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Pool(processes, initializer=quiet, maxtasksperchild=1) as pool,
+        tqdm(total=len(jobs), unit="run") as bar,
+    ):
+        for found in pool.imap_unordered(run, jobs, chunksize=1):
+            bar.set_postfix_str(f"{found['row']}: MAP@R {found['metrics'][''][TUNED_FOR]:.1f}")
+            bar.update()
+
+
+def quiet():
+    """Keep the progress bars of the runs from the screen."""
+    sys.stderr = open("/dev/null", "w")  # noqa: SIM115
+
+
+def collect(out):
+    """Return data set -> row -> seed -> metrics."""
+    found = {}
+    for path in sorted(out.glob("*/*/seed-*.json")):
+        run_ = json.loads(path.read_text())
+        for suffix, metrics in run_["metrics"].items():
+            found.setdefault(run_["data"], {}).setdefault(run_["row"] + suffix, {})[run_["seed"]] = metrics
+    order = {row: i for i, row in enumerate(ROWS)}
+    rank = lambda row: order.get(row.split(" + mean of")[0].split(" + refinement")[0], len(order))  # noqa: E731
+    return {data: dict(sorted(rows.items(), key=lambda item: rank(item[0]))) for data, rows in found.items()}
+
+
+def difference(row, baseline, metric):
+    """Return mean and half width of the 95% interval of the difference, paired by seed; None for fewer than two."""
+    seeds = sorted(set(row) & set(baseline))
+    if len(seeds) < 2:
+        return None
+    gaps = np.array([row[seed][metric] - baseline[seed][metric] for seed in seeds])
+    return gaps.mean(), stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
+
+
+def show(out, baseline, markdown=False):
+    """Print a table for each data set."""
+    for data, rows in collect(out).items():
+        print(f"\n{data}: percent, mean (standard deviation) over seeds; difference to {baseline}, 95% interval\n")
+        titles = ["row", "seeds", *METRICS.values(), "MAP@R, difference"]
+        lines = []
+        for row, seeds in rows.items():
+            cells = [row, str(len(seeds))]
+            for metric in METRICS:
+                values = [found[metric] for found in seeds.values()]
+                cells.append(f"{np.mean(values):.1f} ({np.std(values, ddof=min(1, len(values) - 1)):.1f})")
+            gap = difference(seeds, rows.get(baseline, {}), TUNED_FOR) if row != baseline else None
+            cells.append("" if gap is None else f"{gap[0]:+.1f} ± {gap[1]:.1f}")
+            lines.append(cells)
+        widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(len(titles))]
+        for number, line in enumerate([titles, *lines]):
+            print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+            if not number:
+                print("| " + " | ".join("-" * width for width in widths) + " |")
+
+
+def draw(out, path):
+    """Draw MAP@R of every run, a panel for each data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = collect(out)
+    most = max(len(rows) for rows in found.values())
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(6.5 * len(found), 0.3 * most + 1.2), layout="constrained", squeeze=False
+    )
+    for axis, (data, rows) in zip(axes[0], found.items(), strict=True):
+        for place, seeds in enumerate(rows.values()):
+            values = [one[TUNED_FOR] for one in seeds.values()]
+            axis.plot(values, [place] * len(values), "o", alpha=0.6, markersize=4)
+            axis.plot([np.mean(values)], [place], "k|", markersize=14)
+        axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(data)
+        axis.set_xlabel("MAP@R on unseen classes, percent; one dot a seed, |: mean")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(
+    data=None,
+    recipes=None,
+    seeds=(0, 1, 2, 3, 4),
+    budget="epochs:40",
+    jobs=1,
+    out="benchmarks/results/retrieval",
+    tune=False,
+    tuned_on=None,
+    class_embeddings=None,
+    baseline="multi_similarity",
+    settings=(),
+    plot=None,
+    show_only=False,
+):
+    """Run what has not been run, and print the tables of all that has."""
+    out = Path(out)
+    kind, _, number = budget.partition(":")
+    if kind != "epochs" or not number.isdigit():
+        raise SystemExit(f"--budget must be epochs:N, got {budget!r}")
+    if not show_only:
+        given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
+        rows = list(ROWS) if recipes is None else list(recipes)
+        todo = jobs_of(data, rows, seeds, int(number), out, tune, tuned_on, class_embeddings, given)
+        work(todo, jobs)
+    show(out, baseline)
+    if plot:
+        draw(out, plot)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help='"glyphs", a folder or an .npz, as pml_ext.datasets.open_data takes it')
+    parser.add_argument("--recipes", nargs="+", help="rows; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--budget", default="epochs:40")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--out", default="benchmarks/results/retrieval")
+    parser.add_argument("--tune", action="store_true", help="run the trials on validation classes instead")
+    parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings")
+    parser.add_argument("--class-embeddings", help='a file, "names" or "array:NAME"')
+    parser.add_argument("--baseline", default="multi_similarity")
+    parser.add_argument("--settings", nargs="+", default=(), help="of all rows: image_size=28 ...")
+    parser.add_argument("--plot", help="a picture of all runs")
+    parser.add_argument("--show", action="store_true", dest="show_only", help="train nothing")
+    main(**vars(parser.parse_args()))
