@@ -162,7 +162,7 @@ def run(job):
         "metrics": found,
         "images_seen": trainer.iterations_per_epoch * trainer.batch_size * job["epochs"],
         "loss": [round(entry["loss"], 4) for entry in trainer.history],
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 2),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "versions": {name: version(name) for name in ("torch", "pytorch-metric-learning", "timm", "pml-ext")},
         "device": platform.machine(),

@@ -1,5 +1,6 @@
 """Every benchmark runs, briefly."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks import (
     losses,
     proxy_scaling,
     refiner,
+    retrieval,
     second_order_attention,
 )
 from pml_ext.trunks import AttentionEnsemble
@@ -27,6 +29,7 @@ RUNS = {
     "losses",
     "proxy_scaling",
     "refiner",
+    "retrieval",
     "second_order_attention",
 }
 
@@ -168,3 +171,121 @@ def test_distributed(tmp_path, capsys):
     assert all(row["ms"] > 0 and row["peak_mb"] > 0 for row in rows.values())
     assert "| 512 | 0.16 | 67.1 |" in capsys.readouterr().out
     assert (tmp_path / "out.json").stat().st_size > 0
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Gray images of 12 classes, 8 of them for training, in which a class is a place of a bright square."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # a run sets it, in a process of its own
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 160, (72, 28, 28), dtype=np.uint8), np.arange(72) // 6
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label : 2 * label + 4, 2 * label : 2 * label + 4] = 255
+    path = tmp_path / "toy.npz"
+    rows = rng.normal(size=(12, 5)).astype(np.float32)
+    split = np.where(labels < 8, "train", "test")
+    np.savez(path, images=images, labels=labels, split=split, class_embeddings=rows)
+    return path
+
+
+TINY_ROWS = ("image_size=28", "width=4", "batch_size=12", "samples_per_class=3", "embedding_size=16")
+
+
+def retrieval_job(toy, path, row, seed=0, validation=False, epochs=2, **settings):
+    given = {name: retrieval.value_of(value) for name, _, value in (pair.partition("=") for pair in TINY_ROWS)}
+    job = {"row": row, "data": str(toy), "class_embeddings": None, "epochs": epochs, "validation": validation}
+    return retrieval.run(job | {"seed": seed, "settings": given | settings, "path": str(path)})
+
+
+@pytest.mark.parametrize("row", retrieval.ROWS)
+def test_every_row_trains_and_is_reproduced(row, toy, tmp_path):
+    entries = []
+    for name in ("a.json", "b.json"):
+        retrieval_job(toy, tmp_path / name, row)
+        entries.append(json.loads((tmp_path / name).read_text()))
+        assert entries[-1].pop("seconds") > 0 and entries[-1].pop("peak_memory_mb") > 0
+    found, again = entries
+    assert found == again
+    assert found["images_seen"] == 2 * 48 and len(found["loss"]) == 2
+    assert ("" in found["metrics"]) and (len(found["metrics"]) == 3) == row.startswith("refiner")
+    assert all(0 <= value <= 100 for metrics in found["metrics"].values() for value in metrics.values())
+
+
+def test_all_rows_have_four_trials_with_settings_they_know():
+    for name, row in retrieval.ROWS.items():
+        trials = row.trials()
+        assert len(trials) == 4 and len({json.dumps(trial) for trial in trials}) == 4, name
+        assert not set(row.settings) & set(trials[0]), name  # a trial must not undo what makes the row
+
+
+def test_tuning_does_not_look_at_test_classes(toy, tmp_path):
+    arrays = dict(np.load(toy))
+    arrays["images"][arrays["split"] == "test"] = 0
+    np.savez(tmp_path / "toy2.npz", **arrays)
+    both = []
+    for number, path in enumerate((toy, tmp_path / "toy2.npz")):
+        found = retrieval_job(path, tmp_path / f"{number}.json", "proxy_anchor", validation=True)
+        both.append((found["metrics"], found["loss"]))
+    assert both[0] == both[1]
+    changed = [
+        retrieval_job(path, tmp_path / f"t{number}.json", "proxy_anchor")["metrics"]
+        for number, path in enumerate((toy, tmp_path / "toy2.npz"))
+    ]
+    assert changed[0] != changed[1]
+
+
+def test_shuffled_class_embeddings_are_those_of_other_classes(toy, tmp_path):
+    losses_ = [
+        retrieval_job(toy, tmp_path / f"{number}.json", row, epochs=1)["loss"]
+        for number, row in enumerate(("margin from distance", "margin from shuffled distance"))
+    ]
+    assert losses_[0] != losses_[1]
+
+
+def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
+    out, rows = tmp_path / "out", ["proxy_anchor", "cosface"]
+    common = {"data": str(toy), "budget": "epochs:1", "out": out, "settings": TINY_ROWS, "jobs": 2}
+    for row in rows:  # three of four trials are there already
+        for number in range(1, 4):
+            path = out / "toy" / "tuning" / row / f"trial-{number}.json"
+            trial = retrieval.ROWS[row].trials()[number]
+            fake = {"metrics": {"": {retrieval.TUNED_FOR: 0.0}}, "settings": trial, "trial": trial}
+            retrieval.write(path, fake)
+    retrieval.main(recipes=rows, tune=True, seeds=(0,), **common)
+    chosen = json.loads((out / "toy" / "tuning" / "cosface" / "trial-0.json").read_text())
+    assert chosen["validation"] and chosen["metrics"][""][retrieval.TUNED_FOR] > 0
+    seed0 = out / "toy" / "cosface" / "seed-0.json"
+    metrics = dict.fromkeys(retrieval.METRICS, 50.0)
+    common_entry = {"data": "toy", "seed": 0, "metrics": {"": metrics}}
+    retrieval.write(seed0, common_entry | {"row": "cosface"})
+    retrieval.write(out / "toy" / "proxy_anchor" / "seed-0.json", common_entry | {"row": "proxy_anchor"})
+    retrieval.main(recipes=["cosface"], tuned_on="toy", seeds=(0, 1), baseline="proxy_anchor", **common)
+    assert json.loads(seed0.read_text())["metrics"][""] == metrics  # a finished run is not repeated
+    new = json.loads((out / "toy" / "cosface" / "seed-1.json").read_text())
+    assert {name: new["settings"][name] for name in ("lr", "margin")} == chosen["trial"]
+    assert not new["validation"]
+    mean = (50.0 + new["metrics"][""]["precision_at_1"]) / 2
+    capsys.readouterr()
+    retrieval.main(out=out, show_only=True, baseline="proxy_anchor", plot=tmp_path / "plot.png")
+    table = capsys.readouterr().out
+    (line,) = (line for line in table.splitlines() if line.startswith("| cosface"))
+    assert line.split("|")[2].strip() == "2" and line.split("|")[3].split()[0] == f"{mean:.1f}"
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="no trial of 'triplet'"):
+        retrieval.main(recipes=["triplet"], tuned_on="toy", **common)
+    with pytest.raises(SystemExit, match="--budget must be epochs:N, got 'hours:2'"):
+        retrieval.main(**(common | {"budget": "hours:2"}))
+
+
+def test_differences_are_paired_by_seed():
+    metric = retrieval.TUNED_FOR
+    row, baseline = ({seed: {metric: x} for seed, x in enumerate(values)} for values in ((3, 5, 9), (1, 4, 6)))
+    mean, half = retrieval.difference(row | {7: {metric: 99}}, baseline, metric)
+    assert mean == pytest.approx(2)  # of 2, 1, 3
+    assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)  # t of 97.5% and 2 degrees of freedom, deviation 1
+    assert retrieval.difference({0: {metric: 1}}, baseline, metric) is None
+
+
+def test_rows_of_recipes_with_settings():
+    row = retrieval.row_of("mhgl:attention=printed,proxy_weight=0.1,pretrained=False")
+    assert (row.recipe, row.settings) == ("mhgl", {"attention": "printed", "proxy_weight": 0.1, "pretrained": False})

@@ -16,9 +16,12 @@ RUNS = {
     "attention_ensemble",
     "distributed_accelerate",
     "distributed_fabric",
+    "embed",  # in test_general_commands.py, as search and train
     "global_local",
     "intra_batch",
     "quickstart",
+    "search",
+    "train",
     "train_distributed",
 }
 

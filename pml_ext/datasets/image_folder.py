@@ -68,7 +68,7 @@ class ImageFolder(ImageFiles):
         paths: list[str | Path] = []
         labels = []
         for label, name in enumerate(classes):
-            images = _images(root / name)
+            images = find_images(root / name)
             if not images:
                 raise ValueError(f"class folder {root / name} must contain images ({', '.join(IMAGE_SUFFIXES)}), got 0")
             paths += images
@@ -82,7 +82,8 @@ def class_folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _images(folder: Path) -> list[str]:
+def find_images(folder: str | Path) -> list[str]:
+    """Return the paths of all images below a folder, sorted, without hidden ones."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -2,7 +2,19 @@
 
 from pml_ext.recipes.evaluation import METRICS, embed, retrieval_metrics
 from pml_ext.recipes.recipe import RECIPES, Recipe, recipe
+from pml_ext.recipes.run_folder import Run, load_run
 from pml_ext.recipes.settings import PRESETS
 from pml_ext.recipes.trainer import Trainer
 
-__all__ = ["METRICS", "PRESETS", "RECIPES", "Recipe", "Trainer", "embed", "recipe", "retrieval_metrics"]
+__all__ = [
+    "METRICS",
+    "PRESETS",
+    "RECIPES",
+    "Recipe",
+    "Run",
+    "Trainer",
+    "embed",
+    "load_run",
+    "recipe",
+    "retrieval_metrics",
+]

@@ -62,4 +62,5 @@ def retrieval_metrics(
         metrics: Names of PML's ``AccuracyCalculator``.
     """
     calculator = AccuracyCalculator(include=tuple(metrics), k="max_bin_count", device=torch.device("cpu"))
-    return dict(calculator.get_accuracy(embeddings, labels, *(() if gallery is None else gallery)))
+    found = calculator.get_accuracy(embeddings, labels, *(() if gallery is None else gallery))
+    return {name: float(value) for name, value in found.items()}  # NumPy's numbers would not load with weights_only

@@ -104,7 +104,7 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         given: By the user; None stands for "as the preset has it".
 
     Raises:
-        ValueError: If preset or a name is unknown.
+        ValueError: If preset or a name is unknown, or a text is given for a number or the other way round.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -115,6 +115,10 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         if name not in numbers:
             close = ", ".join(get_close_matches(name, numbers, n=3)) or ", ".join(sorted(numbers))
             raise ValueError(f"a setting must be one of the recipe's, such as {close}, got {name!r}")
-        if value is not None:
-            numbers[name] = (value, "given")
+        if value is None:
+            continue
+        default = numbers[name][0]
+        if default is not None and isinstance(value, str) != isinstance(default, str):
+            raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
+        numbers[name] = (value, "given")
     return Settings(preset, numbers)

@@ -100,7 +100,7 @@ class Trainer(MetricLossOnly):
                 for name, module in (("trunk", trunk), ("metric_loss", loss))
             }
         super().__init__(
-            models={"trunk": trunk, "embedder": nn.Identity()},
+            models={"trunk": trunk},
             optimizers=optimizers,
             batch_size=recipe.batch_size(labels),
             loss_funcs={"metric_loss": loss},
@@ -171,6 +171,10 @@ class Trainer(MetricLossOnly):
             embeddings: Tensor = self.models["trunk"](data)
         return embeddings.float() if self.autocast is not None else embeddings
 
+    def modify_schema(self) -> None:
+        """Keep PML from asking for an embedder: the trunk has its own last layer."""
+        self.schema["models"].important = ["trunk"]
+
     def set_to_train(self) -> None:
         """Put all in training mode; the backbone stands still while the new layers warm up."""
         super().set_to_train()
@@ -213,7 +217,7 @@ class Trainer(MetricLossOnly):
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {"history": self.history, "best": self.best, "random": _random_state()}
-        for name in ("last.pt", *(["best.pt"] if better else [])):
+        for name in (*(["best.pt"] if better else []), "last.pt"):  # in this order, last.pt never names a best it lacks
             torch.save(state, self.folder / f"{name}.new")
             os.replace(self.folder / f"{name}.new", self.folder / name)  # a run killed here leaves the last one whole
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)

@@ -22,6 +22,7 @@ def retrieval_gallery(
     num_neighbors: int = 10,
     seed: int = 0,
     path: str | Path | None = None,
+    searched: Sequence[int] | None = None,
 ) -> "Figure":
     """Draw a row for each query: the query, then the images nearest to it by cosine.
 
@@ -38,6 +39,7 @@ def retrieval_gallery(
         num_neighbors: Neighbours in a row. Fewer if there are fewer images.
         seed: Of the random queries.
         path: Where to save the picture. None: nowhere.
+        searched: Indices of the images that can be neighbours. None: all.
 
     Returns:
         The matplotlib figure.
@@ -59,7 +61,12 @@ def retrieval_gallery(
     unit = torch.nn.functional.normalize(embeddings)
     similarity = unit[queries] @ unit.T  # (Q, N)
     similarity[range(len(queries)), queries] = -torch.inf  # a query is not its own neighbour
-    values, neighbors = similarity.topk(min(num_neighbors, len(labels) - 1), dim=1)
+    if searched is not None:
+        others = torch.ones(len(labels), dtype=torch.bool)
+        others[list(searched)] = False
+        similarity[:, others] = -torch.inf
+    most = int((similarity != -torch.inf).sum(1).min())
+    values, neighbors = similarity.topk(min(num_neighbors, most), dim=1)
 
     from matplotlib.figure import Figure
 

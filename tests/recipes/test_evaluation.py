@@ -24,6 +24,7 @@ def test_metrics_by_hand():
     found = retrieval_metrics(embeddings, labels)
     # 0: 1 right; 1: 0 right; 2: 1 wrong; 3: 2 right. One match each, so that all metrics agree.
     assert set(found.values()) == {0.75}
+    assert {type(value) for value in found.values()} == {float}
 
 
 def test_metrics_in_a_gallery():

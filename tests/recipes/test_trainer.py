@@ -39,7 +39,7 @@ def state_of(made):
     return {f"{i}.{name}": x.clone() for i, module in enumerate(modules) for name, x in module.state_dict().items()}
 
 
-def test_trunk_and_proxies_are_trained():
+def test_trunk_and_proxies_are_trained(caplog):
     made = tiny()
     before = state_of(made)
     trainer = made.trainer(Images())
@@ -50,6 +50,7 @@ def test_trunk_and_proxies_are_trained():
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
     assert history[-1]["loss"] < history[0]["loss"]
     assert history[0]["lr"] == 2e-3 > history[1]["lr"] and history[0]["seconds"] > 0
+    assert not caplog.records  # PML warns of what a user has left out
     assert {"trunk_optimizer", "metric_loss_optimizer"} == set(trainer.optimizers)
 
 

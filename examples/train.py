@@ -1,0 +1,251 @@
+"""Train a recipe on your data and test it on classes it has never seen.
+
+Run: python examples/train.py --recipe mhgl --data glyphs --epochs 5 --out runs/glyphs
+     python examples/train.py --recipe proxy_anchor --data photos/ --backbone resnet18 --set lr=1e-3 --out runs/photos
+     python examples/train.py --recipe intra_batch --preset paper:cub --data cub --root data --download --out runs/cub
+
+The network learns the training classes less some validation classes, which choose the epoch; the test classes are
+looked at once, at the end. --out gets config.json, metrics.jsonl (a line for each epoch, one of the test), last.pt,
+best.pt (the best epoch; with --validation-classes 0 there is none, and the last epoch is tested), curves.png and
+gallery.png. After an interruption the same command with --resume goes on behind the last whole epoch; with the same
+--workers and --device it ends where an uninterrupted run does. Then: examples/embed.py and examples/search.py.
+"""
+
+import argparse
+import ast
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pml_ext import recipes
+from pml_ext.command_line import Command
+from pml_ext.datasets import open_data
+from pml_ext.recipes.run_folder import describe_run, load_run, read_config, usable_device, write_config
+from pml_ext.visualization import plot_curves, retrieval_gallery
+
+METRICS = {"precision_at_1": "P@1", "r_precision": "R-precision", "mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
+
+
+class Images(Sequence):
+    """The images of some views, untransformed, read when they are drawn."""
+
+    def __init__(self, *views):
+        self.places = [(view.dataset, int(index)) for view in views for index in view.indices]
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, place):
+        dataset, index = self.places[place]
+        return dataset[index][0]
+
+
+def main(
+    recipe,
+    data,
+    out,
+    epochs=None,
+    seed=0,
+    backbone=None,
+    preset="small",
+    embedding_size=None,
+    image_size=None,
+    settings=(),
+    test_classes=0.5,
+    validation_classes=0.2,
+    class_embeddings=None,
+    root=None,
+    download=False,
+    autocast=None,
+    workers=0,
+    device=None,
+    resume=False,
+):
+    """Return the last line of metrics.jsonl: epoch and metrics of the test classes."""
+    out, device = Path(out), usable_device(device)
+    holds_run = any((out / name).exists() for name in ("config.json", "last.pt"))
+    if holds_run and not resume:
+        raise ValueError(f"--out must hold no run yet (or add --resume), got {out}")
+    old = read_config(out) if resume else None
+    autocast = None if autocast is None else getattr(torch, autocast)
+
+    opened = open_data(data, test_classes, class_embeddings, root, download, seed)
+    fitted = hold_out(opened, validation_classes, seed)
+    given = {"epochs": epochs, "backbone": backbone, "embedding_size": embedding_size, "image_size": image_size}
+    given = merge({name: value for name, value in given.items() if value is not None}, dict(settings))
+    given.setdefault("in_channels", opened.in_channels)
+    if preset == "small" and given.get("image_size") is None:
+        given["image_size"] = side_of(opened.train[0][0])
+    for seeded in (torch.manual_seed, np.random.seed, random.seed):  # before the network is made
+        seeded(seed)
+    made = recipes.recipe(recipe, fitted.num_classes, preset=preset, class_embeddings=fitted.class_embeddings, **given)
+    fitted.train.transform = made.transforms.train
+    tested = [view for view in (opened.test, opened.gallery) if view is not None]
+    for view in (fitted.test, *tested):
+        view.transform = made.transforms.test
+
+    def embed(trunk, view, progress=False):
+        return recipes.embed(trunk, view, autocast=autocast, num_workers=workers, progress=progress)
+
+    def validate(trunk):
+        return recipes.retrieval_metrics(*embed(trunk, fitted.test))
+
+    trainer = made.trainer(
+        fitted.train,
+        validate=validate if validation_classes else None,
+        folder=out,
+        autocast=autocast,
+        device=device,
+        dataloader_num_workers=workers,
+    )
+    sizes = {"train": fitted.train, "validation": fitted.test if validation_classes else (), "test": opened.test}
+    config = describe_run(
+        made,
+        autocast,
+        seed=seed,
+        data={
+            "source": str(data),
+            "root": None if root is None else str(root),
+            "test_classes": test_classes,
+            "validation_classes": validation_classes,
+            "class_embeddings": None if class_embeddings is None else str(class_embeddings),
+            "images": {name: len(view) for name, view in sizes.items()},
+        },
+    )
+    if old is None:
+        write_config(out, config)
+    else:
+        check_same(old, config)
+        if (out / "last.pt").exists():  # else it was killed within the first epoch
+            trainer.resume()
+    trainer.train()
+
+    run = load_run(out, device)  # what is tested is what others load
+    found = [embed(run.recipe.trunk, view, progress=True) for view in tested]
+    metrics = recipes.retrieval_metrics(*found[0], *found[1:], metrics=tuple(METRICS))
+    result = {"split": "test", "epoch": run.epoch, **metrics}
+    with (out / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in [*trainer.history, result])
+    draw(out, trainer.history, tested, found)
+    print(f"{opened.test.num_classes} unseen classes, epoch {run.epoch} of {made.epochs}, seed {seed}, percent")
+    print("  ".join(f"{title} {100 * result[name]:.1f}" for name, title in METRICS.items()))
+    print(f"network, metrics and pictures: {out}")
+    return result
+
+
+def hold_out(data, validation_classes, seed):
+    """Return data whose test classes are the validation classes; the data itself where there are to be none."""
+    if not validation_classes:
+        return data
+    try:
+        return data.hold_out(validation_classes, seed)
+    except ValueError as error:
+        raise ValueError(f"{error} (--validation-classes; 0: none)") from error
+
+
+def merge(options, settings):
+    """Return both; the recipe knows which names are right."""
+    both = sorted(set(options) & set(settings))
+    if both:
+        raise ValueError(f"--set must not repeat --{both[0].replace('_', '-')}, got {both[0]}={settings[both[0]]}")
+    return options | settings
+
+
+def side_of(image):
+    """Return a side for the network's images: the longer one of an image, a multiple of 4 in 8 to 64."""
+    longer = max(image.shape[-2:] if isinstance(image, torch.Tensor) else image.size)
+    return min(max(4 * round(longer / 4), 8), 64)
+
+
+def check_same(old, new):
+    """Check that a run goes on with what it began with; versions of packages may differ."""
+    old, new = (dict(flat({name: x for name, x in config.items() if name != "versions"})) for config in (old, new))
+    for name in new | old:
+        if old.get(name) != new.get(name):
+            raise ValueError(
+                f"--resume must go on with the {name} of config.json, {old.get(name)}, got {new.get(name)}"
+            )
+
+
+def flat(values, prefix=""):
+    """Yield the names and values of nested dictionaries."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def draw(out, history, tested, found):
+    """Draw the curves, and some queries with their neighbours."""
+    first = history[0]["loss"] or 1.0
+    curves = {"training loss / that of epoch 1": [entry["loss"] / first for entry in history]}
+    for name, title in METRICS.items():
+        if name in history[0]:
+            curves[f"{title}, validation classes"] = [entry[name] for entry in history]
+    plot_curves(curves, path=out / "curves.png")
+    embeddings, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if len(labels) < 2:
+        return
+    queries, searched = None, None
+    if len(found) > 1:  # a gallery: queries do not find each other
+        count = len(found[0][1])
+        queries = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:8].tolist()
+        searched = range(count, len(labels))
+    images = Images(*tested)
+    retrieval_gallery(embeddings, labels, images, queries, path=out / "gallery.png", searched=searched)
+
+
+def number(text):
+    """Return an integer (how many) or a float (a share)."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def setting(text):
+    """Return name and value of "name=value"."""
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise argparse.ArgumentTypeError(f"must be name=value, got {text!r}")
+    for word, meaning in (("true", True), ("false", False), ("none", None)):
+        if value.lower() == word:
+            return name, meaning
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+if __name__ == "__main__":
+    command = Command(description=__doc__)
+    command.add_argument("--recipe", required=True, help=", ".join(recipes.RECIPES))
+    command.add_argument(
+        "--data", required=True, help="glyphs, cub, cars196, sop, inaturalist2018, in_shop, a folder or an .npz file"
+    )
+    command.add_argument("--out", required=True, help="folder of the run")
+    command.add_argument("--epochs", type=int, help="default: the preset's")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--backbone", help="convnet or a timm model; default: the preset's")
+    command.add_argument("--preset", default="small", help=", ".join(recipes.PRESETS))
+    command.add_argument("--embedding-size", type=int, help="default: the preset's")
+    command.add_argument("--image-size", type=int, help="default: the preset's; small: of the first image, at most 64")
+    command.add_argument(
+        "--set", dest="settings", type=setting, nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="settings of the recipe",
+    )  # fmt: skip
+    command.add_argument("--test-classes", type=number, default=0.5, help="share or number, for data without a split")
+    command.add_argument("--validation-classes", type=number, default=0.2, help="share or number of training classes")
+    command.add_argument("--class-embeddings", help=".npy or .npz file with a row for each class")
+    command.add_argument("--root", help="folder of a data set with a name")
+    command.add_argument("--download", action="store_true", help="download it if it is not there")
+    command.add_argument("--autocast", choices=["bfloat16"], help="the network computes in this type")
+    command.add_argument("--workers", type=int, default=0, help="processes that load images")
+    command.add_argument("--device", help="default: cuda if there is one")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    command.run(main)

@@ -1,0 +1,144 @@
+"""The folder of a run: what was trained, and how to have it back."""
+
+import json
+import os
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import nn
+
+from pml_ext import __version__
+from pml_ext.recipes.recipe import Recipe, recipe
+
+
+class Run(NamedTuple):
+    """What was trained.
+
+    Attributes:
+        recipe: Network and loss with the weights of the checkpoint; the network in eval mode.
+        config: What ``config.json`` holds.
+        epoch: Of the checkpoint.
+        autocast: dtype that the network was trained and evaluated with, or None.
+        checksum: Of the network's weights; tells whether something was made with them.
+    """
+
+    recipe: Recipe
+    config: dict[str, Any]
+    epoch: int
+    autocast: torch.dtype | None
+    checksum: str
+
+
+def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
+    """Return what ``load_run`` needs to build a recipe again, as plain values that JSON knows.
+
+    Args:
+        made: The recipe.
+        autocast: As in ``Trainer``.
+        **more: Whatever else is worth knowing, such as data and seed.
+    """
+    packages = ("torch", "pytorch-metric-learning", "timm", "numpy")
+    config = {
+        "recipe": made.name,
+        "num_classes": made.num_classes,
+        "preset": made.settings.preset,
+        "settings": dict(made.settings.items()),
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        **more,
+        "versions": {"pml-ext": __version__} | {name: version(name) for name in packages},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
+
+
+def write_config(folder: str | os.PathLike[str], config: dict[str, Any]) -> None:
+    """Write ``config.json``, whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / "config.json.new", folder / "config.json")
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what ``config.json`` holds.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is not what ``write_config`` writes.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"a run's folder must hold config.json, got {folder} without")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    missing = {"recipe", "num_classes", "preset", "settings"} - (set(config) if isinstance(config, dict) else set())
+    if missing:
+        raise ValueError(f"{path} must have {min(missing)!r}, got none")
+    found: dict[str, Any] = config
+    return found
+
+
+def usable_device(device: torch.device | str | None = None) -> torch.device:
+    """Return a device: CUDA if there is any, else the CPU, unless another is given.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    found: torch.device = c_f.use_cuda_if_available()
+    try:
+        found = found if device is None else torch.device(device)
+        torch.empty(1, device=found)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device must be there, got {device!r}: {error}") from error
+    return found
+
+
+def load_run(folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Run:
+    """Return what was trained in a folder.
+
+    Args:
+        folder: With ``config.json``, and ``best.pt`` or, for a run without validation, ``last.pt``.
+        device: Of network and loss. None: CUDA if there is any, else the CPU.
+
+    Raises:
+        FileNotFoundError: If one of them is not there.
+        ValueError: If one of them cannot be read, they do not belong together, or the device is not there.
+    """
+    folder, device = Path(folder), usable_device(device)
+    config = read_config(folder)
+    path = next((path for path in (folder / "best.pt", folder / "last.pt") if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"a run's folder must hold best.pt or last.pt, got {folder} without; is it trained?")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        history, weights = state["history"], {"trunk": state["trunk"], "loss": state["loss"]}
+    except Exception as error:  # of zip files, pickles and keys
+        raise ValueError(f"cannot read {path}: {error}") from error
+    settings = dict(config["settings"])
+    if settings["backbone"] != "googlenet":  # which does something else to images where it is pretrained
+        settings["pretrained"] = False  # no download: the weights are here
+    rows = next((x for name, x in weights["loss"].items() if name.endswith("class_embeddings")), None)
+    made = recipe(config["recipe"], config["num_classes"], preset=config["preset"], class_embeddings=rows, **settings)
+    for name, module in (("trunk", made.trunk), ("loss", made.loss)):
+        try:
+            module.load_state_dict(weights[name])
+        except RuntimeError as error:
+            raise ValueError(f"{path} must hold the network of config.json, got another: {error}") from error
+        module.to(device)
+    made.trunk.eval()
+    autocast = config.get("autocast")
+    dtype = None if autocast is None else getattr(torch, autocast)
+    return Run(made, config, history[-1]["epoch"], dtype, _checksum(made.trunk))
+
+
+def _checksum(module: nn.Module) -> str:
+    found = 0
+    for x in module.state_dict().values():
+        found = zlib.crc32(x.cpu().numpy().tobytes(), found)
+    return f"{found:08x}"

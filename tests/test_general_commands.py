@@ -1,0 +1,509 @@
+"""Train on any data, embed a folder, search: train.py, embed.py and search.py of the examples."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples import embed, search, train
+from pml_ext import recipes
+from pml_ext.datasets import open_data
+from pml_ext.recipes import load_run, retrieval_metrics
+from pml_ext.visualization import retrieval_gallery
+from tests.datasets.test_in_shop import make_in_shop
+
+CLASSES, EACH, SIDE = 8, 6, 28
+TINY = {"width": 4, "batch_size": 16}
+EXAMPLES = Path(train.__file__).parent
+
+
+def make_images():
+    """A coarse pattern for each class, with noise: what a network can learn in an epoch or two."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 200, (CLASSES, 7, 7)).repeat(4, 1).repeat(4, 2)
+    labels = np.arange(CLASSES).repeat(EACH)
+    return (coarse[labels] + rng.integers(0, 56, (len(labels), SIDE, SIDE))).astype(np.uint8), labels
+
+
+def write_folder(folder):
+    for i, (image, label) in enumerate(zip(*make_images(), strict=True)):
+        (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"class{label}" / f"{i:02}.png")
+    return folder
+
+
+def write_npz(path, **changes):
+    images, labels = make_images()
+    rows = np.random.default_rng(1).normal(size=(CLASSES, 5))
+    np.savez(path, **({"images": images, "labels": labels, "class_embeddings": rows} | changes))
+    return path
+
+
+def run(data, out, recipe="proxy_anchor", **changes):
+    common = {"epochs": 2, "settings": TINY, "validation_classes": 2, "device": "cpu"}
+    return train.main(recipe, data, out, **(common | changes))
+
+
+def lines(folder, without=("seconds",)):
+    """What metrics.jsonl holds, but for the time."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in entry.items() if name not in without} for entry in entries]
+
+
+def weights(folder, name):
+    return torch.load(folder / name, weights_only=True)["trunk"]
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def scripted_scores(monkeypatch, scores):
+    """Let the validation of one epoch after the other find these scores."""
+    scores = iter(scores)
+
+    def scripted(*args, metrics=recipes.METRICS, **kwargs):
+        found = retrieval_metrics(*args, metrics=metrics, **kwargs)
+        return found if "NMI" in metrics else found | {"mean_average_precision_at_r": next(scores)}
+
+    monkeypatch.setattr(recipes, "retrieval_metrics", scripted)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_npz(tmp_path_factory.mktemp("data") / "toy.npz")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """A run on the folder; the tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "deeper" / "photos"
+    return folder, run(photos, folder, recipe="mhgl")
+
+
+def test_what_a_run_leaves(trained, photos):
+    folder, result = trained
+    names = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "gallery.png"}
+    assert {path.name for path in folder.iterdir()} - {"index", "search.png"} == names
+    for name in ("curves.png", "gallery.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    *epochs, last = lines(folder)
+    assert [entry["epoch"] for entry in epochs] == [1, 2]
+    assert all({"loss", "lr", *recipes.METRICS} <= set(entry) for entry in epochs)
+    assert last == result
+    assert set(result) == {"split", "epoch", *train.METRICS}
+    assert result["precision_at_1"] > 0.5  # 0.2 by chance
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["image_size"] == SIDE  # of the images; the preset has 32
+    assert config["data"]["images"] == {"train": 12, "validation": 12, "test": 24}
+    assert (config["recipe"], config["num_classes"], config["seed"]) == ("mhgl", 2, 0)
+    assert config["data"]["source"] == str(photos)
+
+
+def test_the_config_builds_the_run_again(trained, photos):
+    folder, result = trained
+    loaded = load_run(folder, "cpu")
+    opened = open_data(photos)
+    opened.test.transform = loaded.recipe.transforms.test
+    found = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
+    assert found == {name: result[name] for name in train.METRICS}
+    assert loaded.epoch == result["epoch"]
+    assert dict(loaded.recipe.settings) | {"milestones": []} == loaded.config["settings"]
+    assert same(loaded.recipe.trunk.state_dict(), weights(folder, "best.pt"))
+    assert not loaded.recipe.trunk.training
+
+
+def test_resume_ends_where_an_uninterrupted_run_does(data, tmp_path, monkeypatch):
+    whole = run(data, tmp_path / "whole", epochs=3)
+    validations = []
+
+    def killed(*args, **kwargs):
+        validations.append(1)
+        if len(validations) == 2:  # within epoch 2, before it is saved
+            raise KeyboardInterrupt
+        return retrieval_metrics(*args, **kwargs)
+
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "retrieval_metrics", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, parts, epochs=3)
+    assert len(lines(parts)) == 1
+    np.random.rand(7), torch.rand(7)  # noqa: NPY002 (the generators stand elsewhere in another process)
+    assert run(data, parts, epochs=3, resume=True) == whole
+    assert lines(parts) == lines(tmp_path / "whole")
+    assert same(weights(parts, "last.pt"), weights(tmp_path / "whole", "last.pt"))
+    assert run(data, parts, epochs=3, resume=True) == whole  # nothing left to train
+    assert lines(parts) == lines(tmp_path / "whole")
+
+
+def test_a_run_killed_between_its_two_checkpoints(data, tmp_path, monkeypatch):
+    """The second epoch is the best; its two files are the third and the fourth."""
+    scripted_scores(monkeypatch, [0.1, 0.9])
+    replace, replaced = os.replace, []
+
+    def killed(source, target):
+        if target.suffix == ".pt":
+            replaced.append(target.name)
+            if len(replaced) == 4:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path, epochs=3)
+    scripted_scores(monkeypatch, [0.9, 0.3])
+    assert run(data, tmp_path, epochs=3, resume=True)["epoch"] == 2
+    assert [entry["epoch"] for entry in lines(tmp_path)] == [1, 2, 3, 2]
+
+
+def test_resume_of_a_run_killed_in_its_first_epoch(data, tmp_path, monkeypatch):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes.Trainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "a")
+    assert run(data, tmp_path / "a", resume=True) == run(data, tmp_path / "b")
+
+
+def test_seeds(data, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(data, tmp_path / name, seed=seed, epochs=1, validation_classes=0)  # whose choice depends on the seed, too
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert lines(tmp_path / "a")[0]["loss"] != lines(tmp_path / "c")[0]["loss"]
+    first, again, other = (load_run(tmp_path / name).checksum for name in "abc")
+    assert first == again != other
+
+
+def test_validation_chooses_the_epoch(data, tmp_path, monkeypatch):
+    scripted_scores(monkeypatch, [0.1, 0.9, 0.3])
+    result = run(data, tmp_path, epochs=3)
+    assert result["epoch"] == 2
+    assert not same(weights(tmp_path, "best.pt"), weights(tmp_path, "last.pt"))
+    opened = open_data(data)
+    loaded = load_run(tmp_path, "cpu")
+    opened.test.transform = loaded.recipe.transforms.test
+    tested, others = {}, {}
+    for state, found in ((weights(tmp_path, "best.pt"), tested), (weights(tmp_path, "last.pt"), others)):
+        loaded.recipe.trunk.load_state_dict(state)
+        found |= retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
+    assert {name: result[name] for name in train.METRICS} == tested != others
+
+
+def test_without_validation_the_last_epoch_is_tested(data, tmp_path):
+    result = run(data, tmp_path, validation_classes=0)
+    assert (result["epoch"], (tmp_path / "best.pt").exists()) == (2, False)
+    assert same(load_run(tmp_path).recipe.trunk.cpu().state_dict(), weights(tmp_path, "last.pt"))
+    assert set(lines(tmp_path)[0]) == {"epoch", "loss", "lr"}
+    assert load_run(tmp_path).config["num_classes"] == 4
+
+
+def test_no_class_is_seen_twice(tmp_path, monkeypatch):
+    """Images of class c have the value 10 c everywhere."""
+    _, labels = make_images()
+    images = (10 * labels)[:, None, None].repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    np.savez(tmp_path / "flat.npz", images=images, labels=labels)
+    seen = {"trained": [], "embedded": []}
+
+    def values(view):
+        return {int(view.dataset[int(i)][0].max()) // 10 for i in view.indices}
+
+    def watched(trunk, view, **kwargs):
+        seen["embedded"].append(values(view))
+        return recipes.evaluation.embed(trunk, view, **kwargs)
+
+    def trainer(self, view, **kwargs):
+        seen["trained"].append(values(view))
+        return recipes.Trainer(self, view, view.labels, **kwargs)
+
+    monkeypatch.setattr(recipes, "embed", watched)
+    monkeypatch.setattr(recipes.Recipe, "trainer", trainer)
+    run(tmp_path / "flat.npz", tmp_path / "run", test_classes=3)
+    validation, again, test = seen["embedded"]
+    assert test == {5, 6, 7}  # once, at the end
+    assert validation == again
+    assert len(validation) == 2
+    assert seen["trained"] == [set(range(5)) - validation]
+
+
+def test_queries_search_the_gallery(tmp_path):
+    """Query, gallery and training images of In-Shop."""
+    rows = [f"img/id_{c}/{i}.png id_{c} {s}" for c in range(5) for i, s in enumerate(["train"] * 3)]
+    rows += [f"img/id_{c}/{i}.png id_{c} {s}" for c in (5, 6, 7) for i, s in enumerate(["query", "gallery", "gallery"])]
+    result = run("in_shop", tmp_path / "run", root=make_in_shop(tmp_path / "shop", rows=rows), epochs=1)
+    loaded, opened = load_run(tmp_path / "run", "cpu"), open_data("in_shop", root=tmp_path / "shop")
+    opened.test.transform = opened.gallery.transform = loaded.recipe.transforms.test
+    query, gallery = (recipes.embed(loaded.recipe.trunk, view) for view in (opened.test, opened.gallery))
+    found = retrieval_metrics(*query, gallery, metrics=tuple(train.METRICS))
+    assert found == {name: result[name] for name in train.METRICS}
+    assert (tmp_path / "run" / "gallery.png").exists()
+
+
+def test_a_gallery_of_some_images():
+    images = (torch.arange(4)[:, None, None] * 50).expand(4, 4, 4).to(torch.uint8)
+    angles = torch.arange(4) / 4
+    embeddings = torch.stack([angles.cos(), angles.sin()], 1)
+    figure = retrieval_gallery(embeddings, torch.arange(4), images, queries=[0, 1], searched=[2, 3])
+    shown = [int(axes.images[0].get_array().flat[0]) // 50 for axes in figure.axes]
+    assert shown == [0, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe(name, data, tmp_path):
+    result = run(data, tmp_path, recipe=name, epochs=1, embedding_size=16)
+    assert all(0 <= result[metric] <= 1 for metric in train.METRICS)
+    state = torch.load(tmp_path / "best.pt", weights_only=True)["loss"]
+    loaded = load_run(tmp_path, "cpu").recipe.loss.state_dict()
+    assert same(loaded, state)
+    assert set(loaded) == set(state)
+    assert ("class_embeddings" in state) == (name == "adaptive_margin")
+
+
+def test_options(data, tmp_path):
+    settings = TINY | dict([train.setting("warmup_epochs=1"), train.setting("clip_value=0.5")])
+    result = run(data, tmp_path, backbone="resnet10t", image_size=16, autocast="bfloat16", workers=1, settings=settings)
+    loaded = load_run(tmp_path, "cpu")
+    assert (loaded.autocast, loaded.recipe.settings.image_size) == (torch.bfloat16, 16)
+    assert (loaded.recipe.settings.backbone, loaded.recipe.settings.clip_value) == ("resnet10t", 0.5)
+    opened = open_data(data)
+    opened.test.transform = loaded.recipe.transforms.test
+    found = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test, autocast=torch.bfloat16))
+    assert found == {name: result[name] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1),
+        ("a=2e-3", 2e-3),
+        ("a=true", True),
+        ("a=False", False),
+        ("a=None", None),
+        ("a=max", "max"),
+        ("a=(1, 2)", (1, 2)),
+        ("a=x=y", "x=y"),
+    ],
+)
+def test_setting(text, value):
+    assert train.setting(text) == ("a", value)
+    assert type(train.setting(text)[1]) is type(value)
+
+
+@pytest.mark.parametrize(("size", "side"), [((28, 28), 28), ((30, 20), 32), ((105, 9), 64), ((3, 5), 8)])
+def test_side_of_small_images(size, side):
+    assert train.side_of(Image.new("L", size)) == side
+    assert train.side_of(torch.zeros(1, *size)) == side
+
+
+def test_embed_and_search(trained, photos, tmp_path, capsys):
+    folder, _ = trained
+    embeddings, paths = embed.main(folder, photos, device="cpu", batch_size=10)
+    index = folder / "index"
+    assert {path.name for path in index.iterdir()} == {"embeddings.npy", "paths.txt", "index.faiss", "index.json"}
+    assert (index / "paths.txt").read_text().splitlines() == paths
+    assert paths == sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
+    written = np.load(index / "embeddings.npy")
+    assert (written.dtype, written.shape) == (np.float32, (CLASSES * EACH, 64))
+    np.testing.assert_array_equal(written, embeddings)
+    np.testing.assert_allclose(np.linalg.norm(written, axis=1), 1, rtol=1e-5)
+    origin = json.loads((index / "index.json").read_text())
+    assert (origin["folder"], origin["images"]) == (str(photos), CLASSES * EACH)
+    capsys.readouterr()
+    for path in ("class0/03.png", "class3/20.png", "class7/47.png"):
+        results = search.main(folder, photos / path, k=3, out=tmp_path / "found" / "search.png", device="cpu")
+        assert len(results) == 3
+        assert results[0] == (pytest.approx(1, abs=1e-5), path)
+        assert results[0][0] > results[1][0] >= results[2][0]
+        row = embeddings[paths.index(path)]
+        assert [found for found, _ in results] == pytest.approx(np.sort(embeddings @ row)[:-4:-1].tolist(), abs=1e-5)
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[1].split() == ["1", "1.0000", path]
+    assert (tmp_path / "found" / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert len(search.main(folder, photos / "class0/03.png", k=1000, out=tmp_path / "all.png")) == CLASSES * EACH
+
+
+def test_the_picture_of_a_search(photos, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    files = sorted(photos.rglob("*.png"))[:13]
+    search.draw(files[0], [(0.5, file) for file in files[1:]], tmp_path / "search.png")
+    axes = [axis for axis in drawn[0].axes if axis.images]
+    assert [axis.get_title() for axis in axes] == ["query", *(f"{rank}: 0.500" for rank in range(1, 13))]
+    for axis, file in zip(axes, files, strict=True):
+        np.testing.assert_array_equal(axis.images[0].get_array()[..., 0], np.asarray(Image.open(file)))
+
+
+def test_skip_broken(trained, tmp_path, capsys):
+    folder, _ = trained
+    photos = write_folder(tmp_path / "photos")
+    for name in ("class2/13.png", "class5/31.png"):
+        (photos / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read image .*class2/13\.png"):
+        embed.main(folder, photos, tmp_path / "index", device="cpu")
+    embeddings, paths = embed.main(folder, photos, tmp_path / "index", skip_broken=True, device="cpu")
+    assert "warning: skipped 2 of 48 images that cannot be read" in capsys.readouterr().err
+    assert len(embeddings) == len(paths) == 46
+    assert not {"class2/13.png", "class5/31.png"} & set(paths)
+    for query in ("class2/14.png", "class7/47.png"):
+        found = search.main(folder, photos / query, 1, tmp_path / "index", tmp_path / "found.png", "cpu")
+        assert found == [(pytest.approx(1, abs=1e-5), query)]
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="must have an image that can be read, got 48 that cannot"):
+        embed.main(folder, photos, tmp_path / "index", skip_broken=True)
+
+
+def test_an_index_of_another_network(trained, photos, tmp_path):
+    folder, _ = trained
+    embed.main(folder, photos, tmp_path / "index")
+    origin = json.loads((tmp_path / "index" / "index.json").read_text())
+    assert origin["weights"] == load_run(folder).checksum
+    (tmp_path / "index" / "index.json").write_text(json.dumps(origin | {"weights": "0"}))
+    with pytest.raises(ValueError, match="--index must be made with the network of --run"):
+        search.main(folder, photos / "class0/03.png", index=tmp_path / "index")
+
+
+def command(name, arguments, monkeypatch, capsys):
+    """Run an example as a program, in this process; return the exit status and the last line on stderr."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return stopped.value.code, error.splitlines()[-1]
+
+
+def bad_data(kind, folder):
+    images, labels = make_images()
+    if kind == "empty folder":
+        folder.mkdir()
+        return folder
+    if kind == "one class":
+        (folder / "a").mkdir(parents=True)
+        Image.fromarray(images[0]).save(folder / "a" / "0.png")
+        return folder
+    if kind == "no npz":
+        folder.with_suffix(".npz").write_text("text")
+        return folder.with_suffix(".npz")
+    changes = {"shape": {"images": images[:, :, None, :2]}, "labels": {"labels": labels[1:]}, "plain": {}}
+    changes |= {"no rows": {"class_embeddings": np.zeros((3, 2))}, "floats": {"images": images / 255}}
+    return write_npz(folder.with_suffix(".npz"), **changes[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("missing/toy.npz", "", "source must exist, got missing/toy.npz"),
+        ("cub", "", "root must be the folder of cub, got None"),
+        ("empty folder", "", "root must have a sub-folder for each class, got "),
+        ("one class", "", "must have >= 3 classes, 2 of them to train with, got 1"),
+        ("no npz", "", "cannot read "),
+        ("shape", "", "images must have shape (N, H, W) or (N, H, W, 3), got (48, 28, 1, 2)"),
+        ("floats", "", "images must have dtype uint8, got float64"),
+        ("labels", "", "labels must have one entry for each of 48 images, got shape (47,)"),
+        ("no rows", "", "class_embeddings must have 8 rows"),
+        ("plain", "--recipe proxy", "name must be one of mhgl, "),
+        ("plain", "--backbone resnet1", "backbone must be a timm model such as resnet1"),
+        ("plain", "--preset big", "preset must be one of small, paper:cub, "),
+        ("plain", "--set widht=3", "a setting must be one of the recipe's, such as width"),
+        ("plain", "--set lr=fast", "lr must be of the kind of 0.002, got 'fast'"),
+        ("plain", "--set width", "must be name=value, got 'width'"),
+        ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),
+        ("plain", "--epochs two", "argument --epochs: invalid int value: 'two'"),
+        ("plain", "--validation-classes 9", "val_classes must be 2 to 2 of 4 classes, got 9 (--validation-classes"),
+        ("plain", "--device nowhere", "device must be there, got 'nowhere'"),
+        ("plain", "--class-embeddings missing.npy", "class_embeddings must be an existing file, got missing.npy"),
+        ("plain", "--resume", "a run's folder must hold config.json, got "),
+        ("glyphs", "--recipe adaptive_margin", "class_embeddings must be given for adaptive margins"),
+    ],
+)
+def test_bad_input(kind, arguments, message, tmp_path, monkeypatch, capsys):
+    source = kind if kind in ("missing/toy.npz", "cub", "glyphs") else bad_data(kind, tmp_path / "data")
+    given = ["--recipe", "triplet", "--data", source, "--out", tmp_path / "run", *arguments.split()]
+    status, line = command("train", given, monkeypatch, capsys)
+    assert status == 2
+    assert line.startswith("train.py: error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_neither_overwritten_nor_mixed(trained, photos, monkeypatch, capsys):
+    folder, _ = trained
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    given = ["--recipe", "mhgl", "--data", photos, "--epochs", 2, "--validation-classes", 2, "--out", folder]
+    given += ["--set", "width=4", "batch_size=16", "--device", "cpu"]
+    for more, message in (
+        ([], "--out must hold no run yet (or add --resume), got "),
+        (["--resume", "--seed", 1], "--resume must go on with the seed of config.json, 0, got 1"),
+        (["--resume", "--set", "lr=0.1"], "--resume must go on with the settings.lr of config.json, 0.002, got 0.1"),
+        (["--resume", "--test-classes", "3"], "--resume must go on with the num_classes of config.json, 2, got 3"),
+    ):
+        status, line = command("train", given + more, monkeypatch, capsys)
+        assert (status, line[: len("train.py: error: " + message)]) == (2, "train.py: error: " + message)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypatch, capsys):
+    folder, _ = trained
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    query = photos / "class0" / "03.png"
+    index = tmp_path / "index"
+    embed.main(folder, photos, index)
+    found = []
+    for name, given, message in (
+        ("embed", ["--run", tmp_path / "empty", "--images", photos], "a run's folder must hold config.json, got "),
+        ("embed", ["--run", tmp_path / "torn", "--images", photos], "a run's folder must hold best.pt or last.pt, "),
+        ("embed", ["--run", folder, "--images", tmp_path / "no"], "--images must be a folder, got "),
+        ("embed", ["--run", folder, "--images", tmp_path / "empty"], "--images must be a folder with images in it "),
+        ("search", ["--run", folder, "--query", query, "--k", 0], "--k must be >= 1, got 0"),
+        ("search", ["--run", folder, "--query", query, "--index", tmp_path / "empty"], "--index must be made by "),
+        ("search", ["--run", folder, "--query", data, "--index", index], f"cannot read image {data}: "),
+        ("search", ["--run", folder, "--query", "no.png", "--index", index], "cannot read image no.png: "),
+    ):
+        status, line = command(name, given, monkeypatch, capsys)
+        found.append((status, line.startswith(f"{name}.py: error: {message}")))
+    assert found == [(2, True)] * 8
+    for name in ("best.pt", "config.json"):
+        (tmp_path / "torn" / name).write_text("{")
+        status, line = command("embed", ["--run", tmp_path / "torn", "--images", photos], monkeypatch, capsys)
+        assert (status, line.startswith(f"embed.py: error: cannot read {tmp_path / 'torn' / name}: ")) == (2, True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_ends_the_training_with_its_name(workers, tmp_path):
+    """Also where a worker process finds it, whose traceback the error brings along."""
+    photos = write_folder(tmp_path / "photos")
+    (photos / "class1" / "09.png").write_bytes((photos / "class1" / "09.png").read_bytes()[:200])
+    given = ["--recipe", "triplet", "--data", photos, "--out", tmp_path / "run", "--workers", workers]
+    given += ["--validation-classes", 0, "--set", "width=4", "batch_size=16", "--epochs", 3]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "train.py", *map(str, given)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        f"train.py: error: cannot read image {photos / 'class1' / '09.png'}: "
+    )
