@@ -18,6 +18,7 @@ import resource
 import sys
 import time
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,57 +40,68 @@ METRICS = {
     "NMI": "NMI",
 }
 VALIDATION_CLASSES, TUNED_FOR = 0.25, "mean_average_precision_at_r"
-RATES = (1e-3, 3e-3)
 
 
 class Row(NamedTuple):
-    """A recipe, its settings, the values of one setting of its own that are tried, and its class embeddings.
+    """A recipe, its settings, the values that are tried on validation classes, and its class embeddings.
 
-    ``class_embeddings``: None, "given", or "shuffled": those of another class each.
+    ``tuned``: two settings with two values each, four trials. ``class_embeddings``: None, "given", or "shuffled": those
+    of other classes.
     """
 
     recipe: str
     settings: dict[str, Any]
-    tuned: tuple[str, tuple[Any, Any]]
+    tuned: dict[str, tuple[Any, Any]]
     class_embeddings: str | None = None
 
     def trials(self) -> list[dict[str, Any]]:
-        """Return the settings of the four trials: two learning rates, two values of the row's own setting."""
-        name, values = self.tuned
-        return [{"lr": lr, name: value} for lr in RATES for value in values]
+        """Return the settings of the four trials."""
+        return [dict(zip(self.tuned, values, strict=True)) for values in product(*self.tuned.values())]
 
 
+_RATES = {"lr": (1e-3, 3e-3)}
 _PLAIN = {"levels": "global", "attention": "none", "pool_type": "avg"}
-_BASE = ("base", (0.5, 1.0))
-_PROXY_WEIGHT = ("proxy_weight", (0.03, 0.3))
-_TEMPERATURE = ("temperature", (0.1, 0.3))
-_MARGIN = ("margin_scale", (0.1, 0.3))
+_BASE = _RATES | {"base": (0.5, 1.0)}
+_PROXY_WEIGHT = _RATES | {"proxy_weight": (0.03, 0.3)}
+_DIVERGENCE = _RATES | {"divergence_weight": (0.1, 1.0)}
+_TEMPERATURE = _RATES | {"temperature": (0.1, 0.3)}
+_SCALE = {"scale": (16.0, 32.0)}
+_MARGIN = _SCALE | {"margin_scale": (0.1, 0.3)}  # of the margin rows, all of which learn at lr 3e-3
+_LEARNERS = {"num_learners": 4, "refined_weight": 0.0}
 
 ROWS: dict[str, Row] = {
-    "contrastive": Row("contrastive", {}, ("neg_margin", (0.5, 1.0))),
-    "triplet": Row("triplet", {}, ("margin", (0.1, 0.3))),
+    "contrastive": Row("contrastive", {}, _RATES | {"neg_margin": (0.5, 1.0)}),
+    "triplet": Row("triplet", {}, _RATES | {"margin": (0.1, 0.3)}),
     "multi_similarity": Row("multi_similarity", {}, _BASE),
-    "proxy_anchor": Row("proxy_anchor", {}, ("proxy_lr", (1e-2, 1e-1))),
-    "cosface": Row("cosface", {}, ("margin", (0.2, 0.35))),
-    "normalized_softmax": Row("normalized_softmax", {}, ("temperature", (0.05, 0.1))),
-    "cross_entropy": Row("cross_entropy", {}, ("proxy_lr", (2e-3, 2e-2))),
+    "proxy_anchor": Row("proxy_anchor", {}, _RATES | {"proxy_lr": (1e-2, 1e-1)}),
+    "cosface": Row("cosface", {}, _RATES | {"margin": (0.2, 0.35)}),
+    "normalized_softmax": Row("normalized_softmax", {}, _RATES | {"temperature": (0.05, 0.1)}),
+    "cross_entropy": Row("cross_entropy", {}, _RATES | {"proxy_lr": (2e-3, 2e-2)}),
     "hybrid": Row("mhgl", _PLAIN, _PROXY_WEIGHT),
     "hybrid, avg+max": Row("mhgl", _PLAIN | {"pool_type": "avg+max"}, _PROXY_WEIGHT),
     "hybrid, avg+max, attention": Row("mhgl", {"levels": "global"}, _PROXY_WEIGHT),
     "hybrid, two levels": Row("mhgl", {"attention": "none"}, _PROXY_WEIGHT),
     "mhgl": Row("mhgl", {}, _PROXY_WEIGHT),
     "4 heads": Row("attention_ensemble", {"masks": False, "divergence_weight": 0.0}, _BASE),
-    "4 heads, divergence": Row("attention_ensemble", {"masks": False}, ("divergence_weight", (0.1, 1.0))),
+    "4 heads, divergence": Row("attention_ensemble", {"masks": False}, _DIVERGENCE),
     "4 learners": Row("attention_ensemble", {"divergence_weight": 0.0}, _BASE),
-    "4 learners, divergence": Row("attention_ensemble", {}, ("divergence_weight", (0.1, 1.0))),
+    "4 learners, divergence": Row("attention_ensemble", {}, _DIVERGENCE),
     "smoothed cross-entropy": Row("intra_batch", {"refined_weight": 0.0}, _TEMPERATURE),
     "refiner without messages": Row("intra_batch", {"messages": False}, _TEMPERATURE),
     "refiner": Row("intra_batch", {}, _TEMPERATURE),
-    "no margin": Row("adaptive_margin", {"margin_scale": 0.0}, ("scale", (16.0, 32.0))),
-    "constant margin": Row("adaptive_margin", {"margin_scale": 0.0}, ("base_margin", (0.1, 0.3))),
-    "margin from distance": Row("adaptive_margin", {}, _MARGIN, "given"),
-    "margin from similarity": Row("adaptive_margin", {"direction": "similarity"}, _MARGIN, "given"),
-    "margin from shuffled distance": Row("adaptive_margin", {}, _MARGIN, "shuffled"),
+    "no margin": Row("adaptive_margin", {"margin_scale": 0.0}, _RATES | _SCALE),
+    "constant margin": Row("adaptive_margin", {"margin_scale": 0.0, "lr": 3e-3}, _SCALE | {"base_margin": (0.1, 0.3)}),
+    "margin from distance": Row("adaptive_margin", {"lr": 3e-3}, _MARGIN, "given"),
+    "margin from similarity": Row("adaptive_margin", {"lr": 3e-3, "direction": "similarity"}, _MARGIN, "given"),
+    "margin from shuffled distance": Row("adaptive_margin", {"lr": 3e-3}, _MARGIN, "shuffled"),
+    "hybrid, 4 learners": Row("combined", _LEARNERS, _DIVERGENCE),
+    "hybrid, refiner": Row("combined", {}, _RATES | {"refined_weight": (0.1, 1.0)}),
+    "hybrid with margins, 4 learners, refiner": Row(
+        "combined",
+        {"num_learners": 4, "proxy_loss": "adaptive_margin", "divergence_weight": 0.1, "lr": 3e-3},
+        {"proxy_weight": (0.03, 0.3), "refined_weight": (0.1, 1.0)},
+        "given",
+    ),
 }
 
 
@@ -99,7 +111,9 @@ def row_of(spec):
         return ROWS[spec]
     name, _, settings = spec.partition(":")
     pairs = [pair.partition("=") for pair in settings.split(",") if pair]
-    return Row(name, {key: value_of(value) for key, _, value in pairs}, ("lr", (1e-3, 3e-3)))
+    given = {key: value_of(value) for key, _, value in pairs}
+    tuned = {key: values for key, values in (_RATES | {"weight_decay": (1e-4, 1e-2)}).items() if key not in given}
+    return Row(name, given, tuned, "given" if "adaptive_margin" in spec else None)
 
 
 def value_of(text):
@@ -138,7 +152,7 @@ def run(job):
         raise ValueError(f"--class-embeddings must be given for the row {job['row']!r}, got none")
     if row.class_embeddings == "shuffled":
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        rows = rows[order]
+        rows = rows[order[order.argsort().add(1) % len(rows)]]  # a cycle in random order: no class keeps its own
     made = recipe(
         row.recipe,
         data.num_classes,
@@ -151,7 +165,7 @@ def run(job):
     started = time.perf_counter()
     trainer = made.trainer(data.train, autocast=torch.bfloat16, channels_last=True)
     trainer.train()
-    seconds = time.perf_counter() - started
+    seconds, device = time.perf_counter() - started, next(made.trunk.parameters()).device
     embeddings, labels = embed(made.trunk, data.test, autocast=torch.bfloat16)
     found = {
         name: percent(retrieval_metrics(x, labels, metrics=tuple(METRICS)))
@@ -163,15 +177,23 @@ def run(job):
         "images_seen": trainer.iterations_per_epoch * trainer.batch_size * job["epochs"],
         "loss": [round(entry["loss"], 4) for entry in trainer.history],
         "seconds": round(seconds, 2),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mb": peak_memory(device),
         "versions": {name: version(name) for name in ("torch", "pytorch-metric-learning", "timm", "pml-ext")},
-        "device": platform.machine(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
     }
     found["data"] = Path(job["data"]).stem
     if job["class_embeddings"] is not None:
         found["class_embeddings"] = Path(job["class_embeddings"]).name
     write(Path(job["path"]), {name: value for name, value in found.items() if name != "path"})
     return found
+
+
+def peak_memory(device):
+    """Return the most memory of a device, or for the CPU of this process, in MB."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def at_test_time(made, embeddings):
@@ -199,11 +221,14 @@ def write(path, found):
 
 def tuned_settings(out, data, row):
     """Return the settings of the best trial on a data set's validation classes."""
-    trials = [json.loads(path.read_text()) for path in sorted((out / data / "tuning" / folder(row)).glob("*.json"))]
-    if not trials:
-        raise ValueError(f"--tuned-on {data}: no trial of {row!r} under {out}; run --tune first")
-    best = max(trials, key=lambda trial: trial["metrics"][""][TUNED_FOR])
-    return {name: best["settings"][name] for name in best["trial"]}
+    paths = sorted((out / data / "tuning" / folder(row)).glob("trial-*.json"))
+    if len(paths) != len(row_of(row).trials()):
+        raise SystemExit(
+            f"--tuned-on {data} must have {len(row_of(row).trials())} trials of {row!r} under {out}, got {len(paths)}: "
+            "run --tune first, or give --untuned"
+        )
+    best = max((json.loads(path.read_text()) for path in paths), key=lambda trial: trial["metrics"][""][TUNED_FOR])
+    return best["trial"]
 
 
 def folder(row):
@@ -214,6 +239,8 @@ def jobs_of(data, recipes, seeds, epochs, out, tune, tuned_on, embeddings, setti
     """Return what is to be run and has not been."""
     name, found = Path(data).stem, []
     for row in recipes:
+        if row_of(row).class_embeddings and embeddings is None:
+            raise SystemExit(f"--class-embeddings must be given for the row {row!r}, got none")
         shared = {"row": row, "data": data, "class_embeddings": embeddings, "epochs": epochs, "validation": tune}
         if tune:
             for number, trial in enumerate(row_of(row).trials()):
@@ -224,8 +251,23 @@ def jobs_of(data, recipes, seeds, epochs, out, tune, tuned_on, embeddings, setti
             chosen = tuned_settings(out, tuned_on, row) if tuned_on else {}
             for seed in seeds:
                 path = out / name / folder(row) / f"seed-{seed}.json"
-                found.append(shared | {"seed": seed, "settings": settings | chosen, "path": str(path)})
-    return [job for job in found if not Path(job["path"]).exists()]
+                own = {"seed": seed, "settings": settings | chosen, "tuned_on": tuned_on, "tuned": chosen}
+                found.append(shared | own | {"path": str(path)})
+    return [job for job in found if not is_done(job)]
+
+
+def is_done(job):
+    """Return whether a run has a file; one of another run stops everything."""
+    path = Path(job["path"])
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    wanted = {"epochs": job["epochs"]} | job["settings"]
+    there = {"epochs": found["epochs"]} | found["settings"]
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise SystemExit(f"{path} is a run with {name} = {there.get(name)}, got {value}: choose another --out")
+    return True
 
 
 def work(jobs, processes):
@@ -246,15 +288,21 @@ def quiet():
 
 
 def collect(out):
-    """Return data set -> row -> seed -> metrics."""
+    """Return data set -> row -> seed -> run, a run being metrics, and the settings that were chosen for it."""
     found = {}
     for path in sorted(out.glob("*/*/seed-*.json")):
         run_ = json.loads(path.read_text())
+        chosen = {name: run_["settings"][name] for name in ("lr", *run_["tuned"])}
         for suffix, metrics in run_["metrics"].items():
-            found.setdefault(run_["data"], {}).setdefault(run_["row"] + suffix, {})[run_["seed"]] = metrics
-    order = {row: i for i, row in enumerate(ROWS)}
-    rank = lambda row: order.get(row.split(" + mean of")[0].split(" + refinement")[0], len(order))  # noqa: E731
-    return {data: dict(sorted(rows.items(), key=lambda item: rank(item[0]))) for data, rows in found.items()}
+            rows = found.setdefault(run_["data"], {})
+            rows.setdefault(run_["row"] + suffix, {})[run_["seed"]] = metrics | {"chosen": chosen}
+    names = list(ROWS)
+
+    def place(row):
+        name = row.split(" + ")[0]
+        return names.index(name) if name in names else len(names)
+
+    return {data: dict(sorted(rows.items(), key=lambda item: place(item[0]))) for data, rows in found.items()}
 
 
 def difference(row, baseline, metric):
@@ -266,11 +314,11 @@ def difference(row, baseline, metric):
     return gaps.mean(), stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
 
 
-def show(out, baseline, markdown=False):
+def show(out, baseline):
     """Print a table for each data set."""
     for data, rows in collect(out).items():
         print(f"\n{data}: percent, mean (standard deviation) over seeds; difference to {baseline}, 95% interval\n")
-        titles = ["row", "seeds", *METRICS.values(), "MAP@R, difference"]
+        titles = ["row", "seeds", *METRICS.values(), "MAP@R, difference", "chosen"]
         lines = []
         for row, seeds in rows.items():
             cells = [row, str(len(seeds))]
@@ -279,6 +327,8 @@ def show(out, baseline, markdown=False):
                 cells.append(f"{np.mean(values):.1f} ({np.std(values, ddof=min(1, len(values) - 1)):.1f})")
             gap = difference(seeds, rows.get(baseline, {}), TUNED_FOR) if row != baseline else None
             cells.append("" if gap is None else f"{gap[0]:+.1f} ± {gap[1]:.1f}")
+            chosen = next(iter(seeds.values()))["chosen"]
+            cells.append("" if " + " in row else ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
             lines.append(cells)
         widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(len(titles))]
         for number, line in enumerate([titles, *lines]):
@@ -295,6 +345,8 @@ def draw(out, path):
     import matplotlib.pyplot as plt
 
     found = collect(out)
+    if not found:
+        raise SystemExit(f"--plot needs finished runs, got none under {out}")
     most = max(len(rows) for rows in found.values())
     figure, axes = plt.subplots(
         1, len(found), figsize=(6.5 * len(found), 0.3 * most + 1.2), layout="constrained", squeeze=False
@@ -322,6 +374,7 @@ def main(
     out="benchmarks/results/retrieval",
     tune=False,
     tuned_on=None,
+    untuned=False,
     class_embeddings=None,
     baseline="multi_similarity",
     settings=(),
@@ -334,6 +387,9 @@ def main(
     if kind != "epochs" or not number.isdigit():
         raise SystemExit(f"--budget must be epochs:N, got {budget!r}")
     if not show_only:
+        if data is None:
+            raise SystemExit("--data must be given, got none")
+        tuned_on = None if untuned else tuned_on or Path(data).stem
         given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
         rows = list(ROWS) if recipes is None else list(recipes)
         todo = jobs_of(data, rows, seeds, int(number), out, tune, tuned_on, class_embeddings, given)
@@ -352,7 +408,8 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", default="benchmarks/results/retrieval")
     parser.add_argument("--tune", action="store_true", help="run the trials on validation classes instead")
-    parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings")
+    parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings; default: this one")
+    parser.add_argument("--untuned", action="store_true", help="with the settings of the recipes instead")
     parser.add_argument("--class-embeddings", help='a file, "names" or "array:NAME"')
     parser.add_argument("--baseline", default="multi_similarity")
     parser.add_argument("--settings", nargs="+", default=(), help="of all rows: image_size=28 ...")

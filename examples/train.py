@@ -85,6 +85,10 @@ def main(
     made = recipes.recipe(recipe, fitted.num_classes, preset=preset, class_embeddings=fitted.class_embeddings, **given)
     fitted.train.transform = made.transforms.train
     tested = [view for view in (opened.test, opened.gallery) if view is not None]
+    for title, views in (("validation", [fitted.test]), ("test", tested)):
+        labels = torch.cat([view.labels for view in views])
+        if labels.bincount().max() < 2:
+            raise ValueError(f"--data must have a {title} class with two images, got {len(labels)} images of one each")
     for view in (fitted.test, *tested):
         view.transform = made.transforms.test
 
@@ -164,7 +168,8 @@ def side_of(image):
 def check_same(old, new):
     """Check that a run goes on with what it began with; versions of packages may differ."""
     old, new = (dict(flat({name: x for name, x in config.items() if name != "versions"})) for config in (old, new))
-    for name in new | old:
+    old.pop("data.images.test", None)  # a broken one may have been taken away
+    for name in new.keys() - {"data.images.test"} | old.keys():
         if old.get(name) != new.get(name):
             raise ValueError(
                 f"--resume must go on with the {name} of config.json, {old.get(name)}, got {new.get(name)}"

@@ -191,10 +191,12 @@ def toy(tmp_path, monkeypatch):
 TINY_ROWS = ("image_size=28", "width=4", "batch_size=12", "samples_per_class=3", "embedding_size=16")
 
 
+TINY_SETTINGS = {name: int(value) for name, _, value in (pair.partition("=") for pair in TINY_ROWS)}
+
+
 def retrieval_job(toy, path, row, seed=0, validation=False, epochs=2, **settings):
-    given = {name: retrieval.value_of(value) for name, _, value in (pair.partition("=") for pair in TINY_ROWS)}
     job = {"row": row, "data": str(toy), "class_embeddings": None, "epochs": epochs, "validation": validation}
-    return retrieval.run(job | {"seed": seed, "settings": given | settings, "path": str(path)})
+    return retrieval.run(job | {"seed": seed, "settings": TINY_SETTINGS | settings, "tuned": {}, "path": str(path)})
 
 
 @pytest.mark.parametrize("row", retrieval.ROWS)
@@ -207,7 +209,7 @@ def test_every_row_trains_and_is_reproduced(row, toy, tmp_path):
     found, again = entries
     assert found == again
     assert found["images_seen"] == 2 * 48 and len(found["loss"]) == 2
-    assert ("" in found["metrics"]) and (len(found["metrics"]) == 3) == row.startswith("refiner")
+    assert ("" in found["metrics"]) and (len(found["metrics"]) == 3) == ("refiner" in row)
     assert all(0 <= value <= 100 for metrics in found["metrics"].values() for value in metrics.values())
 
 
@@ -234,12 +236,20 @@ def test_tuning_does_not_look_at_test_classes(toy, tmp_path):
     assert changed[0] != changed[1]
 
 
-def test_shuffled_class_embeddings_are_those_of_other_classes(toy, tmp_path):
-    losses_ = [
-        retrieval_job(toy, tmp_path / f"{number}.json", row, epochs=1)["loss"]
-        for number, row in enumerate(("margin from distance", "margin from shuffled distance"))
-    ]
-    assert losses_[0] != losses_[1]
+def test_shuffled_class_embeddings_are_those_of_other_classes(toy, tmp_path, monkeypatch):
+    rows, seen = np.load(toy)["class_embeddings"][:8], []
+    make = retrieval.recipe
+
+    def spy(*args, class_embeddings=None, **kwargs):
+        seen.append(class_embeddings)
+        return make(*args, class_embeddings=class_embeddings, **kwargs)
+
+    monkeypatch.setattr(retrieval, "recipe", spy)
+    for row in ("margin from distance", "margin from shuffled distance"):
+        retrieval_job(toy, tmp_path / f"{len(seen)}.json", row, epochs=1)
+    given, shuffled = seen
+    assert np.array_equal(given, rows)
+    assert sorted(shuffled.tolist()) == sorted(rows.tolist()) and (shuffled.numpy() != rows).any(1).all()
 
 
 def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
@@ -249,21 +259,27 @@ def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
         for number in range(1, 4):
             path = out / "toy" / "tuning" / row / f"trial-{number}.json"
             trial = retrieval.ROWS[row].trials()[number]
-            fake = {"metrics": {"": {retrieval.TUNED_FOR: 0.0}}, "settings": trial, "trial": trial}
+            fake = {"metrics": {"": {retrieval.TUNED_FOR: 0.0}}, "settings": TINY_SETTINGS | trial, "trial": trial}
+            fake["epochs"] = 1
             retrieval.write(path, fake)
     retrieval.main(recipes=rows, tune=True, seeds=(0,), **common)
     chosen = json.loads((out / "toy" / "tuning" / "cosface" / "trial-0.json").read_text())
     assert chosen["validation"] and chosen["metrics"][""][retrieval.TUNED_FOR] > 0
     seed0 = out / "toy" / "cosface" / "seed-0.json"
     metrics = dict.fromkeys(retrieval.METRICS, 50.0)
-    common_entry = {"data": "toy", "seed": 0, "metrics": {"": metrics}}
-    retrieval.write(seed0, common_entry | {"row": "cosface"})
-    retrieval.write(out / "toy" / "proxy_anchor" / "seed-0.json", common_entry | {"row": "proxy_anchor"})
-    retrieval.main(recipes=["cosface"], tuned_on="toy", seeds=(0, 1), baseline="proxy_anchor", **common)
+    entry = {"data": "toy", "seed": 0, "metrics": {"": metrics}, "epochs": 1, "tuned": chosen["trial"]}
+    entry["settings"] = TINY_SETTINGS | chosen["trial"]
+    retrieval.write(seed0, entry | {"row": "cosface"})
+    retrieval.write(out / "toy" / "proxy_anchor" / "seed-0.json", entry | {"row": "proxy_anchor"})
+    with pytest.raises(SystemExit, match=r"seed-0.json is a run with epochs = 1, got 2: choose another --out"):
+        retrieval.main(recipes=["cosface"], seeds=(0,), **(common | {"budget": "epochs:2"}))
+    with pytest.raises(SystemExit, match=r"seed-0.json is a run with width = 4, got 8: choose another --out"):
+        retrieval.main(recipes=["cosface"], seeds=(0,), **(common | {"settings": (*TINY_ROWS, "width=8")}))
+    retrieval.main(recipes=["cosface"], seeds=(0, 1), baseline="proxy_anchor", **common)
     assert json.loads(seed0.read_text())["metrics"][""] == metrics  # a finished run is not repeated
     new = json.loads((out / "toy" / "cosface" / "seed-1.json").read_text())
     assert {name: new["settings"][name] for name in ("lr", "margin")} == chosen["trial"]
-    assert not new["validation"]
+    assert not new["validation"] and new["tuned_on"] == "toy" and new["tuned"] == chosen["trial"]
     mean = (50.0 + new["metrics"][""]["precision_at_1"]) / 2
     capsys.readouterr()
     retrieval.main(out=out, show_only=True, baseline="proxy_anchor", plot=tmp_path / "plot.png")
@@ -271,8 +287,18 @@ def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
     (line,) = (line for line in table.splitlines() if line.startswith("| cosface"))
     assert line.split("|")[2].strip() == "2" and line.split("|")[3].split()[0] == f"{mean:.1f}"
     assert (tmp_path / "plot.png").stat().st_size > 1000
-    with pytest.raises(ValueError, match="no trial of 'triplet'"):
-        retrieval.main(recipes=["triplet"], tuned_on="toy", **common)
+    assert f"lr {chosen['trial']['lr']:g}, margin {chosen['trial']['margin']:g}" in line
+    with pytest.raises(SystemExit, match=r"must have 4 trials of 'triplet' under .*, got 0"):
+        retrieval.main(recipes=["triplet"], **common)
+    (out / "toy" / "tuning" / "cosface" / "trial-2.json").unlink()
+    with pytest.raises(SystemExit, match=r"must have 4 trials of 'cosface' under .*, got 3"):
+        retrieval.main(recipes=["cosface"], **common)
+    with pytest.raises(SystemExit, match="--class-embeddings must be given for the row 'margin from distance'"):
+        retrieval.main(recipes=["margin from distance"], untuned=True, **common)
+    with pytest.raises(SystemExit, match="--data must be given"):
+        retrieval.main()
+    with pytest.raises(SystemExit, match="--plot needs finished runs"):
+        retrieval.main(show_only=True, out=tmp_path, plot=tmp_path / "none.png")
     with pytest.raises(SystemExit, match="--budget must be epochs:N, got 'hours:2'"):
         retrieval.main(**(common | {"budget": "hours:2"}))
 
@@ -289,3 +315,5 @@ def test_differences_are_paired_by_seed():
 def test_rows_of_recipes_with_settings():
     row = retrieval.row_of("mhgl:attention=printed,proxy_weight=0.1,pretrained=False")
     assert (row.recipe, row.settings) == ("mhgl", {"attention": "printed", "proxy_weight": 0.1, "pretrained": False})
+    assert len({json.dumps(trial) for trial in row.trials()}) == 4 and row.class_embeddings is None
+    assert retrieval.row_of("combined:proxy_loss=adaptive_margin").class_embeddings == "given"

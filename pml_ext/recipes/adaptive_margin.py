@@ -13,7 +13,9 @@ _UNKNOWN = "ours: the paper's is unknown"
 def make_adaptive_loss(
     s: Settings, num_classes: int, size: int, class_embeddings: Tensor | None
 ) -> AdaptiveAdditiveMarginLoss:
-    """Return the loss; without class embeddings its margin is the constant ``base_margin``."""
+    """Return the loss; with ``margin_scale=0`` its margin is the constant ``base_margin``."""
+    if class_embeddings is None and s.margin_scale:
+        raise ValueError("class_embeddings must be given for adaptive margins (or margin_scale=0), got None")
     return AdaptiveAdditiveMarginLoss(
         num_classes,
         size,
@@ -26,8 +28,6 @@ def make_adaptive_loss(
 
 
 def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
-    if class_embeddings is None and s.margin_scale:
-        raise ValueError("class_embeddings must be given for adaptive margins (or margin_scale=0), got None")
     return Parts(pooled_trunk(s), make_adaptive_loss(s, num_classes, s.embedding_size, class_embeddings))
 
 

@@ -37,7 +37,12 @@ ATTENTION_ENSEMBLE: Method = (
         "small": {"num_learners": (4, OURS), "learner_loss": ("multi_similarity", OURS)},
         "paper": {
             "backbone": ("googlenet", PAPER),
+            "pretrained": (True, PAPER),
+            "embedding_size": (512, PAPER),
+            "image_size": (224, PAPER),
+            "resize": (256, PAPER),
             "augmentation": ("square", PAPER),
+            "flip": (True, PAPER),
             "batch_size": (64, PAPER),
             "samples_per_class": (2, "ours: the paper's pairs, whose composition is unclear"),
             "optimizer": ("SGD", PAPER),

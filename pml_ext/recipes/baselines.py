@@ -26,6 +26,8 @@ def _contrastive(s: Settings, num_classes: int) -> tuple[Any, Any]:
 
 
 def _triplet(s: Settings, num_classes: int) -> tuple[Any, Any]:
+    if s.type_of_triplets not in ("all", "hard", "semihard", "easy"):
+        raise ValueError(f"type_of_triplets must be all, hard, semihard or easy, got {s.type_of_triplets!r}")
     return losses.TripletMarginLoss(s.margin), miners.TripletMarginMiner(s.margin, s.type_of_triplets)
 
 

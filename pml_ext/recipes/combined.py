@@ -23,6 +23,9 @@ def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Pa
         raise ValueError(f"proxy_loss must be 'proxy_anchor' or 'adaptive_margin', got {s.proxy_loss!r}")
     if s.num_learners > 1 and s.levels == "both":
         raise ValueError("levels must be 'global' for an ensemble, whose learners share one map, got 'both'")
+    attention = None if s.attention == "none" else s.attention
+    if s.num_learners > 1 and s.masks and attention is not None:
+        raise ValueError(f"attention must be 'none' for learners with masks, got {attention!r}")
     size = s.embedding_size // s.num_learners
 
     def hybrid() -> BaseMetricLossFunction:
@@ -37,9 +40,8 @@ def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Pa
             proxy_weight=s.proxy_weight,
         )
 
-    attention = None if s.attention == "none" else s.attention
     if s.num_learners > 1:
-        trunk = attention_ensemble(s, s.num_learners) if s.masks else pooled_trunk(s, s.num_learners)
+        trunk = attention_ensemble(s, s.num_learners) if s.masks else pooled_trunk(s, s.num_learners, attention)
         loss: BaseMetricLossFunction = EnsembleLoss(hybrid, s.num_learners, s.divergence_weight, s.divergence_margin)
     else:
         trunk = global_local_trunk(s, attention) if s.levels == "both" else pooled_trunk(s, attention=attention)
@@ -69,7 +71,9 @@ COMBINED: Method = (
             "pool_type": ("avg", OURS),
             "num_learners": (1, OURS),
             "proxy_loss": ("proxy_anchor", OURS),
-        }
+            "refiner_lr": (2e-3, OURS),
+        },
+        "paper": {"refiner_lr": (1.5636637e-4, "authors' code of IBC, for CUB")},
     },
     _build,
 )

@@ -19,7 +19,7 @@ def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Pa
     loss = HybridLoss(
         num_classes,
         s.embedding_size,
-        pair_loss=MultiSimilarityLoss(base=s.base),
+        pair_loss=MultiSimilarityLoss(base=s.base, negative_sign=s.negative_sign),
         pair_weight=s.pair_weight,
         proxy_weight=s.proxy_weight,
     )
@@ -33,11 +33,20 @@ MHGL: Method = (
             "attention": ("printed", PAPER),
             "pool_type": ("avg+max", PAPER),
             "base": (0.5, _OF_LOSS),
+            "negative_sign": ("minus", "Multi-Similarity paper; MHGL's Eq. 6 prints the other one, 'printed'"),
             "pair_weight": (1.0, PAPER),
             "proxy_weight": (0.03, PAPER),
         },
         "small": {"attention": ("solar", OURS)},
-        "paper": {"base": (1.0, PAPER), "epochs": (20, PAPER), "lr": (1e-4, PAPER), "proxy_lr": (1e-2, PAPER)},
+        "paper": {
+            "base": (1.0, PAPER),
+            "backbone": ("resnet50", PAPER),
+            "embedding_size": (512, PAPER),
+            "optimizer": ("AdamW", PAPER),
+            "epochs": (20, PAPER),
+            "lr": (1e-4, PAPER),
+            "proxy_lr": (1e-2, PAPER),
+        },
     },
     _build,
 )

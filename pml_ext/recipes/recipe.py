@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pml_ext.recipes.settings import Settings, settle
 from pml_ext.recipes.trainer import Trainer
 from pml_ext.recipes.transforms import Transforms, make_transforms
 from pml_ext.trunks import freeze_batch_norm, param_groups
+from pml_ext.trunks.modes import evaluating
 from pml_ext.types import Indices
 from pml_ext.validation import check_count
 
@@ -84,7 +86,8 @@ class Recipe:
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameters of backbone, new layers and loss, each with its learning rate; without decay for biases."""
         s = self.settings
-        return param_groups(self.trunk, self.loss, s.lr, s.head_lr, s.proxy_lr, s.weight_decay)
+        groups = param_groups(self.trunk, self.loss, s.lr, s.head_lr, s.proxy_lr, s.weight_decay)
+        return _with_rate(groups, self.loss, s.refiner_lr) if "refiner_lr" in s else groups
 
     def optimizer(self, groups: list[dict[str, Any]] | None = None) -> torch.optim.Optimizer:
         """Return one optimizer over ``param_groups``, the loss's parameters included, or over some of them."""
@@ -173,18 +176,55 @@ def recipe(
     if name not in RECIPES:
         raise ValueError(f"name must be one of {', '.join(RECIPES)}, got {name!r}")
     check_count("num_classes", num_classes)
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be >= 2, got {num_classes}")
     numbers, build = RECIPES[name]
     found = settle(preset, numbers, {"embedding_size": embedding_size, "backbone": backbone} | settings)
     _check(found)
-    parts = build(found, num_classes, class_embeddings)
+    try:
+        parts = build(found, num_classes, class_embeddings)
+        _dry_run(parts.trunk, found)
+    except (AssertionError, RuntimeError) as error:  # of networks that images of this size do not fit
+        raise ValueError(
+            f"backbone must take images of image_size = {found.image_size}, {found.backbone!r} does not: {error}"
+        ) from error
     if found.freeze_batch_norm:
         freeze_batch_norm(getattr(parts.trunk, "backbone", parts.trunk))
     return Recipe(name, num_classes, found, parts.trunk, parts.loss, parts.miner)
 
 
+def _with_rate(groups: list[dict[str, Any]], loss: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """Take the parameters of an IntraBatchLoss's refiner out of their groups, into some of their own."""
+    parts = [getattr(loss, name, None) for name in ("refiner", "norms", "refined_losses")]
+    own = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
+    found = []
+    for group in groups:
+        for name, rate, inside in ((group["name"], group["lr"], False), (f"refiner: {group['name']}", lr, True)):
+            params = [p for p in group["params"] if (id(p) in own) == inside]
+            if params:
+                found.append(group | {"name": name, "lr": rate, "params": params})
+    return found
+
+
+@torch.no_grad()
+def _dry_run(trunk: nn.Module, s: Settings) -> None:
+    with evaluating(trunk):
+        trunk(torch.zeros(2, s.in_channels, s.image_size, s.image_size))
+
+
 def _check(s: Settings) -> None:
     for name in ("embedding_size", "in_channels", "image_size", "batch_size", "samples_per_class", "epochs"):
         check_count(name, s[name])
+    for name in ("width", "depth"):
+        check_count(name, s[name])
+    for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr"):
+        value = s.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    if s.flip is not None and not isinstance(s.flip, bool):
+        raise ValueError(f"flip must be True, False or None, got {s.flip!r}")
+    if not isinstance(s.milestones, list | tuple) or not all(isinstance(x, Integral) for x in s.milestones):
+        raise ValueError(f"milestones must be a list of epochs, got {s.milestones!r}")
     if s.batch_size % s.samples_per_class or s.batch_size < 2 * s.samples_per_class:
         rule = f"a multiple of samples_per_class = {s.samples_per_class}, at least twice it"
         raise ValueError(f"batch_size must be {rule}, got {s.batch_size}")

@@ -11,6 +11,7 @@ PAPER_PRESETS = ("paper:cub", "paper:cars", "paper:sop", "paper:inshop")
 PRESETS = ("small", *PAPER_PRESETS)
 
 OURS, PAPER, CODE, PROXY_ANCHOR = "our choice", "paper", "authors' code", "Proxy-Anchor's code"
+_USUAL = "ours: usual in the field"
 
 _SMALL: Numbers = {
     "backbone": ("convnet", OURS),
@@ -40,9 +41,9 @@ _SMALL: Numbers = {
     "freeze_batch_norm": (False, OURS),
 }
 _PAPER: Numbers = _SMALL | {
-    "backbone": ("resnet50", PAPER),
-    "pretrained": (True, PAPER),
-    "embedding_size": (512, PAPER),
+    "backbone": ("resnet50", _USUAL),
+    "pretrained": (True, _USUAL),
+    "embedding_size": (512, _USUAL),
     "image_size": (224, PROXY_ANCHOR),
     "resize": (256, PROXY_ANCHOR),
     "augmentation": ("crop", PROXY_ANCHOR),
@@ -101,16 +102,17 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
     Args:
         preset: One of PRESETS.
         own: The recipe's numbers by preset; those of "all" for each preset, those of "paper" for each of the papers'.
-        given: By the user; None stands for "as the preset has it".
+        given: By the user; None stands for "as the preset has it". With an ``image_size`` alone, ``resize`` follows.
 
     Raises:
         ValueError: If preset or a name is unknown, or a text is given for a number or the other way round.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    numbers = dict(_COMMON[preset])
+    numbers: Numbers = dict(_COMMON[preset])
     for key in ("all", *(["paper"] if preset in PAPER_PRESETS else []), preset):
         numbers |= own.get(key, {})
+    usual_size, usual_resize = numbers["image_size"][0], numbers["resize"][0]
     for name, value in given.items():
         if name not in numbers:
             close = ", ".join(get_close_matches(name, numbers, n=3)) or ", ".join(sorted(numbers))
@@ -121,4 +123,6 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         if default is not None and isinstance(value, str) != isinstance(default, str):
             raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
         numbers[name] = (value, "given")
+    if given.get("image_size") and not given.get("resize") and usual_resize:
+        numbers["resize"] = (round(usual_resize * given["image_size"] / usual_size), "as the preset, for image_size")
     return Settings(preset, numbers)

@@ -1,6 +1,7 @@
 """PML's trainer, wired for a recipe, that can be stopped and go on."""
 
 import json
+import math
 import os
 import random
 import time
@@ -37,6 +38,7 @@ class Trainer(MetricLossOnly):
         dataloader_num_workers: Processes that load images.
         end_of_iteration_hook: As in PML, called with the trainer.
         end_of_epoch_hook: As in PML; training ends where it returns False.
+        **kwargs: Passed to PML's ``MetricLossOnly``: ``freeze_these``, ``collate_fn``, ``data_and_label_getter``, ...
 
     Attributes:
         recipe: What is trained.
@@ -67,6 +69,7 @@ class Trainer(MetricLossOnly):
         dataloader_num_workers: int = 0,
         end_of_iteration_hook: Callable[[Any], Any] | None = None,
         end_of_epoch_hook: Callable[[Any], Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.recipe = recipe
         self.validate = validate
@@ -112,7 +115,10 @@ class Trainer(MetricLossOnly):
             dataloader_num_workers=dataloader_num_workers,
             end_of_iteration_hook=self._add_loss,
             end_of_epoch_hook=self._after_epoch,
+            **kwargs,
         )
+        backbone = getattr(trunk, "backbone", None)
+        self._warming = [] if backbone is None else [p for p in backbone.parameters() if p.requires_grad]
         self._users_hooks = end_of_iteration_hook, end_of_epoch_hook
         self._stopped = False
 
@@ -126,14 +132,20 @@ class Trainer(MetricLossOnly):
 
         Args:
             num_epochs: Epochs in all, those of a resumed training included. None: the recipe's.
+
+        Raises:
+            ValueError: If they are more than the recipe's and its schedule ends there.
         """
         last = self.recipe.epochs if num_epochs is None else num_epochs
+        if last > self.recipe.epochs and self.recipe.settings.schedule == "cosine":
+            raise ValueError(f"num_epochs must be <= {self.recipe.epochs}, where the cosine schedule ends, got {last}")
         self._stopped = False
         while self.epochs_done < last and not self._stopped:
             self._loss_sum, self._started = torch.zeros(()), time.perf_counter()
             self._lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
             epoch = self.epochs_done + 1
             super().train(start_epoch=epoch, num_epochs=epoch)
+            self._let_backbone_learn(True)  # whoever comes next finds it as it was
         return self.history
 
     def resume(self, path: str | os.PathLike[str] | None = None) -> int:
@@ -178,11 +190,12 @@ class Trainer(MetricLossOnly):
     def set_to_train(self) -> None:
         """Put all in training mode; the backbone stands still while the new layers warm up."""
         super().set_to_train()
-        warming = self.epoch <= self.recipe.settings.warmup_epochs
-        backbone = getattr(self.models["trunk"], "backbone", None)
-        if backbone is not None and self.recipe.settings.warmup_epochs:
-            for parameter in backbone.parameters():
-                parameter.requires_grad_(not warming)
+        self._let_backbone_learn(self.epoch > self.recipe.settings.warmup_epochs)
+
+    def _let_backbone_learn(self, learns: bool) -> None:
+        if "trunk" not in self.freeze_these:
+            for parameter in self._warming:
+                parameter.requires_grad_(learns)
 
     def _parts(self) -> dict[str, Any]:
         parts = {"trunk": self.models["trunk"], "loss": self.loss_funcs["metric_loss"]}
@@ -204,13 +217,17 @@ class Trainer(MetricLossOnly):
         if self.validate is not None:
             entry |= self.validate(self.models["trunk"])
         self.history.append(entry)
-        better = self.validate is not None and (self.best is None or entry[self.metric] > self.best[self.metric])
+        better = self.validate is not None and self._is_better(entry[self.metric])
         if better:
             self.best = entry
         if self.folder is not None:
             self._save(better)
         self._stopped = self._users_hooks[1] is not None and self._users_hooks[1](self) is False
         return not self._stopped
+
+    def _is_better(self, value: float) -> bool:
+        """Return whether a metric is larger than the best; NaN, of classes without pairs, is smaller than any."""
+        return self.best is None or math.isnan(self.best[self.metric]) or value > self.best[self.metric]
 
     def _save(self, better: bool) -> None:
         assert self.folder is not None

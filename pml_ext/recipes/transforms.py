@@ -35,6 +35,8 @@ def make_transforms(settings: Settings) -> Transforms:
     mean, std = _IMAGENET if channels == 3 and settings.preset != "small" else ((0.5,) * channels,) * 2
     number = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     resize = settings.resize or size
+    if resize < size:
+        raise ValueError(f"resize must be >= image_size = {size}, got {resize}")
     square = [_pad_to_square] if settings.augmentation == "square" else []
     whole = [partial(_resize, size=[resize, resize] if settings.preset == "small" or square else [resize])]
     flip = channels == 3 if settings.flip is None else settings.flip
@@ -58,9 +60,12 @@ def make_transforms(settings: Settings) -> Transforms:
 
 def _with_channels(image: Any, channels: int) -> torch.Tensor:
     """Return a tensor of gray or RGB, without alpha."""
-    found: torch.Tensor = image if isinstance(image, torch.Tensor) else v2.functional.pil_to_tensor(image)
-    if found.shape[0] in (2, 4):
-        found = found[:-1]
+    if not isinstance(image, torch.Tensor):
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            raise ValueError(f"images must have values with a fixed range, got PIL's mode {image.mode!r}")
+        converted: torch.Tensor = v2.functional.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+        return converted
+    found: torch.Tensor = image[:-1] if image.shape[0] in (2, 4) else image
     if found.shape[0] == channels:
         return found
     convert = v2.functional.rgb_to_grayscale if channels == 1 else v2.functional.grayscale_to_rgb

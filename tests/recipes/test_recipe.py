@@ -144,6 +144,29 @@ def test_learning_rates():
     assert rates == {"backbone": 0.5, "new layers": 0.25, "proxies": 0.125}
 
 
+def test_the_refiner_of_a_combination_learns_at_its_own_rate():
+    made = tiny("combined", refiner_lr=0.5, proxy_lr=0.25, lr=0.125)
+    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in made.loss.refiner.parameters()} == {0.5}
+    assert {rates[id(p)] for p in made.loss.refined_losses.parameters()} == {0.5}
+    assert {rates[id(p)] for p in made.loss.raw_loss.parameters()} == {0.25}
+    assert {rates[id(p)] for p in made.trunk.parameters()} == {0.125}
+
+
+def test_resize_follows_the_image_size():
+    for name, size, resize in (("proxy_anchor", 64, 73), ("intra_batch", 454, 512)):
+        made = recipe(name, 3, preset="paper:cub", pretrained=False, backbone="resnet18", image_size=size)
+        assert made.settings.resize == resize
+    assert recipe("proxy_anchor", 3, preset="paper:sop", pretrained=False, backbone="resnet18").settings.resize == 256
+
+
+def test_numbers_that_no_paper_has_do_not_claim_one():
+    for name in ("contrastive", "adaptive_margin"):
+        made = recipe(name, 3, preset="paper:cub", pretrained=False, class_embeddings=DESCRIPTIONS[:3])
+        assert not [note for note in made.notes.values() if note.endswith(": paper")]
+    assert "'printed'" in tiny("mhgl").notes["negative_sign"]
+
+
 def test_schedules():
     made = tiny("proxy_anchor", epochs=4)
     optimizer = made.optimizer()
@@ -191,6 +214,21 @@ def test_sampler():
         ({"name": "combined", "num_learners": 4, "levels": "both"}, "levels must be 'global' for an ensemble"),
         ({"name": "attention_ensemble", "learner_loss": "triplet"}, "learner_loss must be 'contrastive' or"),
         ({"name": "adaptive_margin"}, "class_embeddings must be given for adaptive margins"),
+        ({"name": "combined", "proxy_loss": "adaptive_margin"}, "class_embeddings must be given for adaptive margins"),
+        ({"name": "combined", "num_learners": 4, "attention": "solar"}, "attention must be 'none' for learners"),
+        ({"num_classes": 1}, "num_classes must be >= 2, got 1"),
+        ({"resize": 20}, "resize must be >= image_size = 32, got 20"),
+        ({"width": 0}, "width must be an integer >= 1, got 0"),
+        ({"lr": -1.0}, "lr must be a number > 0, got -1.0"),
+        ({"clip_value": "much"}, "clip_value must be a number > 0, got 'much'"),
+        ({"flip": "yes"}, "flip must be True, False or None, got 'yes'"),
+        ({"milestones": 5}, "milestones must be a list of epochs, got 5"),
+        ({"name": "triplet", "type_of_triplets": "most"}, "type_of_triplets must be all, hard, semihard or easy"),
+        (
+            {"backbone": "inception_v4", "image_size": 28},
+            "backbone must take images of image_size = 28, 'inception_v4'",
+        ),
+        ({"backbone": "mixer_b16_224", "image_size": 28}, "backbone must take images of image_size = 28, 'mixer_b16"),
     ],
 )
 def test_errors(arguments, message):

@@ -125,6 +125,38 @@ def test_backbone_stands_still_while_new_layers_warm_up():
     assert all(not torch.equal(start[name], made.trunk.state_dict()[name]) for name in names)
 
 
+def test_warming_up_leaves_no_trace():
+    """Another trainer of the same modules finds them as they were, and what the user has frozen stays frozen."""
+    made = tiny(warmup_epochs=1)
+    made.trunk.backbone.stage1.requires_grad_(False)
+    frozen = copy.deepcopy(made.trunk.backbone.stage1[0].weight)
+    made.trainer(Images()).train(1)
+    start = made.trunk.backbone.stage2[1].weight.clone()
+    made.trainer(Images()).train(2)
+    assert not torch.equal(made.trunk.backbone.stage2[1].weight, start)
+    assert torch.equal(made.trunk.backbone.stage1[0].weight, frozen)
+    assert not any(p.requires_grad for p in made.trunk.backbone.stage1.parameters())
+
+
+def test_what_pml_takes_is_passed_on():
+    made = tiny()
+    start = copy.deepcopy(made.trunk.state_dict())
+    trainer = made.trainer(Images(), freeze_these=("trunk",), loss_weights={"metric_loss": 2.0})
+    proxies = made.loss.proxies.detach().clone()
+    trainer.train(1)
+    assert all(torch.equal(start[name], p) for name, p in made.trunk.named_parameters())
+    assert not torch.equal(made.loss.proxies, proxies)
+    assert not any(p.requires_grad for p in made.trunk.parameters())
+    assert trainer.loss_weights == {"metric_loss": 2.0}
+
+
+def test_metrics_that_are_no_numbers_are_not_the_best():
+    scores = iter([float("nan"), 0.3, float("nan")])
+    trainer = tiny().trainer(Images(), validate=lambda trunk: {"mean_average_precision_at_r": next(scores)})
+    trainer.train()
+    assert trainer.best["epoch"] == 2
+
+
 def test_gradients_are_clipped():
     largest = []
 
@@ -178,5 +210,7 @@ def test_errors(tmp_path):
         made.trainer(torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS + 1)
     with pytest.raises(ValueError, match="path must be given for a trainer without folder"):
         made.trainer(Images()).resume()
+    with pytest.raises(ValueError, match="num_epochs must be <= 3, where the cosine schedule ends, got 4"):
+        made.trainer(Images()).train(4)
     with pytest.raises(FileNotFoundError):
         made.trainer(Images(), folder=tmp_path).resume()

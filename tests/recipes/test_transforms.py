@@ -25,6 +25,19 @@ def test_any_image_becomes_a_float_tensor(kind, channels):
         assert -1 <= found.min() < -0.5 and 0.5 < found.max() <= 1
 
 
+@pytest.mark.parametrize("mode", ["P", "CMYK", "1", "LA"])
+def test_other_modes_are_converted(mode):
+    image = Image.new("RGB", (28, 28), (255, 0, 0)).convert(mode)
+    found = transforms(in_channels=3, image_size=28).test(image)
+    expected = transforms(in_channels=3, image_size=28).test(image.convert("RGB"))
+    assert torch.equal(found, expected)
+
+
+def test_pixels_without_a_fixed_range_are_refused():
+    with pytest.raises(ValueError, match="images must have values with a fixed range, got PIL's mode 'F'"):
+        transforms(image_size=28).test(Image.new("F", (28, 28)))
+
+
 def test_small_images_are_shifted_in_training_only():
     image = torch.zeros(1, 28, 28, dtype=torch.uint8)
     image[:, 10:18, 10:18] = 255
