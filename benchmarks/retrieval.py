@@ -253,6 +253,7 @@ def jobs_of(data, recipes, seeds, epochs, out, tune, tuned_on, embeddings, setti
                 path = out / name / folder(row) / f"seed-{seed}.json"
                 own = {"seed": seed, "settings": settings | chosen, "tuned_on": tuned_on, "tuned": chosen}
                 found.append(shared | own | {"path": str(path)})
+    found.sort(key=lambda job: job["seed"])  # all rows of one seed first: what is stopped can be compared
     return [job for job in found if not is_done(job)]
 
 

@@ -6,9 +6,10 @@ Run: python examples/train.py --recipe mhgl --data glyphs --epochs 5 --out runs/
 
 The network learns the training classes less some validation classes, which choose the epoch; the test classes are
 looked at once, at the end. --out gets config.json, metrics.jsonl (a line for each epoch, one of the test), last.pt,
-best.pt (the best epoch; with --validation-classes 0 there is none, and the last epoch is tested), curves.png and
-gallery.png. After an interruption the same command with --resume goes on behind the last whole epoch; with the same
---workers and --device it ends where an uninterrupted run does. Then: examples/embed.py and examples/search.py.
+best.pt (the best epoch; with --validation-classes 0 there is none, and the last epoch is tested), curves.png,
+gallery.png, and report.html to be opened in a browser (not for In-Shop, whose queries search a gallery). After an
+interruption the same command with --resume goes on behind the last whole epoch; with the same --workers and --device it
+ends where an uninterrupted run does. Then: examples/embed.py and examples/search.py.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pml_ext import recipes
 from pml_ext.command_line import Command
 from pml_ext.datasets import open_data
 from pml_ext.recipes.run_folder import describe_run, load_run, read_config, usable_device, write_config
-from pml_ext.visualization import plot_curves, retrieval_gallery
+from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
 METRICS = {"precision_at_1": "P@1", "r_precision": "R-precision", "mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
 
@@ -135,6 +136,8 @@ def main(
     with (out / "metrics.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in [*trainer.history, result])
     draw(out, trainer.history, tested, found)
+    if len(tested) == 1:
+        retrieval_report(*found[0], Images(*tested), opened.test.class_names, out / "report.html", title=str(out))
     print(f"{opened.test.num_classes} unseen classes, epoch {run.epoch} of {made.epochs}, seed {seed}, percent")
     print("  ".join(f"{title} {100 * result[name]:.1f}" for name, title in METRICS.items()))
     print(f"network, metrics and pictures: {out}")

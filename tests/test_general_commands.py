@@ -95,7 +95,7 @@ def trained(photos, tmp_path_factory):
 
 def test_what_a_run_leaves(trained, photos):
     folder, result = trained
-    names = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "gallery.png"}
+    names = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "gallery.png", "report.html"}
     assert {path.name for path in folder.iterdir()} - {"index", "search.png"} == names
     for name in ("curves.png", "gallery.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
