@@ -423,7 +423,7 @@ def bad_data(kind, folder):
         ("plain", "--recipe proxy", "name must be one of mhgl, "),
         ("plain", "--backbone resnet1", "backbone must be a timm model such as resnet1"),
         ("plain", "--preset big", "preset must be one of small, paper:cub, "),
-        ("plain", "--set widht=3", "a setting must be one of the recipe's, such as width"),
+        ("plain", "--set widths=3", "a setting must be one of the recipe's, such as width"),
         ("plain", "--set lr=fast", "lr must be of the kind of 0.002, got 'fast'"),
         ("plain", "--set width", "must be name=value, got 'width'"),
         ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),
