@@ -8,6 +8,7 @@ from pytorch_metric_learning.reducers import MultipleReducers
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
+from pml_ext.losses.optimizer_watch import OptimizerWatch
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices
 from pml_ext.validation import check_batch, validation_wanted
@@ -24,6 +25,10 @@ class BaseLoss(BaseMetricLossFunction):
 
     num_classes: int | None = None
     embedding_size: int | None = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._optimizer_watch = OptimizerWatch()
 
     def forward(
         self,
@@ -53,6 +58,7 @@ class BaseLoss(BaseMetricLossFunction):
         """
         if validation_wanted():
             check_batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, self.num_classes, self.embedding_size)
+            self._optimizer_watch.look(self)
         with full_precision(embeddings.device):
             self.reset_stats()
             emb = raise_half(embeddings)

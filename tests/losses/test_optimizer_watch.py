@@ -1,0 +1,79 @@
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from pytorch_metric_learning import losses, trainers
+
+from pml_ext.distributed import DistributedLossWrapper
+from pml_ext.losses import EnsembleLoss, HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
+
+X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+MESSAGE = r"has parameters that 100 batches have not changed: give loss_func.parameters\(\) to an optimizer"
+
+
+def train(loss_func, batches, optimizer=None, zero_first=True):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(batches):
+            if optimizer is not None and zero_first:
+                optimizer.zero_grad()
+            loss = loss_func(X.clone().requires_grad_(), Y)
+            if optimizer is not None and not zero_first:
+                optimizer.zero_grad()
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+    return [str(entry.message) for entry in found if "have not changed" in str(entry.message)]
+
+
+@pytest.mark.parametrize(
+    "loss_func",
+    [ProxyAnchorLoss(3, 4), HybridLoss(3, 4), EnsembleLoss(lambda: ProxyAnchorLoss(3, 2), 2)],
+    ids=lambda loss_func: type(loss_func).__name__,
+)
+def test_parameters_without_optimizer_are_noticed_once(loss_func):
+    assert not train(loss_func, 100)
+    (message,) = train(loss_func, 200)
+    assert message.startswith(type(loss_func).__name__) and 'optimizers["metric_loss_optimizer"]' in message
+
+
+@pytest.mark.parametrize("zero_first", [True, False])
+def test_silence_with_an_optimizer(zero_first):
+    loss_func = ProxyAnchorLoss(3, 4)
+    assert not train(loss_func, 130, torch.optim.SGD(loss_func.parameters(), lr=0.1), zero_first)
+    assert not train(loss_func, 130)  # whoever stops to train them later knows it
+
+
+def test_silence_where_nothing_can_be_trained():
+    assert not train(MultiSimilarityLoss(), 130)
+    frozen = ProxyAnchorLoss(3, 4).requires_grad_(False)
+    assert not train(frozen, 130)
+    in_evaluation = ProxyAnchorLoss(3, 4)
+    train(in_evaluation, 2)
+    assert not train(in_evaluation.eval(), 130)
+
+
+def test_within_other_losses():
+    assert train(losses.MultipleLosses([ProxyAnchorLoss(3, 4)]), 130)
+    assert train(DistributedLossWrapper(ProxyAnchorLoss(3, 4)), 130)
+    both = copy.deepcopy(pickle.loads(pickle.dumps(HybridLoss(3, 4))))
+    assert len(train(both, 130)) == 1
+
+
+def test_in_a_trainer_of_pml():
+    loss_func = ProxyAnchorLoss(3, 4)
+    trunk = torch.nn.Linear(4, 4)
+    trainer = trainers.MetricLossOnly(
+        {"trunk": trunk},
+        {"trunk_optimizer": torch.optim.SGD(trunk.parameters(), lr=0.01)},
+        12,
+        {"metric_loss": loss_func},
+        torch.utils.data.TensorDataset(X, Y),
+        iterations_per_epoch=130,
+        dataloader_num_workers=0,
+        data_device=torch.device("cpu"),
+    )
+    with pytest.warns(UserWarning, match=MESSAGE):
+        trainer.train()
