@@ -39,6 +39,7 @@ METRICS = {
     "mean_average_precision_at_r": "MAP@R",
     "NMI": "NMI",
 }
+COMPARED = {"precision_at_1": "P@1", "mean_average_precision_at_r": "MAP@R"}
 VALIDATION_CLASSES, TUNED_FOR = 0.25, "mean_average_precision_at_r"
 
 
@@ -103,6 +104,43 @@ ROWS: dict[str, Row] = {
         "given",
     ),
 }
+
+QUESTIONS: dict[str, list[tuple[str, str]]] = {
+    "pairs and proxies": [("hybrid", "multi_similarity"), ("hybrid", "proxy_anchor")],
+    "global and local heads, attention": [
+        ("hybrid, avg+max", "hybrid"),
+        ("hybrid, avg+max, attention", "hybrid, avg+max"),
+        ("hybrid, two levels", "hybrid, avg+max"),
+        ("mhgl", "hybrid, two levels"),
+        ("mhgl", "hybrid"),
+    ],
+    "ensembles": [
+        ("4 heads", "multi_similarity"),
+        ("4 heads, divergence", "4 heads"),
+        ("4 learners", "4 heads"),
+        ("4 learners, divergence", "4 learners"),
+        ("4 learners, divergence", "multi_similarity"),
+    ],
+    "messages": [
+        ("refiner without messages", "smoothed cross-entropy"),
+        ("refiner", "refiner without messages"),
+        ("refiner", "smoothed cross-entropy"),
+        ("refiner + refinement at test time", "refiner"),
+        ("refiner + mean of 8 neighbours", "refiner"),
+    ],
+    "margins": [
+        ("constant margin", "no margin"),
+        ("margin from distance", "constant margin"),
+        ("margin from similarity", "constant margin"),
+        ("margin from distance", "margin from shuffled distance"),
+    ],
+    "combinations": [
+        ("hybrid, refiner", "hybrid"),
+        ("hybrid, 4 learners", "4 learners, divergence"),
+        ("hybrid with margins, 4 learners, refiner", "hybrid, 4 learners"),
+    ],
+}
+"""What is compared with what: a row and its baseline, which it shares all else with."""
 
 
 def row_of(spec):
@@ -318,7 +356,7 @@ def difference(row, baseline, metric):
 def show(out, baseline):
     """Print a table for each data set."""
     for data, rows in collect(out).items():
-        print(f"\n{data}: percent, mean (standard deviation) over seeds; difference to {baseline}, 95% interval\n")
+        print(f"\n{data}: percent, mean (standard deviation) over seeds; difference to {baseline}: 95% interval\n")
         titles = ["row", "seeds", *METRICS.values(), "MAP@R, difference", "chosen"]
         lines = []
         for row, seeds in rows.items():
@@ -331,11 +369,22 @@ def show(out, baseline):
             chosen = next(iter(seeds.values()))["chosen"]
             cells.append("" if " + " in row else ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
             lines.append(cells)
-        widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(len(titles))]
-        for number, line in enumerate([titles, *lines]):
-            print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
-            if not number:
-                print("| " + " | ".join("-" * width for width in widths) + " |")
+        print_table(titles, lines)
+        print(f"\n{data}: differences, mean and 95% interval over seeds, in percent points\n")
+        lines = []
+        for question, pairs in QUESTIONS.items():
+            for row, other in pairs:
+                gaps = [difference(rows.get(row, {}), rows.get(other, {}), metric) for metric in COMPARED]
+                if None not in gaps:
+                    lines.append([question, row, other, *(f"{gap[0]:+.1f} ± {gap[1]:.1f}" for gap in gaps)])
+        print_table(["question", "row", "less", *COMPARED.values()], lines)
+
+
+def print_table(titles, lines):
+    """Print a table that Markdown and people can read."""
+    widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(len(titles))]
+    for line in [titles, ["-" * width for width in widths], *lines]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
 
 
 def draw(out, path):
@@ -350,18 +399,18 @@ def draw(out, path):
         raise SystemExit(f"--plot needs finished runs, got none under {out}")
     most = max(len(rows) for rows in found.values())
     figure, axes = plt.subplots(
-        1, len(found), figsize=(6.5 * len(found), 0.3 * most + 1.2), layout="constrained", squeeze=False
+        1, len(found), figsize=(8 * len(found), 0.22 * most + 1.2), layout="constrained", squeeze=False
     )
     for axis, (data, rows) in zip(axes[0], found.items(), strict=True):
         for place, seeds in enumerate(rows.values()):
             values = [one[TUNED_FOR] for one in seeds.values()]
-            axis.plot(values, [place] * len(values), "o", alpha=0.6, markersize=4)
+            axis.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6, markersize=4)
             axis.plot([np.mean(values)], [place], "k|", markersize=14)
         axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.grid(axis="x", alpha=0.3)
-        axis.set_title(data)
-        axis.set_xlabel("MAP@R on unseen classes, percent; one dot a seed, |: mean")
+        axis.set_title(f"{data}: one dot a seed, |: mean")
+        axis.set_xlabel("MAP@R on unseen classes, percent")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -317,3 +317,22 @@ def test_rows_of_recipes_with_settings():
     assert (row.recipe, row.settings) == ("mhgl", {"attention": "printed", "proxy_weight": 0.1, "pretrained": False})
     assert len({json.dumps(trial) for trial in row.trials()}) == 4 and row.class_embeddings is None
     assert retrieval.row_of("combined:proxy_loss=adaptive_margin").class_embeddings == "given"
+
+
+def test_questions_compare_rows_that_exist():
+    for pairs in retrieval.QUESTIONS.values():
+        for name in (name for pair in pairs for name in pair):
+            row, _, later = name.partition(" + ")
+            assert row in retrieval.ROWS and later in ("", "refinement at test time", "mean of 8 neighbours")
+
+
+def test_tables_of_the_docs_are_those_of_the_results(capsys):
+    """Each number comes from a committed JSON, and each row of the results is in the docs."""
+    root = Path(retrieval.__file__).parent
+    retrieval.main(out=root / "results" / "retrieval", show_only=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    cells = {tuple(cell.strip() for cell in line.split("|")) for line in lines if "---" not in line}
+    page = (root.parent / "docs" / "retrieval.md").read_text().splitlines()
+    in_docs = {tuple(cell.strip() for cell in line.split("|")) for line in page if line.startswith("| ")}
+    assert len(cells) > 40 and not cells - in_docs
+    assert not {line for line in in_docs - cells if line[1] in retrieval.ROWS}  # and no row that has no results
