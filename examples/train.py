@@ -171,8 +171,9 @@ def side_of(image):
 def check_same(old, new):
     """Check that a run goes on with what it began with; versions of packages may differ."""
     old, new = (dict(flat({name: x for name, x in config.items() if name != "versions"})) for config in (old, new))
-    old.pop("data.images.test", None)  # a broken one may have been taken away
-    for name in new.keys() - {"data.images.test"} | old.keys():
+    for config in (old, new):
+        config.pop("data.images.test", None)  # a broken one may have been taken away
+    for name in new | old:
         if old.get(name) != new.get(name):
             raise ValueError(
                 f"--resume must go on with the {name} of config.json, {old.get(name)}, got {new.get(name)}"

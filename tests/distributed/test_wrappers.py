@@ -3,6 +3,8 @@
 import copy
 import datetime
 import inspect
+import os
+import time
 import warnings
 
 import pytest
@@ -461,6 +463,9 @@ def slow_worker(rank, init_file, results):
     wrapped = DistributedLossWrapper(MultiSimilarityLoss())
     if rank == 0:
         torch.save(error_of(lambda: wrapped(DATA, LABELS)), results)
+    while not os.path.exists(results):
+        time.sleep(0.05)
+    dist.destroy_process_group()  # or gloo's threads may abort the process while it exits
 
 
 def test_a_rank_that_does_not_come_is_an_error(tmp_path):
