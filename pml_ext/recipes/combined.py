@@ -34,7 +34,7 @@ def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Pa
         else:
             proxy = ProxyAnchorLoss(num_classes, size)
         return HybridLoss(
-            pair_loss=MultiSimilarityLoss(base=s.base),
+            pair_loss=MultiSimilarityLoss(base=s.base, negative_sign=s.negative_sign),
             proxy_loss=proxy,
             pair_weight=s.pair_weight,
             proxy_weight=s.proxy_weight,

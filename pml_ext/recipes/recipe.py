@@ -97,7 +97,7 @@ class Recipe:
         """Return what changes the learning rates; to be stepped once an epoch."""
         s = self.settings
         if s.schedule == "cosine":
-            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, s.epochs))
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.epochs)
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(s.milestones), s.gamma)
 
     def batch_size(self, labels: Any) -> int:

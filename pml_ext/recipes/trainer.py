@@ -144,8 +144,10 @@ class Trainer(MetricLossOnly):
             self._loss_sum, self._started = torch.zeros(()), time.perf_counter()
             self._lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
             epoch = self.epochs_done + 1
-            super().train(start_epoch=epoch, num_epochs=epoch)
-            self._let_backbone_learn(True)  # whoever comes next finds it as it was
+            try:
+                super().train(start_epoch=epoch, num_epochs=epoch)
+            finally:
+                self._let_backbone_learn(True)  # whoever comes next finds it as it was
         return self.history
 
     def resume(self, path: str | os.PathLike[str] | None = None) -> int:

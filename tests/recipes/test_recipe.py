@@ -125,6 +125,8 @@ def test_all_ideas_combine(proxy_loss, refined_weight, network):
     assert all(g is not None and g.isfinite().all() for g in grads)
     assert isinstance(made.loss, IntraBatchLoss) == bool(refined_weight)
     inner = made.loss.raw_loss if refined_weight else made.loss
+    printed = tiny("combined", negative_sign="printed", refined_weight=0.0).loss.pair_loss
+    assert printed.negative_sign == "printed"
     assert isinstance(inner, EnsembleLoss) == ("num_learners" in network)
 
 

@@ -138,6 +138,17 @@ def test_warming_up_leaves_no_trace():
     assert not any(p.requires_grad for p in made.trunk.backbone.stage1.parameters())
 
 
+def test_an_interrupted_warm_up_leaves_no_trace():
+    made = tiny(warmup_epochs=1)
+
+    def interrupt(trainer):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made.trainer(Images(), end_of_iteration_hook=interrupt).train(1)
+    assert all(p.requires_grad for p in made.trunk.parameters())
+
+
 def test_what_pml_takes_is_passed_on():
     made = tiny()
     start = copy.deepcopy(made.trunk.state_dict())
