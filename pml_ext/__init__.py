@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         distributed,
         graphs,
         inference,
+        learners,
         losses,
         recipes,
         reducers,
@@ -31,6 +32,7 @@ __all__ = [
     "distributed",
     "graphs",
     "inference",
+    "learners",
     "losses",
     "recipes",
     "reducers",
@@ -41,24 +43,11 @@ __all__ = [
     "visualization",
 ]
 
-_SUBPACKAGES = (
-    "class_embeddings",
-    "datasets",
-    "distributed",
-    "graphs",
-    "inference",
-    "losses",
-    "recipes",
-    "reducers",
-    "regularizers",
-    "streaming",
-    "trunks",
-    "visualization",
-)
+_MODULES = set(__all__) - {"__version__", "set_validation"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
+    if name in _MODULES:
         return import_module(f"pml_ext.{name}")
     if name == "set_validation":
         return import_module("pml_ext.validation").set_validation

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pml_ext.extras import comes_with
+
+__all__ = ["from_samples", "from_text"]
+
 _NGRAMS = 4096
 
 
@@ -118,12 +122,8 @@ def _tfidf(texts: list[str]) -> Tensor:
 
 
 def _encode(texts: list[str], model: str | Path, batch_size: int, device: Any) -> Tensor:
-    try:
+    with comes_with("text", "sentence-transformers", "from_text", ', or use model="tfidf"'):
         from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError(
-            "from_text needs sentence-transformers: pip install 'pml-ext[text]', or use model=\"tfidf\""
-        ) from error
     encoder = SentenceTransformer(_model_path(model), device=None if device is None else str(device))
     show = len(texts) > 50 * batch_size
     found = encoder.encode(texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=show)

@@ -9,6 +9,8 @@ from torch import Tensor
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.validation import check_count
 
+__all__ = ["knn_graph"]
+
 _CHUNK_ELEMENTS = 1 << 24  # similarities at a time: 64 MB
 
 

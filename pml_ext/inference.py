@@ -10,6 +10,8 @@ from pml_ext.precision import full_precision
 from pml_ext.trunks.modes import evaluating
 from pml_ext.validation import check_count
 
+__all__ = ["refine_with_neighbors"]
+
 
 @torch.no_grad()
 def refine_with_neighbors(

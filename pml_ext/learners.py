@@ -7,6 +7,8 @@ from torch import Tensor
 
 from pml_ext.validation import check_count, check_settings
 
+__all__ = ["learner_similarity"]
+
 PairReduction = Literal["sum", "mean"]
 
 

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from pml_ext.types import Indices
 
+_RENUMBER = (
+    "number the classes from 0 without gaps, all training labels at once: "
+    "labels = torch.unique(all_labels, return_inverse=True)[1]; in PML's trainers "
+    "set_min_label_to_zero=True, dataset_labels=all_labels"
+)
 _enabled = True
 _already_valid: ContextVar[bool] = ContextVar("pml_ext_already_valid", default=False)
 
@@ -162,7 +167,8 @@ def _check_embeddings(name: str, x: Tensor, width: int | None) -> None:
         raise TypeError(f"{name} must have a floating point dtype, got {x.dtype}")
     if x.ndim != 2 or (width is not None and x.shape[1] != width):
         size = "" if width is None else f" = ({x.shape[0] if x.ndim else 1}, {width})"
-        raise ValueError(f"{name} must have shape (batch_size, embedding_size){size}, got {tuple(x.shape)}")
+        advice = ": pool or flatten feature maps first" if x.ndim > 2 else ""
+        raise ValueError(f"{name} must have shape (batch_size, embedding_size){size}, got {tuple(x.shape)}{advice}")
 
 
 def _check_integers(name: str, x: Tensor) -> None:
@@ -176,7 +182,9 @@ def _check_labels(name: str, labels: Tensor | None, length: int) -> None:
     if labels is not None:
         _check_integers(name, labels)
         if labels.shape != (length,):
-            raise ValueError(f"{name} must have shape (batch_size,) = ({length},), got {tuple(labels.shape)}")
+            columns = labels.shape[1] if labels.ndim == 2 and len(labels) == length else 0
+            advice = {0: "", 1: f": {name}.squeeze(1)"}.get(columns, f": of one-hot {name}, {name}.argmax(1)")
+            raise ValueError(f"{name} must have shape (batch_size,) = ({length},), got {tuple(labels.shape)}{advice}")
 
 
 def _check_indices_form(
@@ -239,4 +247,5 @@ def _check_range(name: str, x: Tensor, limit: int | None) -> None:
         value = int(x[position])
         bound = "num_classes" if name.endswith("labels") else "the number of rows"
         rule = ">= 0" if value < 0 else f"< {bound} = {limit}"
-        raise ValueError(f"{name} must be {rule}, got {value} at position {position}")
+        advice = f" (this batch: {int(x.min())} to {int(x.max())}): {_RENUMBER}" if name.endswith("labels") else ""
+        raise ValueError(f"{name} must be {rule}, got {value} at position {position}{advice}")

@@ -60,7 +60,7 @@ def test_module_without_a_folder_is_no_model(model_folder, monkeypatch):
 
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'pml-ext\[text\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'pml-ext\[text\]', or use model=\"tfidf\""):
         from_text(NAMES)
 
 

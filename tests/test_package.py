@@ -1,13 +1,22 @@
 """What ``import pml_ext`` does, and what it must not do."""
 
+import ast
+import importlib
 import importlib.metadata
+import pkgutil
+import re
+import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 import pml_ext
+
+ROOT = Path(__file__).parents[1]
 
 HEAVY = ("timm", "torchvision", "torch_geometric", "matplotlib", "sentence_transformers", "PIL", "faiss", "sklearn")
 
@@ -58,6 +67,98 @@ def test_import_time():
 def test_metadata():
     assert importlib.metadata.version("pml-ext") == pml_ext.__version__
     requires = importlib.metadata.requires("pml-ext")
-    assert not [r for r in requires if "<" in r.split(";")[0] or "==" in r.split(";")[0]]  # no upper pins
+    pinned = [r.split(";")[0] for r in requires if "<" in r.split(";")[0] or "==" in r.split(";")[0]]
+    assert [name.partition("<")[0] for name in pinned] == ["pytorch-metric-learning"]  # 3.0 is another library
     extras = importlib.metadata.metadata("pml-ext").get_all("Provides-Extra")
-    assert {"examples", "text", "test", "docs", "dev"} <= set(extras)
+    assert {"visualization", "umap", "examples", "text", "test", "docs", "dev"} <= set(extras)
+
+
+def distribution_names(requires):
+    return {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in requires}
+
+
+def test_what_is_imported_is_declared():
+    """Or it would arrive through other packages only, until they change their mind."""
+    modules = set()
+    for path in (ROOT / "pml_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(node.module.split(".")[0])
+    modules -= {"pml_ext", *sys.stdlib_module_names}
+    assert {"torch", "numpy", "tqdm", "PIL", "sklearn"} <= modules
+    known = {"PIL": "pillow", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}
+    distributions = {known.get(module, module.replace("_", "-")) for module in modules}
+    requires = importlib.metadata.requires("pml-ext")
+    needed = distribution_names(r for r in requires if "extra ==" not in r)
+    optional = distribution_names(r for r in requires if re.search("extra == .(visualization|text|umap).$", r))
+    assert distributions - needed == {"matplotlib", "sentence-transformers"} <= optional
+    assert needed <= distributions
+
+
+PUBLIC = ["pml_ext", *(f"pml_ext.{name}" for name in pml_ext.__all__ if name not in ("__version__", "set_validation"))]
+
+
+def test_every_subpackage_is_public():
+    assert {m.name for m in pkgutil.iter_modules(pml_ext.__path__, "pml_ext.") if m.ispkg} <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_is_exported(name):
+    """Each name of ``__all__`` exists, is described and shown by dir(); a package has no public name beside these."""
+    module = importlib.import_module(name)
+    names = module.__all__
+    assert len(set(names)) == len(names) and set(names) <= set(dir(module))
+    for exported in names:
+        assert getattr(module, exported).__doc__ or exported.isupper()
+    if hasattr(module, "__path__"):
+        others = {n: value for n, value in vars(module).items() if n not in names and not n.startswith("_")}
+        allowed = {"import_module", "TYPE_CHECKING", "Any"}  # of the packages that load on first use
+        assert not [n for n, value in others.items() if not isinstance(value, type(sys)) and n not in allowed]
+
+
+def test_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # required by the format
+    assert citation["cff-version"] == "1.2.0"
+    assert str(citation["version"]) == pml_ext.__version__
+    assert citation["license"] == importlib.metadata.metadata("pml-ext")["License-Expression"]
+    papers = {tuple(person["family-names"] for person in p["authors"]): p for p in citation["references"]}
+    assert [(names[0], p["year"]) for names, p in papers.items()] == [
+        ("Ebrahimpour", 2022),
+        ("Seidenschwarz", 2021),
+        ("Kim", 2018),
+        ("Fehervari", 2020),
+    ]
+    for paper in papers.values():
+        assert {"type", "title", "authors", "year", "identifiers"} <= set(paper)
+
+
+@pytest.fixture
+def check_release(tmp_path):
+    """Return a function that runs .ci/check_release for a tag and a change log."""
+    for path in (".ci/check_release", "pml_ext/__init__.py", "CITATION.cff"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+
+    def check(tag, changelog):
+        (tmp_path / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
+        command = [sys.executable, str(tmp_path / ".ci/check_release"), tag]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        return found.returncode, found.stdout + found.stderr
+
+    return check
+
+
+def test_release(check_release):
+    version = pml_ext.__version__
+    changelog = f"# Changelog\n\n## [Unreleased]\n\n## [{version}] - 2026-01-02\n\n### Added\n\n- All.\n"
+    assert check_release(f"v{version}", changelog) == (0, f"pml-ext {version} may be released\n")
+    assert check_release("v9.9.9", changelog) == (
+        1,
+        f"the tag must be v{version}, as pml_ext.__version__ says, got v9.9.9\n",
+    )
+    for without in (changelog.replace(version, "9.9.9"), changelog.split("### Added")[0]):
+        status, message = check_release(f"v{version}", without)
+        assert status == 1 and f'CHANGELOG.md must have a section "## [{version}] - YYYY-MM-DD"' in message

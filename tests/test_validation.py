@@ -1,12 +1,28 @@
 """The validator at the border of every loss."""
 
+from collections import Counter
+
 import pytest
 import torch
+from pytorch_metric_learning import trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 import pml_ext
-from pml_ext.losses import HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.losses import (
+    AdaptiveAdditiveMarginLoss,
+    CrossBatchMemory,
+    EnsembleLoss,
+    HybridLoss,
+    IntraBatchLoss,
+    LabelSmoothingCrossEntropyLoss,
+    MultiSimilarityLoss,
+    ProxyAnchorLoss,
+)
 from pml_ext.validation import check_batch
+from tests.contract.cases import CASES, embeddings
+from tests.contract.cases import LABELS as CASE_LABELS
+from tests.contract.cases import make as make_loss
 
 EMB = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(4).repeat(2)
@@ -29,11 +45,17 @@ LOSSES = [
         ((EMB, LABELS - 1), ValueError, "labels must be >= 0, got -1 at position 0"),
         ((EMB, LABELS.masked_fill(LABELS == 2, -100)), ValueError, "labels must be >= 0, got -100 at position 2"),
         ((EMB, LABELS[:5]), ValueError, r"labels must have shape \(batch_size,\) = \(8,\), got \(5,\)"),
-        ((EMB, LABELS[:, None]), ValueError, r"labels must have shape \(batch_size,\) = \(8,\), got \(8, 1\)"),
+        ((EMB, LABELS[:, None]), ValueError, r"labels must have shape .* = \(8,\), got \(8, 1\): labels.squeeze\(1\)$"),
+        ((EMB, torch.eye(4).long()[LABELS]), ValueError, r"got \(8, 4\): of one-hot labels, labels.argmax\(1\)$"),
+        ((EMB, LABELS[:6, None]), ValueError, r"labels must have shape .* = \(8,\), got \(6, 1\)$"),
         ((EMB.long(), LABELS), TypeError, r"embeddings must have a floating point dtype, got torch\.int64"),
         ((EMB.numpy(), LABELS), TypeError, r"embeddings must be a torch\.Tensor, got ndarray"),
-        ((EMB[:, None], LABELS), ValueError, r"embeddings must have shape .*got \(8, 1, 6\)"),
-        ((EMB[0], LABELS), ValueError, r"embeddings must have shape .*got \(6,\)"),
+        (
+            (EMB[:, None], LABELS),
+            ValueError,
+            r"embeddings must have shape .*got \(8, 1, 6\): pool or flatten feature maps",
+        ),
+        ((EMB[0], LABELS), ValueError, r"embeddings must have shape .*got \(6,\)$"),
         ((BAD_EMB["nan"], LABELS), ValueError, "embeddings must be finite, got nan in row 3, column 0"),
         ((BAD_EMB["inf"], LABELS), ValueError, "embeddings must be finite, got inf in row 3, column 0"),
         ((BAD_EMB["-inf"].half(), LABELS), ValueError, "embeddings must be finite, got -inf in row 3, column 0"),
@@ -69,6 +91,18 @@ def test_bad_input(make, args, error, message, device):
         make()(*args)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_shapes_in_every_loss(case):
+    """Each loss refuses them at the border, whatever its own code would do."""
+    emb, labels = embeddings().detach(), CASE_LABELS
+    with pytest.raises(ValueError, match=r"embeddings must have shape .*, got \(12, 6, 2, 2\): pool or flatten"):
+        make_loss(case)(emb[:, :, None, None].expand(-1, -1, 2, 2), labels)
+    with pytest.raises(ValueError, match=r"labels must have shape \(batch_size,\) = \(12,\), got \(11,\)$"):
+        make_loss(case)(emb, labels[1:])
+    with pytest.raises(ValueError, match=r"ref_emb must have shape .* = \(12, 6\), got \(12, 5\)$"):
+        make_loss(case)(emb, labels, ref_emb=emb[:, 1:], ref_labels=labels)
+
+
 @pytest.mark.parametrize("make", LOSSES[1:])
 def test_labels_and_width_against_the_proxies(make):
     if type(make()) is HybridLoss:
@@ -78,6 +112,49 @@ def test_labels_and_width_against_the_proxies(make):
         make()(EMB, LABELS.masked_fill(LABELS == 3, 4))
     with pytest.raises(ValueError, match=r"embeddings must have shape .* = \(8, 6\), got \(8, 5\)"):
         make()(EMB[:, :5], LABELS)
+
+
+WITH_CLASSES = {
+    "ProxyAnchorLoss": lambda: ProxyAnchorLoss(4, 6),
+    "HybridLoss": lambda: HybridLoss(4, 6),
+    "AdaptiveAdditiveMarginLoss": lambda: AdaptiveAdditiveMarginLoss(4, 6, class_embeddings=torch.randn(4, 3)),
+    "LabelSmoothingCrossEntropyLoss": lambda: LabelSmoothingCrossEntropyLoss(4, 6),
+    "IntraBatchLoss": lambda: IntraBatchLoss(4, 6),
+    "EnsembleLoss": lambda: EnsembleLoss(lambda: ProxyAnchorLoss(4, 3), 2),
+    "CrossBatchMemory": lambda: CrossBatchMemory(HybridLoss(4, 6), 6),
+}
+
+
+@pytest.mark.parametrize("make", WITH_CLASSES.values(), ids=WITH_CLASSES)
+def test_class_numbers_that_do_not_fit_the_proxies(make):
+    """The message tells the range, and its advice works."""
+    all_labels = torch.tensor([103, 100, 180, 190] * 2)
+    with pytest.raises(ValueError, match=r"labels must be < num_classes = 4, got 103 at .* 100 to 190\)") as caught:
+        make()(EMB, all_labels)
+    with pytest.raises(ValueError, match=r"got 7 at position 3 \(this batch: 0 to 7\): number the classes from 0"):
+        make()(EMB, torch.tensor([0, 1, 2, 7] * 2))
+    scope = {"torch": torch, "all_labels": all_labels}
+    (advice,) = [part.split(";")[0] for part in str(caught.value).split(": ") if part.startswith("labels = ")]
+    exec(advice, scope)
+    assert make()(EMB, scope["labels"]) > 0
+
+
+def test_trainers_of_pml_number_the_classes():
+    """The other half of the advice."""
+    data = torch.utils.data.TensorDataset(EMB, LABELS * 10 + 100)
+    trunk, loss_func = torch.nn.Linear(6, 6), ProxyAnchorLoss(4, 6)
+    optimizers = {
+        "trunk_optimizer": torch.optim.SGD(trunk.parameters(), lr=0.1),
+        "metric_loss_optimizer": torch.optim.SGD(loss_func.parameters(), lr=0.1),
+    }
+    args = {"trunk": trunk}, optimizers, 8, {"metric_loss": loss_func}, data
+    kwargs = {"dataloader_num_workers": 0, "data_device": torch.device("cpu")}
+    with pytest.raises(ValueError, match="in PML's trainers set_min_label_to_zero=True, dataset_labels=all_labels"):
+        trainers.MetricLossOnly(*args, **kwargs).train()
+    before = loss_func.proxies.detach().clone()
+    numbered = {"set_min_label_to_zero": True, "dataset_labels": data.tensors[1].numpy()}
+    trainers.MetricLossOnly(*args, **kwargs, **numbered).train()
+    assert not torch.equal(loss_func.proxies, before)
 
 
 @pytest.mark.parametrize("make", LOSSES)
@@ -139,6 +216,27 @@ def test_checks_are_on_again_after_an_error_in_a_child():
         loss_func(EMB, LABELS, both)
     with pytest.raises(ValueError, match="embeddings must be finite"):
         loss_func(BAD_EMB["nan"], LABELS)
+
+
+class CountOperators(TorchDispatchMode):
+    """Count the operators that run inside, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_value_of_one_tensor_is_read():
+    """On a device each such reading is a synchronisation; it needs none to be counted."""
+    args = EMB, LABELS, (LABELS, LABELS, LABELS), EMB + 1, LABELS + 0, 4
+    with CountOperators() as mode:
+        check_batch(*args)
+    assert mode.calls["_local_scalar_dense"] == 1
+    assert not {"nonzero", "masked_select", "_unique2", "unique_dim", "equal"} & set(mode.calls)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pml_ext.datasets.glyph_characters import TEST_CHARACTERS, TRAIN_CHARACTERS
+from pml_ext.extras import comes_with
 
 _FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -57,7 +58,7 @@ class Glyphs(torch.utils.data.Dataset[tuple[Any, Any]]):
 
     Raises:
         ValueError: If ``split`` is unknown, ``samples_per_class`` < 1, ``image_size`` < 8 or ``seed`` < 0.
-        ImportError: If matplotlib, whose fonts are used, is not installed.
+        ImportError: If matplotlib, whose fonts are used, is not installed; the message names the extra.
 
     Examples:
         >>> dataset = Glyphs(split="test", samples_per_class=2)
@@ -155,10 +156,8 @@ def _jitter(images: Tensor, jitter: Tensor) -> Tensor:
 
 def font_paths() -> list[str]:
     """Return the files of the 16 faces."""
-    try:
+    with comes_with("visualization", "matplotlib", "Glyphs"):
         import matplotlib
-    except ImportError as error:
-        raise ImportError("Glyphs draws with matplotlib's fonts: pip install 'pml-ext[examples]'") from error
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return [str(folder / f"{face}.ttf") for face in _FACES]
 

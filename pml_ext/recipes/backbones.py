@@ -91,7 +91,11 @@ def _last_map(settings: Settings) -> nn.Module:
         return _conv_net(settings)
     check_model_name(settings.backbone, others=("convnet",))
     options = _timm_options(settings)
-    levels = len(_without_memory(settings.backbone, options).feature_info)
+    try:
+        outline = _without_memory(settings.backbone, options)
+    except RuntimeError:  # some compute with values while they are made: timm's regnets, under torch 2.5
+        outline = timm.create_model(settings.backbone, features_only=True, **options)
+    levels = len(outline.feature_info)
     model = timm.create_model(
         settings.backbone, settings.pretrained, features_only=True, out_indices=[levels - 1], **options
     )

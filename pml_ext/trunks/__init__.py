@@ -34,3 +34,7 @@ def __getattr__(name: str) -> Any:
     if name in ("IBC_NAMES", "IntraBatchRefiner", "rename_ibc_weights"):
         return getattr(import_module("pml_ext.trunks.intra_batch_refiner"), name)
     raise AttributeError(f"module 'pml_ext.trunks' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -160,11 +160,18 @@ def _head(
     return nn.Sequential(block, GlobalPool2d(pool_type, collect_stats=collect_stats), nn.Linear(channels, size))
 
 
+def _count_levels(name: str, timm_kwargs: dict[str, Any]) -> int:
+    try:
+        with torch.device("meta"):  # without memory and initialisation: only to count
+            outline: Any = timm.create_model(name, features_only=True, **timm_kwargs)
+    except RuntimeError:  # some compute with values while they are made: timm's regnets, under torch 2.5
+        outline = timm.create_model(name, features_only=True, **timm_kwargs)
+    return len(outline.feature_info)
+
+
 def _create(name: str, pretrained: bool, levels: tuple[int, int], timm_kwargs: dict[str, Any]) -> nn.Module:
     check_model_name(name)
-    with torch.device("meta"):  # without memory and initialisation: only to count
-        levels_of: Any = timm.create_model(name, features_only=True, **timm_kwargs).feature_info
-        num_levels = len(levels_of)
+    num_levels = _count_levels(name, timm_kwargs)
     for argument, level in zip(("local_level", "global_level"), levels, strict=True):
         if not -num_levels <= level < 0:
             raise ValueError(f"{argument} must lie in {-num_levels} to -1 for {name}, got {level}")

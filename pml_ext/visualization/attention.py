@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from pml_ext.extras import comes_with
 
 
 def attention_overlay(
@@ -22,10 +25,11 @@ def attention_overlay(
         A numpy array ``(H, W, 3)``, uint8.
 
     Raises:
+        ImportError: If matplotlib is not installed; the message names the extra.
         ValueError: If a shape, ``alpha`` or ``brightest`` breaks a rule.
     """
-    import matplotlib
-    import numpy as np
+    with comes_with("visualization", "matplotlib", "attention_overlay"):
+        import matplotlib
 
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in 0 to 1, got {alpha}")

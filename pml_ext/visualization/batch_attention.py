@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pml_ext.extras import comes_with
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -26,6 +28,7 @@ def batch_attention(weights: Tensor, labels: Tensor, path: str | Path | None = N
         The matplotlib figure.
 
     Raises:
+        ImportError: If matplotlib is not installed; the message names the extra.
         ValueError: If the shapes do not fit together.
     """
     weights = weights[None] if weights.ndim == 2 else weights
@@ -40,7 +43,8 @@ def batch_attention(weights: Tensor, labels: Tensor, path: str | Path | None = N
         panels = {"mean": weights.mean(0)} | panels
     ends = torch.unique_consecutive(labels, return_counts=True)[1].cumsum(0)[:-1]
 
-    from matplotlib.figure import Figure
+    with comes_with("visualization", "matplotlib", "batch_attention"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(panels) + 0.6, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pml_ext.extras import comes_with
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -26,6 +28,7 @@ def plot_curves(
         The matplotlib figure.
 
     Raises:
+        ImportError: If matplotlib is not installed; the message names the extra.
         ValueError: If there is no series, or an empty one.
     """
     if not curves:
@@ -33,8 +36,9 @@ def plot_curves(
     for name, values in curves.items():
         if not len(values):
             raise ValueError(f"curves must hold no empty series, got {name!r} without values")
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    with comes_with("visualization", "matplotlib", "plot_curves"):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()

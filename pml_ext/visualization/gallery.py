@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pml_ext.extras import comes_with
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -45,6 +47,7 @@ def retrieval_gallery(
         The matplotlib figure.
 
     Raises:
+        ImportError: If matplotlib is not installed; the message names the extra.
         ValueError: If lengths differ, a query is out of range, or there are fewer than two images.
     """
     if not len(embeddings) == len(labels) == len(images) >= 2:
@@ -68,7 +71,8 @@ def retrieval_gallery(
     most = int((similarity != -torch.inf).sum(1).min())
     values, neighbors = similarity.topk(min(num_neighbors, most), dim=1)
 
-    from matplotlib.figure import Figure
+    with comes_with("visualization", "matplotlib", "retrieval_gallery"):
+        from matplotlib.figure import Figure
 
     columns = neighbors.shape[1] + 1
     figure = Figure(figsize=(0.9 * columns, 1.05 * len(queries) + 0.3), dpi=120, layout="constrained")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pml_ext.extras import comes_with
 from pml_ext.visualization.attention import attention_overlay
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def mask_grid(images: Any, masks: Tensor, alpha: float = 0.7, path: str | Path |
         The matplotlib figure.
 
     Raises:
+        ImportError: If matplotlib is not installed; the message names the extra.
         ValueError: If a shape or ``alpha`` breaks a rule.
     """
     if masks.ndim not in (4, 5) or not masks.numel():
@@ -40,7 +42,8 @@ def mask_grid(images: Any, masks: Tensor, alpha: float = 0.7, path: str | Path |
     low, high = masks.amin((1, 2, 3), keepdim=True), masks.amax((1, 2, 3), keepdim=True)
     scaled = (masks - low) / (high - low).clamp_min(1e-12)
 
-    from matplotlib.figure import Figure
+    with comes_with("visualization", "matplotlib", "mask_grid"):
+        from matplotlib.figure import Figure
 
     rows, learners = masks.shape[:2]
     figure = Figure(figsize=(1.1 * (learners + 1) + 0.4, 1.15 * rows + 0.3), dpi=120, layout="constrained")

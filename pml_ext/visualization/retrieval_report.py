@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pml_ext.datasets.labels import as_labels
+from pml_ext.extras import comes_with
 from pml_ext.graphs import check_embeddings, similarity_chunks, unit_embeddings
 from pml_ext.precision import full_precision
 from pml_ext.validation import check_count
@@ -84,7 +85,7 @@ def retrieval_report(
         The path of the file.
 
     Raises:
-        ImportError: If ``method`` is "umap" and there is none.
+        ImportError: If ``method`` is "umap" and umap-learn is not installed; the message names the extra.
         TypeError: If embeddings are not floating point, labels no integers, names no strings, or images of no known
             kind.
         ValueError: If lengths differ, embeddings are not finite, no class has two images, a label has no name, an
@@ -278,10 +279,11 @@ def _map_method(method: str, num_points: int) -> _MapMethod:
         raise ValueError(f"method must be 'tsne', 'umap' or 'auto', got {method!r}")
     if method != "tsne":
         try:
-            module = importlib.import_module("umap")
-        except ImportError as error:
+            with comes_with("umap", "umap-learn", "method 'umap'", ", or use method='tsne'"):
+                module = importlib.import_module("umap")
+        except ImportError:
             if method == "umap":
-                raise ImportError("method 'umap' needs the package umap-learn") from error
+                raise
         else:
             if num_points >= 5:  # its spectral start fails for fewer
                 return _MapMethod("UMAP", partial(_place_by_umap, module))

@@ -126,5 +126,5 @@ def test_bad_arguments(kwargs, message):
 
 def test_tells_how_to_install_the_fonts(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'pml-ext\[examples\]'"):
+    with pytest.raises(ImportError, match=r"Glyphs needs matplotlib: pip install 'pml-ext\[visualization\]'$"):
         Glyphs()

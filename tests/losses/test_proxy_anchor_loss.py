@@ -94,17 +94,27 @@ def test_same_initialisation_and_state_dict():
     theirs.load_state_dict(other.state_dict())
 
 
-@pytest.mark.parametrize("distance", [CosineSimilarity, DotProductSimilarity, LpDistance])
-def test_gradcheck(distance):
-    loss_func = make(alpha=4, distance=distance(), chunk_size=4)
+@pytest.mark.parametrize(
+    ("distance", "streamed"),
+    [
+        (CosineSimilarity(), True),
+        (DotProductSimilarity(), True),
+        (CosineSimilarity(power=2), False),
+        (LpDistance(), False),
+    ],
+    ids=["CosineSimilarity", "DotProductSimilarity", "power", "LpDistance"],
+)
+def test_gradcheck(distance, streamed):
+    loss_func = make(alpha=4, distance=distance, chunk_size=4)
 
     def loss_of(emb, proxies):
         return torch.func.functional_call(loss_func, {"proxies": proxies}, (emb, LABELS))
 
     inputs = EMB.clone().requires_grad_(), PROXIES.clone().requires_grad_()
     assert torch.autograd.gradcheck(loss_of, inputs)
-    if distance is LpDistance:  # not streamed
-        assert torch.autograd.gradgradcheck(loss_of, inputs)
+    if not streamed:
+        if not isinstance(distance, LpDistance):  # torch 2.5 has no second derivatives of torch.cdist
+            assert torch.autograd.gradgradcheck(loss_of, inputs)
     else:
         with pytest.raises(NotImplementedError, match="no second derivatives"):
             torch.autograd.gradgradcheck(loss_of, inputs)

@@ -65,6 +65,19 @@ def test_backbones(name):
     assert all(head[2].weight.grad.any() for head in (trunk.local_head, trunk.global_head))
 
 
+def test_models_that_compute_while_they_are_made(monkeypatch):
+    """Their levels cannot be counted without memory: timm's regnets under torch 2.5."""
+    create = timm.create_model
+
+    def create_with_memory(*args, **kwargs):
+        if torch.empty(0).is_meta:
+            raise NotImplementedError("no meta kernel")
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create_with_memory)
+    assert make_small()(IMAGES).shape == (2, 16)
+
+
 def test_levels_of_resnet50_are_conv4_and_conv5():
     local, glob = GlobalLocalTrunk("resnet50", 8).feature_maps(torch.zeros(1, 3, 224, 224))
     assert local.shape == (1, 1024, 14, 14)
@@ -209,6 +222,7 @@ class TestExport:
         more = torch.randn(5, 3, 64, 64)
         torch.testing.assert_close(traced(more), trunk(more), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.skipif(torch.__version__.startswith("2.5."), reason="its exporter fails with a recent protobuf")
     def test_onnx(self, trunk, tmp_path):
         onnxruntime = pytest.importorskip("onnxruntime")
         path = tmp_path / "trunk.onnx"

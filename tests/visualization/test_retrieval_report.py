@@ -217,7 +217,7 @@ def test_umap(report, monkeypatch):
         assert called["random_state"] == 3 and called["n_neighbors"] == 15
     monkeypatch.setitem(sys.modules, "umap", None)  # as if it were not installed
     assert "placed by t-SNE" in report(embeddings, labels, num_points=40, method="auto").text
-    with pytest.raises(ImportError, match="method 'umap' needs the package umap-learn"):
+    with pytest.raises(ImportError, match=r"umap-learn: pip install 'pml-ext\[umap\]', or use method='tsne'"):
         report(embeddings, labels, num_points=40, method="umap")
 
 

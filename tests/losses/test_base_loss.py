@@ -1,0 +1,53 @@
+"""Where tensors lie: fake tensors obey the rules of CUDA devices without one (but for their backward)."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, make
+
+WITH_NETWORK = {name: case for name, case in CASES.items() if name.startswith("IntraBatchLoss")}
+MOVED = {name: case for name, case in CASES.items() if name not in WITH_NETWORK}
+PAIRS = torch.tensor([0, 2]), torch.tensor([1, 3]), torch.tensor([0, 2]), torch.tensor([5, 5])
+
+
+def unique_of_fake(x, return_counts=False):
+    """Return as many values as there are classes: how many there are, fake tensors do not know."""
+    x = x[:NUM_CLASSES]
+    return (x, torch.ones_like(x)) if return_counts else x
+
+
+@pytest.fixture
+def cuda_rules(without_validation, monkeypatch):
+    """Return the mode; validation is off, since fake tensors have no values."""
+    monkeypatch.setattr(torch, "unique", unique_of_fake)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            LABELS.to("cuda")
+    except (AssertionError, RuntimeError) as error:  # torch 2.5
+        pytest.skip(f"the fake tensors of this torch need a CUDA driver: {error}")
+    return mode
+
+
+@pytest.mark.parametrize("labels_device", ["cpu", "cuda"])
+@pytest.mark.parametrize("case", MOVED.values(), ids=MOVED)
+def test_labels_indices_and_parameters_on_the_cpu(case, labels_device, cuda_rules):
+    loss_func = make(case)
+    with cuda_rules:
+        embeddings = torch.randn(len(LABELS), SIZE, device="cuda", requires_grad=True)
+        for indices_tuple in (None, PAIRS):
+            loss = loss_func(embeddings, LABELS.to(labels_device), indices_tuple)
+            assert loss.device.type == "cuda" and loss.requires_grad
+        if case.refs:
+            refs = embeddings.detach() + 1, LABELS.clone().to(labels_device)
+            assert loss_func(embeddings, LABELS.to(labels_device), None, *refs).device.type == "cuda"
+    assert {x.device.type for x in (*loss_func.parameters(), *loss_func.buffers())} <= {"cpu"}  # moved where used
+
+
+@pytest.mark.parametrize("case", WITH_NETWORK.values(), ids=WITH_NETWORK)
+def test_a_loss_with_a_network_must_be_moved(case, cuda_rules):
+    loss_func = make(case)
+    message = r"on the device of embeddings, cuda:0: call loss_func.to\(device\), got a refiner on cpu"
+    with pytest.raises(ValueError, match=message), cuda_rules:
+        loss_func(torch.randn(len(LABELS), SIZE, device="cuda"), LABELS)
