@@ -97,7 +97,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         if not len(embeddings):
             return (raise_half(embeddings) * 0).sum()
         with already_valid(), full_precision(embeddings.device):
-            loss: Tensor = super().forward(raise_half(embeddings), labels.long(), indices_tuple, enqueue_mask)
+            # by name: torch.compile fails on super() inside of with
+            forward: Any = losses.CrossBatchMemory.forward
+            loss: Tensor = forward(self, raise_half(embeddings), labels.long(), indices_tuple, enqueue_mask)
         return loss
 
     def _check(

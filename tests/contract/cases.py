@@ -117,3 +117,13 @@ def embeddings(dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tenso
     """Return a leaf of shape (12, SIZE) that requires grad."""
     emb = torch.randn(len(LABELS), SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return emb.to(dtype).requires_grad_()
+
+
+def grads_of(loss: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of a loss, None for an input that it does not depend on."""
+    return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+def mean_of(x: torch.Tensor) -> torch.Tensor:
+    """Return the mean, 0 of nothing."""
+    return x.mean() if len(x) else x.sum()

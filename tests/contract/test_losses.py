@@ -13,7 +13,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 
 import pml_ext.losses
 from pml_ext.losses import CrossBatchMemory, HybridLoss, SelfSupervisedLoss
-from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, Case, embeddings, make, trained
+from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, Case, embeddings, grads_of, make, mean_of, trained
 
 NONE = torch.empty(0, dtype=torch.long)
 MINERS = {
@@ -28,10 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_metric_lear
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def case(request):
     return request.param
-
-
-def grads_of(loss, *inputs):
-    return torch.autograd.grad(loss, inputs, allow_unused=True)
 
 
 def test_every_exported_loss_has_a_case():
@@ -138,10 +134,6 @@ def test_zero_embeddings(case):
     emb = torch.zeros(12, SIZE, requires_grad=True)
     (grad,) = grads_of(make(case)(emb, LABELS), emb)
     assert grad.isfinite().all()
-
-
-def mean_of(x):
-    return x.mean() if len(x) else x.sum()
 
 
 class TestReducers:

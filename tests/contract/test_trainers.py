@@ -10,19 +10,8 @@ from pytorch_metric_learning.utils import logging_presets
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import InferenceModel
 
-from tests.contract.cases import CASES, NUM_CLASSES, SIZE, make, trained
-
-IN_FEATURES, PER_CLASS = 16, 24
-
-
-def clusters(seed):
-    """Return a data set of NUM_CLASSES clusters in 4 of 16 dimensions; the others are noise."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(NUM_CLASSES).repeat_interleave(PER_CLASS)
-    signal = torch.randn(NUM_CLASSES, 4, generator=torch.Generator().manual_seed(0))[labels]
-    signal = signal + 0.3 * torch.randn(len(labels), 4, generator=generator)
-    data = torch.cat([signal, 3 * torch.randn(len(labels), IN_FEATURES - 4, generator=generator)], dim=1)
-    return torch.utils.data.TensorDataset(data, labels)
+from tests.contract.cases import CASES, SIZE, make, trained
+from tests.contract.clusters import IN_FEATURES, clusters
 
 
 def precision(model, dataset):
