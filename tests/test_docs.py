@@ -1,0 +1,293 @@
+"""What the documentation shows is there and runs: code, commands, names, links and pictures."""
+
+import argparse
+import ast
+import doctest
+import importlib.util
+import inspect
+import pkgutil
+import re
+import runpy
+import shlex
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from importlib import import_module
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pml_ext
+from examples import train
+from tests.datasets.test_in_shop import make_in_shop
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in PATHS
+    if DOCS / "upstream" not in path.parents  # pages of another project
+}
+
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
+)
+NOT_RUN = re.compile(r"<!-- not run:(?P<reason>.*?)-->")
+OURS = re.compile(r"(pml_ext|pytorch_metric_learning)(\.\w+)+")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page; ``printed`` is a text block that follows directly, ``not_run`` a comment before it."""
+
+    page: str
+    line: int
+    language: str
+    code: str
+    not_run: str | None
+    printed: str | None
+
+
+def blocks(page):
+    """Yield the blocks of a page."""
+    text = PAGES[page]
+    found = list(FENCE.finditer(text))
+    for block, after in zip_longest(found, found[1:]):
+        before = re.search(NOT_RUN.pattern + r"\s*\Z", text[: block.start()])
+        printed = None
+        if after is not None and after["language"] == "text" and not text[block.end() : after.start()].strip():
+            printed = textwrap.dedent(after["code"])
+        line = text.count("\n", 0, block.start("code"))
+        code = textwrap.dedent(block["code"])
+        yield Block(page, line, block["language"], code, before["reason"].strip() if before else None, printed)
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def without_code(text):
+    """Return the text of a page, fenced blocks and inline code taken out."""
+    return re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))
+
+
+# (a) Python
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+    """What the pages take for granted: folders of images, a data set, a run of examples/train.py."""
+    folder = tmp_path_factory.mktemp("sandbox")
+    rng = np.random.default_rng(0)
+
+    def draw(root, names):
+        for name in names.split():
+            (root / name).mkdir(parents=True)
+            look = rng.integers(0, 200, (7, 7, 3)).repeat(4, 0).repeat(4, 1)
+            for i in range(1, 7):
+                pixels = (look + rng.integers(0, 56, look.shape)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / name / f"{i}.jpg")
+
+    draw(folder / "photos", "ant bear cat deer dog duck fish fox frog goat hare lynx mouse owl pig wolf")
+    draw(folder / "data" / "flowers" / "train", "daisy rose")
+    draw(folder / "data" / "flowers" / "test", "lily tulip")
+    make_in_shop(folder / "data" / "in_shop")
+    small = {"width": 4, "batch_size": 16}
+    train.main("mhgl", folder / "photos", folder / "runs" / "photos", epochs=1, settings=small, device="cpu")
+    return folder
+
+
+@pytest.fixture
+def checks_on():
+    """A page may turn the input checks off."""
+    yield
+    pml_ext.set_validation(True)
+
+
+@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.language == "python"}))
+def test_python_blocks_run(page, sandbox, tmp_path, monkeypatch, capsys, checks_on):
+    """The blocks of a page, one after the other; they print what the text block behind them says (...: anything)."""
+    monkeypatch.chdir(shutil.copytree(sandbox, tmp_path / "here"))
+    scope = {"__name__": "page"}
+    for block in blocks(page):
+        if block.language != "python" or block.not_run is not None:
+            continue
+        capsys.readouterr()
+        exec(compile("\n" * block.line + block.code, page, "exec"), scope)
+        printed = capsys.readouterr().out
+        if block.printed is not None:
+            same = doctest.OutputChecker().check_output(block.printed, printed, doctest.ELLIPSIS)
+            assert same, f"{page}, line {block.line}, prints:\n{printed}"
+
+
+def test_what_is_not_run_has_a_reason():
+    reasons = [(block.page, block.not_run) for block in BLOCKS if block.not_run is not None]
+    assert all(len(reason.split()) >= 2 for _, reason in reasons), reasons
+    comments = sum(len(re.findall("<!-- *not run", text)) for text in PAGES.values())
+    assert comments == len(reasons) == sum(b.not_run is not None and b.language == "python" for b in BLOCKS)
+    assert len(reasons) <= 6, reasons  # a GPU, several machines, a download
+
+
+def resolve(dotted):
+    """Return what a dotted name stands for; pkgutil.resolve_name prefers a module to a function of its name."""
+    root, *names = dotted.split(".")
+    found = import_module(root)
+    for name in names:
+        if not hasattr(found, name):
+            import_module(f"{found.__name__}.{name}")
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "diff"], ids=lambda b: f"{b.page}:{b.line}")
+def test_diffs_name_what_exists(block):
+    added, removed = ([line[1:] for line in block.code.splitlines() if line.startswith(sign)] for sign in ("+", "-"))
+    assert added
+    assert len(added) + len(removed) == len(block.code.splitlines())
+    for code in ("\n".join(added), "\n".join(removed)):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                for name in node.names:
+                    getattr(import_module(node.module), name.name)
+            elif isinstance(node, ast.Attribute) and OURS.fullmatch(ast.unparse(node)):
+                resolve(ast.unparse(node))
+            elif isinstance(node, ast.Call) and OURS.fullmatch(ast.unparse(node.func)):
+                called = inspect.signature(resolve(ast.unparse(node.func)))
+                called.bind(*node.args, **{keyword.arg: keyword for keyword in node.keywords})
+
+
+# (b) commands
+
+
+def commands():
+    """Return the commands of bash blocks and of inline code, each as (page, words)."""
+    found = [
+        (b.page, line) for b in BLOCKS if b.language == "bash" for line in b.code.replace("\\\n", " ").splitlines()
+    ]
+    for page, text in PAGES.items():
+        inline = re.findall(r"`((?:python|torchrun|pip) [^`]+)`", FENCE.sub("", text))
+        found += [(page, line.replace("\n", " ")) for line in inline]
+    split = [(page, shlex.split(part, comments=True)) for page, line in found for part in line.split("&&")]
+    return [(page, words) for page, words in split if words]
+
+
+def script_of(words):
+    """Return path and arguments of the script that a command runs, or module and arguments, or None."""
+    if words[0] == "python" and "-m" in words:
+        place = words.index("-m") + 1
+        return words[place], words[place + 1 :]
+    place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    return None if words[0] not in ("python", "torchrun") or place is None else (words[place], words[place + 1 :])
+
+
+SCRIPTS = sorted({(name, *rest) for _, words in commands() if (found := script_of(words)) for name, rest in [found]})
+
+
+class ParsedError(BaseException):
+    """The script's parser has taken the arguments; no ``except Exception`` of a script may stop it."""
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+def test_commands_are_accepted(words, monkeypatch, capsys):
+    """Each script exists, and its own parser takes the arguments that the page gives it."""
+    name, *arguments = words
+    if name.endswith(".py"):
+        path = ROOT / name
+    else:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, f"no module {name}"
+        path = Path(spec.origin)
+    assert path.is_file()
+    source = path.read_text(encoding="utf-8")
+    if path.parent not in (ROOT / "examples", ROOT / "benchmarks"):  # what may work long before it parses
+        assert all(f'"{word}"' in source for word in arguments if word.startswith("-")) or ROOT not in path.parents
+        return
+    if "add_argument" not in source:
+        assert not arguments
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args, **kwargs):
+        self.allow_abbrev = False
+        parse(self, *args, **kwargs)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except ParsedError:
+        return
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+    pytest.fail(f"{name} has no parser")
+
+
+def declared_extras():
+    """Return the extras of pyproject.toml (Python 3.10 has no tomllib)."""
+    section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
+    return set(re.findall(r"^([\w-]+) = \[", section.split("\n[")[0], re.MULTILINE))
+
+
+def test_pip_extras_exist():
+    named = [word for _, words in commands() if words[0] == "pip" for word in words]
+    extras = {extra for word in named for listed in re.findall(r"\[(.*)\]", word) for extra in listed.split(",")}
+    assert {"examples", "test", "dev"} <= extras
+    assert extras <= declared_extras()
+
+
+def test_the_install_page_lists_all_extras():
+    listed = re.findall(r"^\| `pml-ext\[([\w-]+)\]` \|", PAGES["docs/install.md"], re.MULTILINE)
+    assert sorted(listed) == sorted(declared_extras())
+
+
+# (c) the public interface
+
+
+def public_names():
+    """Return the full names of all that users may rely on."""
+    names = {"pml_ext.set_validation"}
+    for info in pkgutil.iter_modules(pml_ext.__path__):
+        module = import_module(f"pml_ext.{info.name}")
+        offered = getattr(module, "__all__", ())
+        assert offered or info.name not in pml_ext.__all__, f"{info.name} has no __all__"
+        names |= {f"{module.__name__}.{name}" for name in offered}
+    return names
+
+
+def test_every_public_name_has_one_entry():
+    entries = Counter(entry for text in PAGES.values() for entry in re.findall(r"^::: (\S+)", text, re.MULTILINE))
+    assert set(entries) == public_names()
+    assert set(entries.values()) == {1}, entries.most_common(3)
+
+
+def test_the_api_page_lists_every_public_name_once():
+    lines = [line for line in PAGES["docs/api.md"].splitlines() if line.startswith(("-", "*"))]
+    found = [re.fullmatch(r"- \[`([\w.]+)`\]\[([\w.]+)\]: \S.*\.", line) for line in lines]
+    assert all(found), lines[found.index(None)]
+    assert all(target.endswith(f".{shown}") for shown, target in (match.groups() for match in found))
+    assert Counter(match[2] for match in found) == Counter(public_names())
+
+
+# (d) links and pictures
+
+
+def links(page):
+    """Return the files that a page links to, pictures included."""
+    targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", without_code(PAGES[page]))
+    return {((ROOT / page).parent / target).resolve() for target in targets if "://" not in target}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    assert sorted(str(path) for path in links(page) if not path.exists()) == []
+
+
+def test_every_picture_is_shown():
+    pictures = {path for path in DOCS.rglob("*") if path.suffix in (".png", ".jpg", ".svg", ".gif", ".webp")}
+    assert len(pictures) > 5
+    assert pictures <= {path for page in PAGES for path in links(page)}
