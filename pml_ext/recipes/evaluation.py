@@ -13,7 +13,7 @@ from pml_ext.trunks.modes import evaluating
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is returned may be trained on
 def embed(
     trunk: nn.Module,
     dataset: Any,
@@ -62,5 +62,7 @@ def retrieval_metrics(
         metrics: Names of PML's ``AccuracyCalculator``.
     """
     calculator = AccuracyCalculator(include=tuple(metrics), k="max_bin_count", device=torch.device("cpu"))
-    found = calculator.get_accuracy(embeddings, labels, *(() if gallery is None else gallery))
+    if gallery is not None:
+        gallery = gallery[0].contiguous(), gallery[1]
+    found = calculator.get_accuracy(embeddings.contiguous(), labels, *(gallery or ()))  # faiss asserts contiguity
     return {name: float(value) for name, value in found.items()}  # NumPy's numbers would not load with weights_only

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_ext.losses import IntraBatchLoss
 from pml_ext.recipes.backbones import pooled_trunk
@@ -21,9 +21,29 @@ class SilentRefiner(IntraBatchRefiner):
 
 
 def make_refiner(s: Settings) -> IntraBatchRefiner:
-    """Return the refiner of the settings ``num_layers``, ``heads``, ``output`` and ``messages``."""
+    """Return the refiner of the settings.
+
+    They are ``num_layers``, ``heads``, ``output``, ``messages`` and ``similarity_gain``.
+    """
     kind = IntraBatchRefiner if s.messages else SilentRefiner
-    return kind(s.embedding_size, s.num_layers, s.heads, output=s.output)
+    refiner = kind(s.embedding_size, s.num_layers, s.heads, output=s.output)
+    if s.similarity_gain:
+        start_with_similarity(refiner, s.similarity_gain)
+    return refiner
+
+
+@torch.no_grad()
+def start_with_similarity(refiner: IntraBatchRefiner, gain: float) -> None:
+    """Let the first layer's scores, in the mean over heads, start as ``gain`` times the cosine of two embeddings.
+
+    As drawn otherwise they start near 0, so that a sample listens to all others alike.
+    """
+    width = refiner.in_features // refiner.heads
+    layer: Any = refiner.layers[0]
+    for linear, size in ((refiner.input, 1.0), (layer.attend.query, (gain * refiner.heads * width**0.5) ** 0.5)):
+        nn.init.orthogonal_(linear.weight, size)  # type: ignore[arg-type]
+        nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+    layer.attend.key.load_state_dict(layer.attend.query.state_dict())
 
 
 def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
@@ -61,6 +81,7 @@ INTRA_BATCH: Method = (
             "heads": (2, CODE),
             "output": ("last", CODE),
             "messages": (True, CODE),
+            "similarity_gain": (0.0, CODE),
             "temperature": (0.2, CODE),
             "label_smoothing": (0.1, CODE),
             "refined_weight": (1.0, CODE),

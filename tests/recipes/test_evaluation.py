@@ -12,6 +12,7 @@ def test_embed():
     assert torch.equal(found, labels)
     torch.testing.assert_close(embeddings, nn.functional.normalize(trunk[1](x)).detach())  # no dropout
     assert trunk.training
+    assert not embeddings.is_inference()  # may be the input of a linear probe
     half, _ = embed(trunk, torch.utils.data.TensorDataset(x, labels), autocast=torch.bfloat16)
     assert half.dtype == torch.float32 and not torch.equal(half, embeddings)
     torch.testing.assert_close(half, embeddings, atol=2e-2, rtol=0)
@@ -25,6 +26,16 @@ def test_metrics_by_hand():
     # 0: 1 right; 1: 0 right; 2: 1 wrong; 3: 2 right. One match each, so that all metrics agree.
     assert set(found.values()) == {0.75}
     assert {type(value) for value in found.values()} == {float}
+
+
+def test_metrics_of_a_slice():
+    embeddings, labels = torch.randn(12, 8), torch.arange(12) // 3
+    part = embeddings[:, 2:5]
+    assert not part.is_contiguous()
+    expected = retrieval_metrics(part.clone(), labels)
+    assert retrieval_metrics(part, labels) == expected
+    everyone = retrieval_metrics(part, labels, (part, labels), ("precision_at_1",))
+    assert everyone == retrieval_metrics(part.clone(), labels, (part.clone(), labels), ("precision_at_1",))
 
 
 def test_metrics_in_a_gallery():

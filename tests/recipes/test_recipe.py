@@ -94,6 +94,19 @@ def test_plain_heads_of_an_ensemble_have_slices_of_length_one():
     torch.testing.assert_close(slices.norm(dim=2), torch.ones(12, 4))
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_starts_with_similarity(heads):
+    """Scores are gain times cosine in the mean over heads; what is left to the null message tells their size."""
+    made = tiny("intra_batch", similarity_gain=5.0, heads=heads)
+    refiner, x = made.loss.refiner.double(), torch.randn(6, made.settings.embedding_size, dtype=torch.float64)
+    x = torch.nn.functional.normalize(x)
+    weights = refiner.attention_weights(x)[0]  # exp(score) / (1 + sum of exp(score))
+    scores = (weights / (1 - weights.sum(2, keepdim=True))).log().mean(0)
+    torch.testing.assert_close(scores, 5 * x @ x.T, atol=1e-4, rtol=1e-4)
+    plain = tiny("intra_batch", heads=heads).loss.refiner.double().attention_weights(x)[0]
+    assert plain.std() < 0.1 * weights.std()
+
+
 def test_messages_are_the_only_thing_that_the_control_lacks():
     """In eval mode, a sample's refined embedding depends on the others with messages and not without."""
     for messages in (True, False):
