@@ -68,6 +68,9 @@ _DIVERGENCE = _RATES | {"divergence_weight": (0.1, 1.0)}
 _TEMPERATURE = _RATES | {"temperature": (0.1, 0.3)}
 _SCALE = {"scale": (16.0, 32.0)}
 _MARGIN = _SCALE | {"margin_scale": (0.1, 0.3)}  # of the margin rows, all of which learn at lr 3e-3
+_SOFT = {"scale": (4.0, 8.0)}  # below those of the other rows, all of which chose the smaller one
+_SOFT_MARGIN = _SOFT | {"margin_scale": (0.3, 1.0)}
+_TWELVE_BY_EIGHT = {"samples_per_class": 8}
 _LEARNERS = {"num_learners": 4, "refined_weight": 0.0}
 
 ROWS: dict[str, Row] = {
@@ -79,10 +82,12 @@ ROWS: dict[str, Row] = {
     "normalized_softmax": Row("normalized_softmax", {}, _RATES | {"temperature": (0.05, 0.1)}),
     "cross_entropy": Row("cross_entropy", {}, _RATES | {"proxy_lr": (2e-3, 2e-2)}),
     "hybrid": Row("mhgl", _PLAIN, _PROXY_WEIGHT),
+    "hybrid, light proxies": Row("mhgl", _PLAIN, _RATES | {"proxy_weight": (0.003, 0.01)}),
     "hybrid, avg+max": Row("mhgl", _PLAIN | {"pool_type": "avg+max"}, _PROXY_WEIGHT),
     "hybrid, avg+max, attention": Row("mhgl", {"levels": "global"}, _PROXY_WEIGHT),
     "hybrid, two levels": Row("mhgl", {"attention": "none"}, _PROXY_WEIGHT),
     "mhgl": Row("mhgl", {}, _PROXY_WEIGHT),
+    "multi_similarity, width 64": Row("multi_similarity", {"width": 64}, _BASE),
     "4 heads": Row("attention_ensemble", {"masks": False, "divergence_weight": 0.0}, _BASE),
     "4 heads, divergence": Row("attention_ensemble", {"masks": False}, _DIVERGENCE),
     "4 learners": Row("attention_ensemble", {"divergence_weight": 0.0}, _BASE),
@@ -90,11 +95,21 @@ ROWS: dict[str, Row] = {
     "smoothed cross-entropy": Row("intra_batch", {"refined_weight": 0.0}, _TEMPERATURE),
     "refiner without messages": Row("intra_batch", {"messages": False}, _TEMPERATURE),
     "refiner": Row("intra_batch", {}, _TEMPERATURE),
+    "refiner, starts with similarity": Row("intra_batch", {"similarity_gain": 10.0}, _TEMPERATURE),
+    "smoothed cross-entropy, 12 x 8": Row("intra_batch", {"refined_weight": 0.0} | _TWELVE_BY_EIGHT, _TEMPERATURE),
+    "refiner without messages, 12 x 8": Row("intra_batch", {"messages": False} | _TWELVE_BY_EIGHT, _TEMPERATURE),
+    "refiner, 12 x 8": Row("intra_batch", _TWELVE_BY_EIGHT, _TEMPERATURE),
     "no margin": Row("adaptive_margin", {"margin_scale": 0.0}, _RATES | _SCALE),
     "constant margin": Row("adaptive_margin", {"margin_scale": 0.0, "lr": 3e-3}, _SCALE | {"base_margin": (0.1, 0.3)}),
     "margin from distance": Row("adaptive_margin", {"lr": 3e-3}, _MARGIN, "given"),
     "margin from similarity": Row("adaptive_margin", {"lr": 3e-3, "direction": "similarity"}, _MARGIN, "given"),
     "margin from shuffled distance": Row("adaptive_margin", {"lr": 3e-3}, _MARGIN, "shuffled"),
+    "no margin, soft": Row("adaptive_margin", {"margin_scale": 0.0}, _RATES | _SOFT),
+    "constant margin, soft": Row(
+        "adaptive_margin", {"margin_scale": 0.0, "lr": 3e-3}, _SOFT | {"base_margin": (0.3, 1.0)}
+    ),
+    "margin from distance, soft": Row("adaptive_margin", {"lr": 3e-3}, _SOFT_MARGIN, "given"),
+    "margin from shuffled distance, soft": Row("adaptive_margin", {"lr": 3e-3}, _SOFT_MARGIN, "shuffled"),
     "hybrid, 4 learners": Row("combined", _LEARNERS, _DIVERGENCE),
     "hybrid, refiner": Row("combined", {}, _RATES | {"refined_weight": (0.1, 1.0)}),
     "hybrid with margins, 4 learners, refiner": Row(
@@ -106,7 +121,12 @@ ROWS: dict[str, Row] = {
 }
 
 QUESTIONS: dict[str, list[tuple[str, str]]] = {
-    "pairs and proxies": [("hybrid", "multi_similarity"), ("hybrid", "proxy_anchor")],
+    "pairs and proxies": [
+        ("hybrid", "multi_similarity"),
+        ("hybrid", "proxy_anchor"),
+        ("hybrid, light proxies", "hybrid"),
+        ("hybrid, light proxies", "multi_similarity"),
+    ],
     "global and local heads, attention": [
         ("hybrid, avg+max", "hybrid"),
         ("hybrid, avg+max, attention", "hybrid, avg+max"),
@@ -120,19 +140,29 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("4 learners", "4 heads"),
         ("4 learners, divergence", "4 learners"),
         ("4 learners, divergence", "multi_similarity"),
+        ("multi_similarity, width 64", "multi_similarity"),
+        ("4 learners, divergence", "multi_similarity, width 64"),
     ],
     "messages": [
         ("refiner without messages", "smoothed cross-entropy"),
         ("refiner", "refiner without messages"),
         ("refiner", "smoothed cross-entropy"),
+        ("refiner, starts with similarity", "refiner without messages"),
         ("refiner + refinement at test time", "refiner"),
         ("refiner + mean of 8 neighbours", "refiner"),
+        ("refiner, 12 x 8", "refiner without messages, 12 x 8"),
+        ("refiner, 12 x 8", "smoothed cross-entropy, 12 x 8"),
+        ("multi_similarity + mean of 8 neighbours", "multi_similarity"),
     ],
     "margins": [
         ("constant margin", "no margin"),
         ("margin from distance", "constant margin"),
         ("margin from similarity", "constant margin"),
         ("margin from distance", "margin from shuffled distance"),
+        ("no margin, soft", "no margin"),
+        ("constant margin, soft", "no margin, soft"),
+        ("margin from distance, soft", "constant margin, soft"),
+        ("margin from distance, soft", "margin from shuffled distance, soft"),
     ],
     "combinations": [
         ("hybrid, refiner", "hybrid"),
@@ -176,8 +206,8 @@ def load(source, embeddings):
     return open_data(source, class_embeddings=embeddings)
 
 
-def run(job):
-    """Train and evaluate once; write and return what was found. A process of its own: memory is that of this run."""
+def trained(job):
+    """Train once; return the recipe, the data, the trainer, and the seconds that it took."""
     row, seed, settings = row_of(job["row"]), job["seed"], job["settings"]
     torch.set_num_threads(1)
     data = load(job["data"], job["class_embeddings"])
@@ -203,7 +233,13 @@ def run(job):
     started = time.perf_counter()
     trainer = made.trainer(data.train, autocast=torch.bfloat16, channels_last=True)
     trainer.train()
-    seconds, device = time.perf_counter() - started, next(made.trunk.parameters()).device
+    return made, data, trainer, time.perf_counter() - started
+
+
+def run(job):
+    """Train and evaluate once; write and return what was found. A process of its own: memory is that of this run."""
+    made, data, trainer, seconds = trained(job)
+    device = next(made.trunk.parameters()).device
     embeddings, labels = embed(made.trunk, data.test, autocast=torch.bfloat16)
     found = {
         name: percent(retrieval_metrics(x, labels, metrics=tuple(METRICS)))
@@ -235,11 +271,10 @@ def peak_memory(device):
 
 
 def at_test_time(made, embeddings):
-    """Return the embeddings, and where there is a refiner, those that it refines with neighbours, and plain means."""
-    found = {"": embeddings}
+    """Return the embeddings, plain means of neighbours, and where there is a refiner, neighbours that it refines."""
+    groups = neighbor_groups(embeddings, k1=30, size=8)
+    found = {"": embeddings, " + mean of 8 neighbours": nn.functional.normalize(embeddings[groups].mean(1))}
     if getattr(made.loss, "refiner", None) is not None:
-        groups = neighbor_groups(embeddings, k1=30, size=8)
-        found[" + mean of 8 neighbours"] = nn.functional.normalize(embeddings[groups].mean(1))
         found[" + refinement at test time"] = nn.functional.normalize(
             refine_with_neighbors(made.loss.refiner, embeddings, k1=30, size=8)
         )
@@ -327,12 +362,17 @@ def quiet():
 
 
 def collect(out):
-    """Return data set -> row -> seed -> run, a run being metrics, and the settings that were chosen for it."""
-    found = {}
+    """Return data set -> row -> seed -> run, a run being metrics, and the settings that were chosen for it.
+
+    Of what is computed from a row's embeddings only what a question names.
+    """
+    found, asked = {}, {row for pairs in QUESTIONS.values() for pair in pairs for row in pair}
     for path in sorted(out.glob("*/*/seed-*.json")):
         run_ = json.loads(path.read_text())
         chosen = {name: run_["settings"][name] for name in ("lr", *run_["tuned"])}
         for suffix, metrics in run_["metrics"].items():
+            if suffix and run_["row"] + suffix not in asked:
+                continue
             rows = found.setdefault(run_["data"], {})
             rows.setdefault(run_["row"] + suffix, {})[run_["seed"]] = metrics | {"chosen": chosen}
     names = list(ROWS)

@@ -17,6 +17,7 @@ from benchmarks import (
     proxy_scaling,
     refiner,
     retrieval,
+    retrieval_causes,
     second_order_attention,
 )
 from pml_ext.trunks import AttentionEnsemble
@@ -30,6 +31,7 @@ RUNS = {
     "proxy_scaling",
     "refiner",
     "retrieval",
+    "retrieval_causes",
     "second_order_attention",
 }
 
@@ -209,7 +211,7 @@ def test_every_row_trains_and_is_reproduced(row, toy, tmp_path):
     found, again = entries
     assert found == again
     assert found["images_seen"] == 2 * 48 and len(found["loss"]) == 2
-    assert ("" in found["metrics"]) and (len(found["metrics"]) == 3) == ("refiner" in row)
+    assert len(found["metrics"]) == 2 + ("refiner" in row) and {"", " + mean of 8 neighbours"} <= set(found["metrics"])
     assert all(0 <= value <= 100 for metrics in found["metrics"].values() for value in metrics.values())
 
 
@@ -336,3 +338,63 @@ def test_tables_of_the_docs_are_those_of_the_results(capsys):
     in_docs = {tuple(cell.strip() for cell in line.split("|")) for line in page if line.startswith("| ")}
     assert len(cells) > 40 and not cells - in_docs
     assert not {line for line in in_docs - cells if line[1] in retrieval.ROWS}  # and no row that has no results
+
+
+def test_table_of_the_readme_is_that_of_the_results():
+    root = Path(retrieval.__file__).parent
+    results = retrieval.collect(root / "results" / "retrieval")["omniglot"]
+    page = (root.parent / "README.md").read_text().split("| row | P@1 | MAP@R |")[1]
+    table = [[cell.strip() for cell in line.split("|")][1:-1] for line in page.splitlines() if line.startswith("| ")]
+    table = [line for line in table if line[0] in retrieval.ROWS]
+    assert len(table) >= 4
+    for row, *cells in table:
+        for cell, metric in zip(cells, retrieval.COMPARED, strict=True):
+            values = [seed[metric] for seed in results[row].values()]
+            assert len(values) == 5 and cell == f"{np.mean(values):.1f} ({np.std(values, ddof=1):.1f})"
+
+
+@pytest.mark.parametrize("row", retrieval_causes.MEASURES)
+def test_causes_are_measured(row, toy):
+    job = {"row": row, "data": str(toy), "class_embeddings": None, "epochs": 2, "validation": False, "seed": 0}
+    name, seed, found = retrieval_causes.measure(job | {"settings": TINY_SETTINGS})
+    assert (name, seed) == (row, 0)
+    assert all(np.isfinite(value) for value in found.values())
+    assert all(0 <= value <= 100 for what, value in found.items() if "percent" in what and "added" not in what)
+    if row == "no margin":
+        assert found["margins, mean"] == found["margins, standard deviation"] == 0
+    if row == "margin from distance":
+        assert found["margins, mean"] > 0 and found["margins, standard deviation"] > 0
+    if row == "mhgl":
+        assert found["local: added, of the map's norm, percent"] > 0
+        assert 0 < found["global: entropy of the attention, percent of the largest"] <= 100
+    if row.startswith("refiner"):  # 4 classes x 3 samples
+        assert found["that share of the batch, percent"] == pytest.approx(100 * 2 / 12, abs=1e-3)
+
+
+def test_gradients_reach_other_samples_by_messages_only():
+    from pml_ext.losses import IntraBatchLoss
+    from pml_ext.recipes.intra_batch import SilentRefiner
+
+    torch.manual_seed(0)
+    embeddings, labels = torch.randn(8, 6), torch.arange(8) // 2
+    silent = IntraBatchLoss(4, 6, refiner=SilentRefiner(6)).eval()
+    own, others = retrieval_causes.gradient_shares(silent, embeddings, labels, samples=8)
+    assert own > 0 and others == 0
+    own, others = retrieval_causes.gradient_shares(IntraBatchLoss(4, 6).eval(), embeddings, labels, samples=8)
+    assert own > 0 and others > 0
+
+
+def test_causes_are_written_and_shown(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(retrieval_causes, "MEASURES", {"4 heads": retrieval_causes.learners})
+    monkeypatch.setattr(retrieval_causes, "tuned_settings", lambda results, data, row: {"lr": 0.003})
+    options = {"data": str(toy), "seeds": (0,), "budget": "epochs:1", "jobs": 1, "results": tmp_path}
+    options |= {"out": tmp_path, "tuned_on": None, "class_embeddings": None, "settings": TINY_ROWS}
+    retrieval_causes.main(**options, show_only=False)
+    table = capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "toy.json").read_text())["rows"]["4 heads"]
+    line = f"MAP@R of all                | {found['MAP@R of all']:.1f} (0.0)"
+    assert line in table and found["MAP@R of all"] > 0
+    retrieval_causes.main(**options, show_only=True)
+    assert capsys.readouterr().out == table
+    with pytest.raises(SystemExit, match="--data must be given"):
+        retrieval_causes.main(**(options | {"data": None}), show_only=False)
