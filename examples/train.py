@@ -25,7 +25,8 @@ import torch
 from pml_ext import recipes
 from pml_ext.command_line import Command
 from pml_ext.datasets import open_data
-from pml_ext.recipes.run_folder import describe_run, load_run, read_config, usable_device, write_config
+from pml_ext.recipes.run_config import describe_run, read_config, write_config
+from pml_ext.recipes.run_folder import load_run, usable_device
 from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
 METRICS = {"precision_at_1": "P@1", "r_precision": "R-precision", "mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}

@@ -39,7 +39,6 @@ with warnings.catch_warnings():  # torch_geometric uses torch.jit.script, which 
     warnings.simplefilter("ignore", FutureWarning)
     from pml_ext.datasets import Glyphs, open_data
     from pml_ext.recipes import embed, load_run, recipe, retrieval_metrics
-    from pml_ext.recipes.run_folder import describe_run, write_config
     from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
 torch.manual_seed(0)
@@ -113,11 +112,9 @@ titled(plot_curves(curves, ylabel="ratio, or metric from 0 to 1"), "Training")
 
 # ## Save and load
 #
-# `config.json` tells how to build the network again; `examples/train.py` writes it for you. `load_run` takes the best
-# epoch.
+# The trainer has kept in its folder how to build the network again, and its weights. `load_run` takes the best epoch.
 
 # +
-write_config(folder, describe_run(made))
 print(sorted(path.name for path in folder.iterdir()))
 
 run = load_run(folder, device="cpu")

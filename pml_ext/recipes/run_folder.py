@@ -1,9 +1,7 @@
-"""The folder of a run: what was trained, and how to have it back."""
+"""What was trained in a folder, to have it back."""
 
-import json
 import os
 import zlib
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +9,8 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import nn
 
-from pml_ext import __version__
 from pml_ext.recipes.recipe import Recipe, recipe
+from pml_ext.recipes.run_config import read_config
 
 
 class Run(NamedTuple):
@@ -31,57 +29,6 @@ class Run(NamedTuple):
     epoch: int
     autocast: torch.dtype | None
     checksum: str
-
-
-def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
-    """Return what ``load_run`` needs to build a recipe again, as plain values that JSON knows.
-
-    Args:
-        made: The recipe.
-        autocast: As in ``Trainer``.
-        **more: Whatever else is worth knowing, such as data and seed.
-    """
-    packages = ("torch", "pytorch-metric-learning", "timm", "numpy")
-    config = {
-        "recipe": made.name,
-        "num_classes": made.num_classes,
-        "preset": made.settings.preset,
-        "settings": dict(made.settings.items()),
-        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
-        **more,
-        "versions": {"pml-ext": __version__} | {name: version(name) for name in packages},
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(config))
-    return plain
-
-
-def write_config(folder: str | os.PathLike[str], config: dict[str, Any]) -> None:
-    """Write ``config.json``, whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / "config.json.new", folder / "config.json")
-
-
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what ``config.json`` holds.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is not what ``write_config`` writes.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"a run's folder must hold config.json, got {folder} without")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    missing = {"recipe", "num_classes", "preset", "settings"} - (set(config) if isinstance(config, dict) else set())
-    if missing:
-        raise ValueError(f"{path} must have {min(missing)!r}, got none")
-    found: dict[str, Any] = config
-    return found
 
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
@@ -103,7 +50,7 @@ def load_run(folder: str | os.PathLike[str], device: torch.device | str | None =
     """Return what was trained in a folder.
 
     Args:
-        folder: With ``config.json``, and ``best.pt`` or, for a run without validation, ``last.pt``.
+        folder: That of a ``Trainer``, with ``config.json``, and ``best.pt`` or, without validation, ``last.pt``.
         device: Of network and loss. None: CUDA if there is any, else the CPU.
 
     Raises:

@@ -16,6 +16,8 @@ from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 
+from pml_ext.recipes.run_config import describe_run, read_config, write_config
+
 if TYPE_CHECKING:
     from pml_ext.recipes.recipe import Recipe
 
@@ -31,7 +33,8 @@ class Trainer(MetricLossOnly):
         labels: ``(N,)``, those of the data set.
         validate: Called with the trunk after each epoch; returns metrics, a dictionary of numbers.
         metric: Which of them is to be largest; its epoch is kept as the best.
-        folder: Where to keep ``last.pt``, ``best.pt`` and ``metrics.jsonl``. None: nowhere.
+        folder: Where to keep ``config.json``, ``last.pt``, ``best.pt`` and ``metrics.jsonl``, for ``load_run`` and
+            ``resume``. None: nowhere.
         autocast: dtype of the network's forward, such as ``torch.bfloat16``; parameters and loss stay as they are.
         channels_last: Whether network and images get this memory format, which convolutions on CPUs are faster with.
         device: None: CUDA if there is any, else the CPU.
@@ -233,7 +236,7 @@ class Trainer(MetricLossOnly):
 
     def _save(self, better: bool) -> None:
         assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._save_config(self.folder)
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {"history": self.history, "best": self.best, "random": _random_state()}
         for name in (*(["best.pt"] if better else []), "last.pt"):  # in this order, last.pt never names a best it lacks
@@ -241,6 +244,16 @@ class Trainer(MetricLossOnly):
             os.replace(self.folder / f"{name}.new", self.folder / name)  # a run killed here leaves the last one whole
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
         (self.folder / "metrics.jsonl").write_text(lines)
+
+    def _save_config(self, folder: Path) -> None:
+        """Write ``config.json``, unless it is there with all of that, and more perhaps."""
+        config = describe_run(self.recipe, self.autocast)
+        try:
+            there = read_config(folder)
+        except (FileNotFoundError, ValueError):
+            there = {}
+        if any(name not in there or there[name] != config[name] for name in config if name != "versions"):
+            write_config(folder, config)
 
 
 def _random_state() -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_validation_chooses_the_epoch(tmp_path):
     assert all(torch.equal(last["trunk"][name], x) for name, x in states[2].items())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == trainer.history and len(lines) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "metrics.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "config.json", "last.pt", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize("name", ["proxy_anchor", "intra_batch"])  # one that draws nothing, one with dropout

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import torch
+
+from pml_ext.recipes import load_run, recipe
+from pml_ext.recipes.run_config import read_config, write_config
+
+IMAGES = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(2))
+LABELS = torch.arange(12) // 4
+TINY = {"in_channels": 1, "image_size": 28, "width": 4, "batch_size": 12, "epochs": 2}
+
+
+def trained(folder, name="proxy_anchor", **kwargs):
+    torch.manual_seed(0)
+    rows = torch.randn(3, 5) if name == "adaptive_margin" else None
+    made = recipe(name, 3, class_embeddings=rows, **TINY)
+    made.trainer(torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS, folder=folder, **kwargs).train()
+    return made
+
+
+@pytest.mark.parametrize("name", ["proxy_anchor", "adaptive_margin"])
+def test_what_a_trainer_keeps_is_loaded(name, tmp_path):
+    made = trained(tmp_path, name, autocast=torch.bfloat16)
+    run = load_run(tmp_path, device="cpu")
+    assert torch.equal(run.recipe.trunk(IMAGES), made.trunk.eval()(IMAGES))
+    for key, x in made.loss.state_dict().items():
+        assert torch.equal(run.recipe.loss.state_dict()[key], x)
+    assert (run.epoch, run.autocast, run.recipe.name) == (2, torch.bfloat16, name)
+    assert json.dumps(dict(run.recipe.settings)) == json.dumps(dict(made.settings))
+
+
+def test_a_config_that_knows_more_is_kept(tmp_path):
+    trained(tmp_path)
+    config = read_config(tmp_path) | {"seed": 3}
+    config["versions"]["torch"] = "of then"
+    write_config(tmp_path, config)
+    trained(tmp_path)
+    assert read_config(tmp_path) == config
+
+
+def test_the_config_of_another_run_is_not(tmp_path):
+    trained(tmp_path)
+    write_config(tmp_path, read_config(tmp_path) | {"seed": 3})
+    trained(tmp_path, "cosface")
+    assert read_config(tmp_path)["recipe"] == "cosface" and "seed" not in read_config(tmp_path)
+    load_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    trained(tmp_path)
+    assert load_run(tmp_path).recipe.name == "proxy_anchor"
+
+
+def test_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a run's folder must hold config\.json, got .* without"):
+        load_run(tmp_path)
+    write_config(tmp_path, {"recipe": "proxy_anchor"})
+    with pytest.raises(ValueError, match=r"config\.json must have 'num_classes', got none"):
+        load_run(tmp_path)
+    trained(tmp_path)
+    config = read_config(tmp_path)
+    config["settings"]["width"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"last\.pt must hold the network of config\.json, got another"):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match="device must be there, got 'nowhere'"):
+        load_run(tmp_path, device="nowhere")
+    (tmp_path / "last.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"must hold best\.pt or last\.pt"):
+        load_run(tmp_path)
