@@ -5,7 +5,9 @@ from typing import Any
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
+from pml_ext.precision import raise_half
 from pml_ext.trunks import GlobalPool2d, SecondOrderAttention
+from pml_ext.trunks.global_local_trunk import SOLAR_REDUCTIONS
 from pml_ext.trunks.global_pool import PoolType
 from pml_ext.trunks.second_order_attention import Style
 
@@ -17,9 +19,9 @@ class PooledTrunk(ModuleWithRecords):
         backbone: Images to one map ``(B, C, H, W)``, with ``num_features`` = C.
         embedding_size: D.
         pool_type: Of ``GlobalPool2d``.
-        attention: "printed" or "solar" second-order attention before pooling, or None.
+        attention: "printed" or "solar" second-order attention before pooling, as on the global level of
+            ``GlobalLocalTrunk``, or None.
         num_learners: Into how many slices the embedding is cut that are normalised each for itself. 1: not normalised.
-        collect_stats: As in PML.
 
     Attributes:
         out_features: D, as in timm.
@@ -38,15 +40,17 @@ class PooledTrunk(ModuleWithRecords):
         pool_type: PoolType = "avg",
         attention: Style | None = None,
         num_learners: int = 1,
-        collect_stats: bool | None = None,
     ) -> None:
-        super().__init__(collect_stats=collect_stats)
+        super().__init__()
         if embedding_size < 1 or embedding_size % num_learners:
             raise ValueError(f"embedding_size must be >= 1 and a multiple of {num_learners}, got {embedding_size}")
         channels: Any = backbone.num_features
         self.backbone = backbone
-        self.attention = nn.Identity() if attention is None else SecondOrderAttention(channels, style=attention)
-        self.pool = GlobalPool2d(pool_type, collect_stats=collect_stats)
+        reduction = SOLAR_REDUCTIONS["global"] if attention == "solar" else 1
+        self.attention = (
+            nn.Identity() if attention is None else SecondOrderAttention(channels, reduction, style=attention)
+        )
+        self.pool = GlobalPool2d(pool_type)
         self.linear = nn.Linear(channels, embedding_size)
         self.out_features = embedding_size
         self.num_learners = num_learners
@@ -56,5 +60,5 @@ class PooledTrunk(ModuleWithRecords):
         embeddings: Tensor = self.linear(self.pool(self.attention(self.backbone(images))))
         if self.num_learners == 1:
             return embeddings
-        slices = embeddings.float().reshape(len(embeddings), self.num_learners, -1)
+        slices = raise_half(embeddings).reshape(len(embeddings), self.num_learners, -1)
         return nn.functional.normalize(slices, dim=2).flatten(1).to(embeddings.dtype)

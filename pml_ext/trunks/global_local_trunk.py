@@ -12,7 +12,7 @@ from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
 from pml_ext.trunks.model_names import check_model_name
 from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style
 
-_SOLAR_REDUCTIONS = {"local": 4, "global": 2}  # as released with SOLAR, for conv4 and conv5
+SOLAR_REDUCTIONS = {"local": 4, "global": 2}  # as released with SOLAR, for conv4 and conv5
 
 
 class GlobalLocalTrunk(ModuleWithRecords):
@@ -154,7 +154,7 @@ def _head(
 ) -> nn.Sequential:
     block: nn.Module = nn.Identity()
     if attention is not None:
-        reduction = _SOLAR_REDUCTIONS[name] if attention == "solar" else 1
+        reduction = SOLAR_REDUCTIONS[name] if attention == "solar" else 1
         reduction = reduction if channels % reduction == 0 else 1
         block = SecondOrderAttention(channels, reduction, attention, collect_stats=collect_stats)
     return nn.Sequential(block, GlobalPool2d(pool_type, collect_stats=collect_stats), nn.Linear(channels, size))

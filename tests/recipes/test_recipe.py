@@ -80,6 +80,8 @@ def test_what_the_recipes_are_made_of():
     assert isinstance(tiny("mhgl").trunk, GlobalLocalTrunk)
     assert tiny("mhgl").loss.proxy_weight == 0.03
     assert isinstance(tiny("mhgl", levels="global", attention="none").trunk.attention, nn.Identity)
+    one_level = tiny("mhgl", levels="global").trunk.attention
+    assert one_level.reduction == tiny("mhgl").trunk.global_head[0].reduction == 2  # solar's
     assert isinstance(tiny("attention_ensemble").trunk, AttentionEnsemble)
     assert isinstance(tiny("intra_batch").loss, IntraBatchLoss)
     assert tiny("intra_batch", refined_weight=0.0).loss.refiner is None
