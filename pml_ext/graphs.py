@@ -1,13 +1,12 @@
 """Graphs of samples: complete ones, and those of nearest neighbours."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pml_ext.precision import full_precision, raise_half
-from pml_ext.validation import check_count
+from pml_ext.validation import _check_integers, check_batch, check_count
 
 __all__ = ["knn_graph"]
 
@@ -18,7 +17,7 @@ _CHUNK_ELEMENTS = 1 << 24  # similarities at a time: 64 MB
 def knn_graph(embeddings: Tensor, k: int, reciprocal: bool = False, batch: Tensor | None = None) -> Tensor:
     """Return edges from each sample's nearest neighbours by cosine to the sample.
 
-    Through faiss on the CPU where it is installed, else by products and ``torch.topk`` in chunks.
+    Through faiss for float32 on the CPU, else by products and ``torch.topk`` in chunks.
 
     Args:
         embeddings: ``(N, D)``, floating point, finite.
@@ -41,7 +40,7 @@ def knn_graph(embeddings: Tensor, k: int, reciprocal: bool = False, batch: Tenso
         >>> knn_graph(points, k=1, reciprocal=True).tolist()
         [[1, 0], [0, 1]]
     """
-    check_embeddings(embeddings)
+    check_batch(embeddings)
     check_count("k", k)
     if batch is not None:
         check_mini_batches(batch, len(embeddings))
@@ -101,29 +100,6 @@ def check_mini_batches(batch: Tensor, num_nodes: int) -> None:
         raise ValueError("batch must be sorted and >= 0, got numbers that are not")
 
 
-def _check_integers(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(
-            f"{name} must be an integer tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
-        )
-
-
-def check_embeddings(embeddings: Tensor) -> None:
-    """Check that embeddings are a finite floating point matrix.
-
-    Raises:
-        TypeError: If they are not floating point.
-        ValueError: If they are no matrix or not finite.
-    """
-    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
-        got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
-        raise TypeError(f"embeddings must be a floating point torch.Tensor, got {got}")
-    if embeddings.ndim != 2:
-        raise ValueError(f"embeddings must have shape (N, D), got {tuple(embeddings.shape)}")
-    if not torch.isfinite(embeddings).all():
-        raise ValueError("embeddings must be finite, got NaN or infinity")
-
-
 def unit_embeddings(embeddings: Tensor) -> Tensor:
     """Return rows of length 1, float32 or better."""
     with full_precision(embeddings.device):
@@ -142,14 +118,10 @@ def _neighbors(unit: Tensor, k: int) -> Tensor:
     if not k:
         return torch.empty(len(unit), 0, dtype=torch.long, device=unit.device)
     if unit.device.type == "cpu" and unit.dtype == torch.float32:
-        try:
-            import faiss
-        except ImportError:
-            pass
-        else:
-            return _without_self(
-                torch.from_numpy(faiss.knn(unit.numpy(), unit.numpy(), k + 1, faiss.METRIC_INNER_PRODUCT)[1])
-            )
+        import faiss  # here, or every import of the package would load it
+
+        neighbors = torch.from_numpy(faiss.knn(unit.numpy(), unit.numpy(), k + 1, faiss.METRIC_INNER_PRODUCT)[1])
+        return without_self(neighbors, torch.arange(len(unit)))
     found = []
     for rows, similarity in similarity_chunks(unit):
         similarity[torch.arange(len(rows), device=unit.device), rows] = -torch.inf
@@ -157,9 +129,14 @@ def _neighbors(unit: Tensor, k: int) -> Tensor:
     return torch.cat(found)
 
 
-def _without_self(neighbors: Tensor) -> Tensor:
-    """Drop each row's own index, or its last entry where equal rows have pushed that out."""
-    own = neighbors == torch.arange(len(neighbors))[:, None]
+def without_self(neighbors: Tensor, rows: Tensor) -> Tensor:
+    """Drop each row's own index, or its last entry where equal rows have pushed that out.
+
+    Args:
+        neighbors: ``(n, k + 1)``, indices.
+        rows: ``(n,)``, the index of each row itself.
+    """
+    own = neighbors == rows[:, None]
     own[:, -1] |= ~own.any(1)
     return neighbors[~own].view(len(neighbors), -1)
 

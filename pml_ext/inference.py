@@ -5,12 +5,12 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pml_ext.graphs import check_embeddings, similarity_chunks, unit_embeddings
+from pml_ext.graphs import similarity_chunks, unit_embeddings
 from pml_ext.precision import full_precision
-from pml_ext.trunks.modes import evaluating
-from pml_ext.validation import check_count
+from pml_ext.trunks.modes import in_mode
+from pml_ext.validation import check_batch, check_count
 
-__all__ = ["refine_with_neighbors"]
+__all__ = ["neighbor_groups", "refine_with_neighbors"]
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def refine_with_neighbors(
         The optional test mode of Seidenschwarz et al., ICML 2021, by the authors' code (k1 = 30, 8 items); neighbours
         as in Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017.
     """
-    check_embeddings(embeddings)
+    check_batch(embeddings)
     for name, value in (("k1", k1), ("size", size)):
         check_count(name, value)
     if not isinstance(refiner, nn.Module) or isinstance(refiner, BaseMetricLossFunction):
@@ -63,7 +63,7 @@ def refine_with_neighbors(
     unit, found = unit_embeddings(embeddings), []
     groups = neighbor_groups(unit, k1, size)  # (N, size), the item first
     like = next(refiner.parameters(), unit)
-    with evaluating(refiner):
+    with in_mode(refiner):
         for group in tqdm(torch.split(groups, max(1, 8192 // size)), desc="refining", disable=not progress):
             batch = torch.arange(len(group), device=unit.device).repeat_interleave(group.shape[1])
             refined = refiner(unit[group.flatten()].to(like), batch=batch.to(like.device))
@@ -80,6 +80,11 @@ def neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
         unit: ``(N, D)``, rows of length 1.
         k1: As in ``refine_with_neighbors``.
         size: As in ``refine_with_neighbors``; fewer where there are fewer items.
+
+    Examples:
+        >>> unit = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]))
+        >>> neighbor_groups(unit, k1=1, size=2).tolist()
+        [[0, 1], [1, 0], [2, 1]]
     """
     with full_precision(unit.device):
         return _neighbor_groups(unit, k1, size)

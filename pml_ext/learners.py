@@ -5,9 +5,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pml_ext.precision import raise_half
 from pml_ext.validation import check_count, check_settings
 
-__all__ = ["learner_similarity"]
+__all__ = ["learner_similarity", "split_learners"]
 
 PairReduction = Literal["sum", "mean"]
 
@@ -25,6 +26,10 @@ def split_learners(embeddings: Tensor, num_learners: int, name: str = "embedding
 
     Raises:
         ValueError: If the width is not a multiple of ``num_learners``.
+
+    Examples:
+        >>> split_learners(torch.arange(6).view(1, 6), num_learners=3).tolist()
+        [[[0, 1], [2, 3], [4, 5]]]
     """
     if embeddings.ndim != 2 or embeddings.shape[1] % num_learners:
         shape = tuple(embeddings.shape)
@@ -32,18 +37,10 @@ def split_learners(embeddings: Tensor, num_learners: int, name: str = "embedding
     return embeddings.reshape(len(embeddings), num_learners, embeddings.shape[1] // num_learners)
 
 
-def learner_cosines(embeddings: Tensor, num_learners: int) -> Tensor:
-    """Return the cosines between the learners' slices of each sample, from one batched product.
+def _learner_cosines(embeddings: Tensor, num_learners: int) -> Tensor:
+    """Return the cosines between the learners' slices of each sample, ``(B, M, M)``, from one batched product.
 
-    Args:
-        embeddings: ``(B, M * d)``, float32 or float64.
-        num_learners: M >= 1.
-
-    Returns:
-        ``(B, M, M)``, symmetric. A slice of zeros has cosine 0 with all, itself included, and gets no gradient.
-
-    Raises:
-        ValueError: If the width is not a multiple of ``num_learners``.
+    A slice of zeros has cosine 0 with all, itself included, and gets no gradient.
     """
     slices = split_learners(embeddings, num_learners)
     norms = torch.linalg.vector_norm(slices, dim=2, keepdim=True)
@@ -69,14 +66,14 @@ def learner_similarity(embeddings: Tensor, num_learners: int) -> float:
         >>> learner_similarity(torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 0.0, 0.0, 1.0]]), num_learners=2)
         0.5
     """
-    cosines = learner_cosines(embeddings.float(), num_learners)
+    cosines = _learner_cosines(raise_half(embeddings), num_learners)
     pairs = len(cosines) * num_learners * (num_learners - 1) // 2
     return cosines.triu(1).sum().item() / max(pairs, 1)
 
 
 def divergence(embeddings: Tensor, num_learners: int, margin: float, reduction_over_pairs: PairReduction) -> Tensor:
     """Return the hinge of each sample, ``(B,)``."""
-    cosines = learner_cosines(embeddings, num_learners)
+    cosines = _learner_cosines(embeddings, num_learners)
     # |p - q|^2 = 2 - 2 cos of unit vectors; each pair once
     losses = (margin - 2 + 2 * cosines).relu().triu(1).sum((1, 2))
     if reduction_over_pairs == "mean":
@@ -92,4 +89,4 @@ def check_divergence_settings(
     if reduction_over_pairs not in get_args(PairReduction):
         known = ", ".join(get_args(PairReduction))
         raise ValueError(f"reduction_over_pairs must be one of {known}, got {reduction_over_pairs!r}")
-    check_settings(positive={margin_name: margin}, finite={})
+    check_settings({margin_name: margin})

@@ -1,5 +1,3 @@
-import builtins
-
 import pytest
 import torch
 
@@ -18,49 +16,42 @@ def by_hand(emb, k):
     return [[j for j in similarity[i].argsort(descending=True).tolist() if j != i][:k] for i in range(len(emb))]
 
 
-@pytest.fixture(params=["faiss", "torch"])
-def engine(request, monkeypatch):
-    if request.param == "torch":
-        real = builtins.__import__
-
-        def without_faiss(name, *args, **kwargs):
-            if name == "faiss":
-                raise ImportError(name)
-            return real(name, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", without_faiss)
-    return request.param
+both_ways = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["faiss", "torch"])
 
 
+@both_ways
 @pytest.mark.parametrize("k", [1, 5, 100])
-def test_neighbours(engine, k, device):
-    edge_index = knn_graph(EMB.to(device), k).cpu()
+def test_neighbours(dtype, k, device):
+    edge_index = knn_graph(EMB.to(device, dtype), k).cpu()
     for i, expected in enumerate(by_hand(EMB, k)):
         assert neighbors_of(edge_index, i) == expected
     assert edge_index.shape == (2, 40 * min(k, 39))
     assert (edge_index[1].diff() >= 0).all()
 
 
-def test_reciprocal(engine):
+@both_ways
+def test_reciprocal(dtype):
     expected = by_hand(EMB, 4)
-    edge_index = knn_graph(EMB, 4, reciprocal=True)
+    edge_index = knn_graph(EMB.to(dtype), 4, reciprocal=True)
     for i in range(40):
         assert neighbors_of(edge_index, i) == [j for j in expected[i] if i in expected[j]]
     assert 0 < edge_index.shape[1] < 160
 
 
-def test_mini_batches(engine):
+@both_ways
+def test_mini_batches(dtype):
     batch = torch.tensor([0] * 10 + [3] * 1 + [7] * 29)
-    edge_index = knn_graph(EMB, 3, batch=batch)
+    edge_index = knn_graph(EMB.to(dtype), 3, batch=batch)
     assert torch.equal(batch[edge_index[0]], batch[edge_index[1]])
     for start, stop in ((0, 10), (10, 11), (11, 40)):
         for i, expected in enumerate(by_hand(EMB[start:stop], 3)):
             assert neighbors_of(edge_index, start + i) == [start + j for j in expected]
 
 
-def test_equal_rows(engine):
+@both_ways
+def test_equal_rows(dtype):
     """A sample is never its own neighbour, though others lie as near."""
-    edge_index = knn_graph(torch.ones(6, 3), 2)
+    edge_index = knn_graph(torch.ones(6, 3, dtype=dtype), 2)
     assert edge_index.shape == (2, 12)
     assert (edge_index[0] != edge_index[1]).all()
 
@@ -76,10 +67,11 @@ def test_half(half):
     assert torch.equal(knn_graph(EMB.to(half), 3), knn_graph(EMB.to(half).float(), 3))
 
 
-def test_autocast_changes_nothing(engine):
-    emb = torch.randn(300, 32)
+def test_autocast_changes_nothing(device):
+    """Where products are not faiss's, that is on CUDA."""
+    emb = torch.randn(300, 32, device=device)
     expected = knn_graph(emb, 10)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
         assert torch.equal(knn_graph(emb, 10), expected)
 
 
@@ -93,8 +85,8 @@ def test_few_samples():
     ("args", "error", "message"),
     [
         ((EMB, 0), ValueError, "k must be an integer >= 1, got 0"),
-        ((EMB.long(), 1), TypeError, r"embeddings must be a floating point torch\.Tensor, got torch\.int64"),
-        ((EMB[0], 1), ValueError, r"embeddings must have shape \(N, D\), got \(6,\)"),
+        ((EMB.long(), 1), TypeError, r"embeddings must have a floating point dtype, got torch\.int64"),
+        ((EMB[0], 1), ValueError, r"embeddings must have shape .*, got \(6,\)"),
         ((EMB / 0, 1), ValueError, "embeddings must be finite"),
         ((EMB, 1, False, torch.arange(40).flip(0)), ValueError, "batch must be sorted"),
         ((EMB, 1, False, torch.arange(4)), ValueError, r"batch must have shape"),

@@ -134,10 +134,10 @@ def test_few_items():
         ({"k1": 2.5}, ValueError, r"k1 must be an integer >= 1, got 2\.5"),
         ({"size": 0}, ValueError, "size must be an integer >= 1, got 0"),
         ({"refiner": IntraBatchLoss(5, D)}, TypeError, "refiner must be a module such as .* got IntraBatchLoss"),
-        ({"embeddings": EMB.numpy()}, TypeError, r"embeddings must be a floating point torch\.Tensor, got ndarray"),
-        ({"embeddings": EMB.long()}, TypeError, r"embeddings must be a floating point torch\.Tensor, got torch\.int64"),
+        ({"embeddings": EMB.numpy()}, TypeError, r"embeddings must be a torch\.Tensor, got ndarray"),
+        ({"embeddings": EMB.long()}, TypeError, r"embeddings must have a floating point dtype, got torch\.int64"),
         ({"embeddings": EMB / 0}, ValueError, "embeddings must be finite"),
-        ({"embeddings": EMB[:, :2]}, ValueError, r"embeddings must have shape \(B, 6\), got"),
+        ({"embeddings": EMB[:, :2]}, ValueError, r"embeddings must have shape .*, 6\), got"),
     ],
 )
 def test_bad_input(kwargs, error, message):

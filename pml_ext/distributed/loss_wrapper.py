@@ -23,6 +23,7 @@ from pml_ext.distributed.collectives import (
 from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, confirm, gather
 from pml_ext.distributed.miner_wrapper import convert, input_error
 from pml_ext.distributed.sharding import whole_batch
+from pml_ext.losses.cross_batch_memory import check_enqueue_mask
 from pml_ext.streaming.first_derivative import first_derivative_only
 from pml_ext.types import Indices
 from pml_ext.validation import check_indices_tuple, validation_enabled
@@ -120,7 +121,9 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
         given = {
             "indices_tuple must be given": indices_tuple is not None and not self.efficient,
             "enqueue_mask must be given": enqueue_mask is not None,
-            "embeddings must require a gradient": self._split() and error is None and embeddings.requires_grad,
+            "embeddings must require a gradient": self._has_split_classes()
+            and error is None
+            and embeddings.requires_grad,
         }
         sizes, seed = agree(parts, error, draw_seed(), self.process_group, given)
         factor = len(ranks)  # DDP's mean over ranks divides by it
@@ -197,7 +200,7 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
         broadcast([x for x in tensors if not isinstance(x, DTensor)], self.process_group)
         self.synchronized = True
 
-    def _split(self) -> bool:
+    def _has_split_classes(self) -> bool:
         return any(isinstance(p, DTensor) for p in self.loss.parameters())
 
     def _check(
@@ -220,11 +223,10 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
         num_classes, width = (getattr(inner, name, None) or None for name in ("num_classes", "embedding_size"))
         error = input_error(embeddings, labels, ref_emb, ref_labels, num_classes, width)
         if error is None and enqueue_mask is not None:
-            rule = f"a bool tensor of shape ({len(embeddings)},)"
-            if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
-                return TypeError(f"enqueue_mask must be {rule}, got {getattr(enqueue_mask, 'dtype', enqueue_mask)}")
-            if enqueue_mask.shape != (len(embeddings),):
-                return ValueError(f"enqueue_mask must be {rule}, got shape {tuple(enqueue_mask.shape)}")
+            try:
+                check_enqueue_mask(enqueue_mask, len(embeddings))
+            except (TypeError, ValueError) as found:
+                return found
         return error
 
     def _gather_mask(self, enqueue_mask: Tensor | None, batch: Gathered) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as AlongRows
+from torch.distributed.tensor import Shard as SplitAlong
 
 from pml_ext.distributed.collectives import Group, all_reduce, draw_seed, gather_numbers, ranks_of, seed_generators
 from pml_ext.streaming.first_derivative import first_derivative_only
@@ -75,21 +75,19 @@ class ClassShards:
         """Return this rank's part of a tensor as a tensor of all ranks, split along ``dim``."""
         stride = torch.empty(whole, device="meta").stride()
         return DTensor.from_local(
-            local, self.mesh, [AlongRows(dim)], run_check=False, shape=torch.Size(whole), stride=stride
+            local, self.mesh, [SplitAlong(dim)], run_check=False, shape=torch.Size(whole), stride=stride
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ClassShards":
         return self  # groups are not copied
 
 
-def shard_of(shards: "ClassShards | None") -> Shard | None:
-    """Return what the walks want to know; None where all classes are here.
+def shard_of(shards: ClassShards) -> Shard:
+    """Return what the walks want to know.
 
     Raises:
         RuntimeError: If the batch is not that of all ranks.
     """
-    if shards is None:
-        return None
     ranks = _ranks_with_this_batch.get()
     if ranks is None:
         raise RuntimeError(

@@ -85,9 +85,14 @@ class BaseLoss(BaseMetricLossFunction):
     def element_losses(losses: Tensor) -> dict[str, Any]:
         """Return what reducers take for the losses of the batch's samples, ``(B,)``; of no samples, 0."""
         if not len(losses):  # the mean of nothing would be NaN
-            return {"losses": losses.sum(), "indices": None, "reduction_type": "already_reduced"}
+            return BaseLoss.reduced_loss(losses.sum())
         indices = c_f.torch_arange_from_size(losses)
         return {"losses": losses, "indices": indices, "reduction_type": "element", "divisor": len(losses)}
+
+    @staticmethod
+    def reduced_loss(value: Tensor) -> dict[str, Any]:
+        """Return what reducers take for one number."""
+        return {"losses": value, "indices": None, "reduction_type": "already_reduced"}
 
     def set_reducer(self, reducer: Any) -> None:
         """Set the reducer as PML does, but refuse a ``MultipleReducers`` with keys that are no sub-loss."""

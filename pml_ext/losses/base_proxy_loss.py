@@ -36,7 +36,7 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.chunk_size = chunk_size
-        self.shards = None if process_group is None else self._split(num_classes, process_group)
+        self.shards = None if process_group is None else self._class_shards(num_classes, process_group)
         if self.shards is None:
             self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
             self.weight_init_func(self.proxies)
@@ -58,7 +58,7 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
         with full_precision(embeddings.device):
             return self._logits(raise_half(embeddings))
 
-    def _split(self, num_classes: int, process_group: Any) -> Any:
+    def _class_shards(self, num_classes: int, process_group: Any) -> Any:
         """Return which classes this rank has.
 
         Raises:

@@ -1,10 +1,15 @@
 """What a loss made of other losses demands of them."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.reducers import DoNothingReducer
+from torch import Tensor
+
+from pml_ext.types import Indices
+from pml_ext.validation import check_indices_tuple, validation_enabled
 
 
 def check_child(name: str, child: Any) -> None:
@@ -18,6 +23,13 @@ def check_child(name: str, child: Any) -> None:
         raise TypeError(f"{name} must be a BaseMetricLossFunction, got {type(child).__name__}")
     if isinstance(child.reducer, DoNothingReducer):
         raise ValueError(f"{name} must reduce its losses to one number, got a loss with DoNothingReducer")
+
+
+def check_weights(**weights: float) -> None:
+    """Raise a ValueError that names the first weight that is negative or not finite."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
 
 
 def agreed_size(name: str, given: int | None, children: dict[str, Any]) -> int | None:
@@ -36,6 +48,20 @@ def agreed_size(name: str, given: int | None, children: dict[str, Any]) -> int |
     if len(values) > 1:
         raise ValueError(f"{name} must agree with {' and '.join(children)}, got {known}")
     return values.pop() if values else None
+
+
+def mine(
+    miner: Callable[..., Indices],
+    embeddings: Tensor,
+    labels: Tensor | None,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+) -> Indices:
+    """Return what a miner finds, with its form and range checked."""
+    mined = miner(embeddings, labels, ref_emb, ref_labels)
+    if validation_enabled():
+        check_indices_tuple(mined, len(embeddings), len(embeddings if ref_emb is None else ref_emb))
+    return mined
 
 
 def compared_losses(loss: Any, name: str = "loss") -> Iterator[tuple[str, Any]]:

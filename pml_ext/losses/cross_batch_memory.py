@@ -10,6 +10,7 @@ from torch import Tensor
 from pml_ext.losses.children import compared_losses
 from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.losses.hybrid_loss import HybridLoss
+from pml_ext.losses.optimizer_watch import OptimizerWatch
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices
 from pml_ext.validation import already_valid, check_batch, check_indices_tuple, validation_wanted
@@ -69,6 +70,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         if known != embedding_size:
             raise ValueError(f"embedding_size must be that of the loss, {known}, got {embedding_size}")
         super().__init__(loss, embedding_size, memory_size=memory_size, miner=miner, **kwargs)
+        self._optimizer_watch = OptimizerWatch()  # the loss's own does not look where its input is not checked
 
     @staticmethod
     def supported_losses() -> list[str]:
@@ -94,6 +96,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         c_f.labels_required(labels)
         if validation_wanted():
             self._check(embeddings, labels, indices_tuple, enqueue_mask)
+            self._optimizer_watch.look(self)
         if not len(embeddings):
             return (raise_half(embeddings) * 0).sum()
         with already_valid(), full_precision(embeddings.device):
@@ -109,13 +112,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         check_batch(embeddings, labels, num_classes=num_classes, embedding_size=self.embedding_size)
         entering = len(embeddings)
         if enqueue_mask is not None:
-            if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
-                raise TypeError(
-                    f"enqueue_mask must be a bool tensor, got {getattr(enqueue_mask, 'dtype', enqueue_mask)}"
-                )
-            if enqueue_mask.shape != labels.shape:
-                shapes = f"({len(labels)},), got {tuple(enqueue_mask.shape)}"
-                raise ValueError(f"enqueue_mask must have shape (batch_size,) = {shapes}")
+            check_enqueue_mask(enqueue_mask, len(embeddings))
             entering = int(enqueue_mask.sum())
         if entering > self.memory_size:
             raise ValueError(f"at most memory_size = {self.memory_size} embeddings may enter at once, got {entering}")
@@ -138,3 +135,17 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", torch.tensor([0, 0]))  # PML's state dict has no position
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_enqueue_mask(enqueue_mask: Tensor, length: int) -> None:
+    """Check that a mask says of each row of a batch whether it enters the memory.
+
+    Raises:
+        TypeError: If it is no bool tensor.
+        ValueError: If the shape is another.
+    """
+    rule = f"a bool tensor of shape ({length},)"
+    if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
+        raise TypeError(f"enqueue_mask must be {rule}, got {getattr(enqueue_mask, 'dtype', enqueue_mask)}")
+    if enqueue_mask.shape != (length,):
+        raise ValueError(f"enqueue_mask must be {rule}, got shape {tuple(enqueue_mask.shape)}")

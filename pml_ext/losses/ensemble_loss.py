@@ -12,18 +12,12 @@ from torch import Tensor, nn
 
 from pml_ext.learners import check_divergence_settings, split_learners
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.losses.children import agreed_size, check_child
+from pml_ext.losses.children import agreed_size, check_child, check_weights, mine
 from pml_ext.losses.divergence_loss import DivergenceLoss
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.reducers import BatchAverageReducer
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import (
-    already_valid,
-    check_batch,
-    check_indices_tuple,
-    validation_enabled,
-    validation_wanted,
-)
+from pml_ext.validation import already_valid, check_batch, validation_wanted
 
 
 class EnsembleLoss(BaseLoss):
@@ -102,8 +96,7 @@ class EnsembleLoss(BaseLoss):
         **kwargs: Any,
     ) -> None:
         check_divergence_settings(num_learners, divergence_margin, margin_name="divergence_margin")
-        if not 0 <= divergence_weight < float("inf"):
-            raise ValueError(f"divergence_weight must be >= 0 and finite, got {divergence_weight}")
+        check_weights(divergence_weight=divergence_weight)
         if miner is not None and not callable(miner):
             raise TypeError(f"miner must be callable, got {type(miner).__name__}")
         if kwargs.get("distance") is not None:
@@ -155,21 +148,23 @@ class EnsembleLoss(BaseLoss):
             for m, (own, ref) in enumerate(zip(slices, refs, strict=True)):
                 mined = indices_tuple
                 if mined is None and self.miner is not None:
-                    mined = self._mine(own, labels, ref, ref_labels)
+                    c_f.labels_required(labels)
+                    mined = mine(self.miner, own, labels, ref, ref_labels)
                 values.append(self._loss_of(m)(own, labels, mined, ref, ref_labels))
             divergence = self.divergence(embeddings)
         if self.collect_stats:
             self.learner_similarity = self.divergence.learner_similarity
             for m, value in enumerate(values):
                 setattr(self, f"learner_{m}_loss", value.item())
-        weighted = {"learner_loss": torch.stack(values).sum(), "divergence_loss": self.divergence_weight * divergence}
         return {
-            name: {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-            for name, value in weighted.items()
+            "learner_loss": self.reduced_loss(torch.stack(values).sum()),
+            "divergence_loss": self.reduced_loss(self.divergence_weight * divergence),
         }
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Return the mean of the learners' logits, ``(B, num_classes)``.
+
+        With a distance in ``ProxyAnchorLoss``, distances: small is near.
 
         Raises:
             TypeError: If a learner's loss has no ``get_logits``.
@@ -187,14 +182,6 @@ class EnsembleLoss(BaseLoss):
     def compares_with_refs(self) -> dict[str, nn.Module]:
         """Return the children that see ``ref_emb``, by name."""
         return {f"losses[{name!r}]": child for name, child in self.losses.items()}
-
-    def _mine(self, own: Tensor, labels: Tensor | None, ref: Tensor | None, ref_labels: Tensor | None) -> Indices:
-        c_f.labels_required(labels)
-        assert self.miner is not None
-        mined = self.miner(own, labels, ref, ref_labels)
-        if validation_enabled():
-            check_indices_tuple(mined, len(own), len(own if ref is None else ref))
-        return mined
 
     def _loss_of(self, m: int) -> nn.Module:
         return self.losses["shared" if "shared" in self.losses else f"learner_{m}"]

@@ -10,18 +10,12 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.losses.children import agreed_size, check_child
+from pml_ext.losses.children import agreed_size, check_child, check_weights, mine
 from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import (
-    already_valid,
-    check_batch,
-    check_indices_tuple,
-    validation_enabled,
-    validation_wanted,
-)
+from pml_ext.validation import already_valid, check_batch, validation_wanted
 
 _PROXY_ARGUMENTS = ("weight_init_func", "weight_regularizer", "weight_reg_weight", "process_group")
 
@@ -83,9 +77,7 @@ class HybridLoss(BaseLoss):
         miner: Callable[..., Indices] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, weight in (("pair_weight", pair_weight), ("proxy_weight", proxy_weight)):
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
+        check_weights(pair_weight=pair_weight, proxy_weight=proxy_weight)
         if miner is not None and not callable(miner):
             raise TypeError(f"miner must be callable, got {type(miner).__name__}")
         proxy_kwargs = {name: kwargs.pop(name) for name in _PROXY_ARGUMENTS if name in kwargs}
@@ -160,21 +152,21 @@ class HybridLoss(BaseLoss):
     ) -> LossDict:
         c_f.labels_required(labels)
         if indices_tuple is None and self.miner is not None:
-            indices_tuple = self.miner(embeddings, labels, ref_emb, ref_labels)
-            if validation_enabled():
-                check_indices_tuple(indices_tuple, len(embeddings), len(ref_emb))
+            indices_tuple = mine(self.miner, embeddings, labels, ref_emb, ref_labels)
         with already_valid():
             pair = self.pair_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
             proxy = self.proxy_loss(embeddings, labels)
         if self.collect_stats:
             self.pair_loss_value, self.proxy_loss_value = pair.item(), proxy.item()
         return {
-            name: {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-            for name, value in (("pair_loss", self.pair_weight * pair), ("proxy_loss", self.proxy_weight * proxy))
+            "pair_loss": self.reduced_loss(self.pair_weight * pair),
+            "proxy_loss": self.reduced_loss(self.proxy_weight * proxy),
         }
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Return the proxy loss's logits, ``(B, num_classes)``.
+
+        With a distance in ``ProxyAnchorLoss``, distances: small is near.
 
         Raises:
             TypeError: If the proxy loss has no ``get_logits``.

@@ -8,7 +8,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.losses.children import agreed_size, check_child
+from pml_ext.losses.children import agreed_size, check_child, check_weights
 from pml_ext.losses.label_smoothing_cross_entropy_loss import LabelSmoothingCrossEntropyLoss
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.types import Indices, LossDict
@@ -91,9 +91,7 @@ class IntraBatchLoss(BaseLoss):
         raw_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        for name, weight in (("refined_weight", refined_weight), ("raw_weight", raw_weight)):
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
+        check_weights(refined_weight=refined_weight, raw_weight=raw_weight)
         check_count("embedding_size", embedding_size)
         if not refined_weight and not raw_weight:
             raise ValueError("refined_weight or raw_weight must be positive, got 0 for both")
@@ -157,10 +155,7 @@ class IntraBatchLoss(BaseLoss):
         if self.collect_stats:
             for name, weight in (("refined_loss", self.refined_weight), ("raw_loss", self.raw_weight)):
                 setattr(self, f"{name}_value", found[name].item() / weight if weight else 0.0)
-        return {
-            name: {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-            for name, value in found.items()
-        }
+        return {name: self.reduced_loss(value) for name, value in found.items()}
 
     def refine(self, embeddings: Tensor) -> Tensor | list[Tensor]:
         """Return the refined embeddings of a batch, as the refiner gives them.

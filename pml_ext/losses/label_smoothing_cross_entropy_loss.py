@@ -69,7 +69,7 @@ class LabelSmoothingCrossEntropyLoss(WeightRegularizerMixin, BaseLoss):
         super().__init__(**kwargs)
         for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
             check_count(name, value)
-        check_settings(positive={"temperature": temperature}, finite={})
+        check_settings({"temperature": temperature})
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in 0 to 1, 1 excluded, got {label_smoothing}")
         self.num_classes = num_classes

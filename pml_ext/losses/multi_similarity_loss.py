@@ -94,15 +94,7 @@ class MultiSimilarityLoss(BaseLoss):
         alpha, beta = sign * self.alpha, -sign * self.beta
         positives = Term(not_positive, alpha, -alpha * self.base, weight=1 / self.alpha)
         negatives = Term(not_negative, beta, -beta * negative_base, weight=1 / self.beta)
-        losses = sum_log1p_sum_exp(mat, [positives, negatives])
-        return {
-            "loss": {
-                "losses": losses,
-                "indices": c_f.torch_arange_from_size(mat),
-                "reduction_type": "element",
-                "divisor": len(losses),
-            }
-        }
+        return {"loss": self.element_losses(sum_log1p_sum_exp(mat, [positives, negatives]))}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, negative_sign={self.negative_sign!r}"

@@ -111,7 +111,7 @@ class ProxyAnchorLoss(BaseProxyLoss):
         loss_dict: LossDict = {}
         for name, losses in zip(("pos_loss", "neg_loss"), parts, strict=True):
             if reduced:
-                loss_dict[name] = {"losses": losses, "indices": None, "reduction_type": "already_reduced"}
+                loss_dict[name] = self.reduced_loss(losses)
             else:
                 divisor = len(torch.unique(labels)) if name == "pos_loss" else self.num_classes
                 classes = self.element_labels(labels)

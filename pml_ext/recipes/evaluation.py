@@ -8,7 +8,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pml_ext.trunks.modes import evaluating
+from pml_ext.trunks.modes import in_mode
 
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 
@@ -38,7 +38,7 @@ def embed(
     like = next(trunk.parameters(), torch.empty(0))
     loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=num_workers)
     embeddings, labels = [], []
-    with evaluating(trunk):
+    with in_mode(trunk):
         for images, batch_labels in tqdm(loader, desc="embedding", disable=not progress):
             with torch.autocast(like.device.type, autocast, enabled=autocast is not None):
                 found = trunk(images.to(like.device))

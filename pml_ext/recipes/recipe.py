@@ -22,7 +22,7 @@ from pml_ext.recipes.settings import Settings, settle
 from pml_ext.recipes.trainer import Trainer
 from pml_ext.recipes.transforms import Transforms, make_transforms
 from pml_ext.trunks import freeze_batch_norm, param_groups
-from pml_ext.trunks.modes import evaluating
+from pml_ext.trunks.modes import in_mode
 from pml_ext.types import Indices
 from pml_ext.validation import check_count
 
@@ -160,7 +160,8 @@ def recipe(
             None: as the preset has it.
         preset: "paper:cub", "paper:cars", "paper:sop" or "paper:inshop": the paper's settings for that data set, where
             they are known. "small": for images of 28 to 64 pixels, trained from scratch on a CPU.
-        class_embeddings: ``(num_classes, E)``, of a second modality; for "adaptive_margin".
+        class_embeddings: ``(num_classes, E)``, of a second modality; used by "adaptive_margin", and by "combined" with
+            ``proxy_loss="adaptive_margin"``; others ignore it.
         **settings: Take the place of the preset's: any name in the recipe's ``notes``. None: the preset's.
 
     Raises:
@@ -178,6 +179,10 @@ def recipe(
     check_count("num_classes", num_classes)
     if num_classes < 2:
         raise ValueError(f"num_classes must be >= 2, got {num_classes}")
+    if class_embeddings is not None:
+        shape = np.shape(class_embeddings)
+        if len(shape) != 2 or shape[0] != num_classes:
+            raise ValueError(f"class_embeddings must have shape ({num_classes}, E), got {tuple(shape)}")
     numbers, build = RECIPES[name]
     found = settle(preset, numbers, {"embedding_size": embedding_size, "backbone": backbone} | settings)
     _check(found)
@@ -208,7 +213,7 @@ def _with_rate(groups: list[dict[str, Any]], loss: nn.Module, lr: float) -> list
 
 @torch.no_grad()
 def _dry_run(trunk: nn.Module, s: Settings) -> None:
-    with evaluating(trunk):
+    with in_mode(trunk):
         trunk(torch.zeros(2, s.in_channels, s.image_size, s.image_size))
 
 

@@ -137,7 +137,8 @@ class Trainer(MetricLossOnly):
             num_epochs: Epochs in all, those of a resumed training included. None: the recipe's.
 
         Raises:
-            ValueError: If they are more than the recipe's and its schedule ends there.
+            ValueError: If they are more than the recipe's and its schedule ends there, or ``validate`` does not return
+                ``metric``.
         """
         last = self.recipe.epochs if num_epochs is None else num_epochs
         if last > self.recipe.epochs and self.recipe.settings.schedule == "cosine":
@@ -219,14 +220,17 @@ class Trainer(MetricLossOnly):
             "seconds": time.perf_counter() - self._started,
             "lr": self._lr,
         }
-        if self.validate is not None:
-            entry |= self.validate(self.models["trunk"])
+        found = {} if self.validate is None else self.validate(self.models["trunk"]) or {}
+        entry |= found
         self.history.append(entry)
-        better = self.validate is not None and self._is_better(entry[self.metric])
+        better = self.metric in found and self._is_better(found[self.metric])
         if better:
             self.best = entry
         if self.folder is not None:
             self._save(better)
+        if self.validate is not None and self.metric not in found:
+            names = ", ".join(found) or "none"
+            raise ValueError(f"metric must be one that validate returns, {names}, got {self.metric!r}")
         self._stopped = self._users_hooks[1] is not None and self._users_hooks[1](self) is False
         return not self._stopped
 

@@ -14,10 +14,9 @@ from pml_ext.trunks.param_groups import param_groups
 from pml_ext.trunks.second_order_attention import SOLAR_NAMES, SecondOrderAttention
 
 if TYPE_CHECKING:
-    from pml_ext.trunks.intra_batch_refiner import IBC_NAMES, IntraBatchRefiner, rename_ibc_weights
+    from pml_ext.trunks.intra_batch_refiner import IntraBatchRefiner, rename_ibc_weights
 
 __all__ = [
-    "IBC_NAMES",
     "SOLAR_NAMES",
     "AttentionEnsemble",
     "GlobalLocalTrunk",
@@ -31,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("IBC_NAMES", "IntraBatchRefiner", "rename_ibc_weights"):
+    if name in ("IntraBatchRefiner", "rename_ibc_weights"):
         return getattr(import_module("pml_ext.trunks.intra_batch_refiner"), name)
     raise AttributeError(f"module 'pml_ext.trunks' has no attribute {name!r}")
 

@@ -15,7 +15,7 @@ from pml_ext.learners import learner_similarity
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
 from pml_ext.trunks.model_names import check_model_name
-from pml_ext.trunks.modes import evaluating
+from pml_ext.trunks.modes import in_mode
 from pml_ext.trunks.stage_copy import copy_stage
 from pml_ext.validation import check_count
 
@@ -292,7 +292,7 @@ def _check_input_size(input_size: tuple[int, int, int]) -> None:
 def _features(stem: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     """Return what the stem makes of one image of zeros."""
     like = next(stem.parameters(), torch.empty(0))
-    with evaluating(stem):
+    with in_mode(stem):
         features = stem(torch.zeros(1, *input_size, device=like.device, dtype=like.dtype))
     if not isinstance(features, Tensor) or features.ndim != 4:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -307,7 +307,7 @@ def _widths(
     """Return the channels of the stem and of the attention trunk, and the width of the head, from a dry run."""
     features = _features(stem, input_size)
     version = features._version
-    with evaluating(attention), evaluating(head):
+    with in_mode(attention), in_mode(head):
         attended = attention(features)
         if features._version != version:
             raise ValueError("attention must not change the stem's map in place, got one that does (inplace=True?)")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from pml_ext.trunks.modes import evaluating
+from pml_ext.trunks.modes import in_mode
 
 
 def cut_backbone(model: nn.Module, split: str) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -76,7 +76,7 @@ def _trace(model: nn.Module, split: str) -> tuple[fx.Graph, nn.Module]:
     """Return the graph, and a shallow copy of the model with the constants that tracing attaches to it."""
     found = []
     for training in (True, False):
-        with evaluating(model, training):
+        with in_mode(model, training):
             root = copy.copy(model)
             try:
                 found.append((_bind_defaults(_Tracer(split).trace(root)), root))

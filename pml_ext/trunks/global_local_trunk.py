@@ -7,7 +7,7 @@ import torch
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from pml_ext.precision import full_precision
+from pml_ext.precision import full_precision, raise_half
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
 from pml_ext.trunks.model_names import check_model_name
 from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style
@@ -110,7 +110,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
         maps = self.feature_maps(images)
         halves = [head(features) for head, features in zip((self.local_head, self.global_head), maps, strict=True)]
         with full_precision(images.device):  # in float16 the norm of a row of zeros would give NaN
-            embeddings = nn.functional.normalize(torch.cat(halves, 1).float()).to(halves[0].dtype)
+            embeddings = nn.functional.normalize(raise_half(torch.cat(halves, 1))).to(halves[0].dtype)
         if return_branches:
             local, glob = embeddings.chunk(2, 1)
             return local, glob

@@ -6,7 +6,7 @@ import torch
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from pml_ext.precision import full_precision
+from pml_ext.precision import full_precision, raise_half
 
 PoolType = Literal["avg", "max", "avg+max", "gem"]
 
@@ -14,8 +14,8 @@ PoolType = Literal["avg", "max", "avg+max", "gem"]
 class GlobalPool2d(ModuleWithRecords):
     r"""Average, maximum, their sum, or a generalised mean over all positions.
 
-    "gem" is $(\frac{1}{HW} \sum_i \max(x_i, \epsilon)^p)^{1/p}$, computed in float32: $p = 1$ averages what is
-    positive, a large $p$ takes the maximum.
+    "gem" is $(\frac{1}{HW} \sum_i \max(x_i, \epsilon)^p)^{1/p}$, computed in float32 or better: $p = 1$ averages what
+    is positive, a large $p$ takes the maximum.
 
     Args:
         pool_type: "avg", "max", "avg+max" or "gem".
@@ -64,8 +64,9 @@ class GlobalPool2d(ModuleWithRecords):
             return features.mean((2, 3)) + features.amax((2, 3))
         assert self.p is not None
         with full_precision(features.device):  # powers overflow half precision
-            powers = features.float().clamp_min(self.eps).pow(self.p.float())
-            return powers.mean((2, 3)).pow(1 / self.p.float()).to(features.dtype)
+            x = raise_half(features)
+            p = self.p.to(x.dtype)
+            return x.clamp_min(self.eps).pow(p).mean((2, 3)).pow(1 / p).to(features.dtype)
 
     def extra_repr(self) -> str:
         """Show the kind of pooling."""

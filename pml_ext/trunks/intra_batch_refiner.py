@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from pml_ext.graphs import check_edge_index, check_mini_batches, complete_graph
 from pml_ext.trunks.attention_layer import Attention, AttentionLayer, DotAttention
-from pml_ext.trunks.modes import evaluating
-from pml_ext.validation import check_count
+from pml_ext.trunks.modes import in_mode
+from pml_ext.validation import _check_embeddings, check_count
 
 Output = Literal["last", "cat", "every"]
 
-IBC_NAMES = {
+# Parts of parameter names in the authors' released weights to ours; the rest of a layer's names are the same.
+_IBC_NAMES = {
     "dim_red.": "input.",
     "gnn_model.node_model.layers.": "layers.",
     ".att.q_linear.": ".attend.query.",
@@ -21,7 +22,6 @@ IBC_NAMES = {
     ".att.v_linear.": ".attend.value.",
     ".att.out.": ".out.",
 }
-"""Parts of parameter names in the authors' released weights to ours; the rest of a layer's names are the same."""
 
 
 class IntraBatchRefiner(ModuleWithRecords):
@@ -169,7 +169,7 @@ class IntraBatchRefiner(ModuleWithRecords):
             raise ValueError(f"attention must be 'dot' for attention_weights, got {self.attention!r}")
         self._check(embeddings, None, None)
         x, found = self.input(embeddings), []
-        with evaluating(self):
+        with in_mode(self):
             for layer in self.layers:
                 found.append(layer.attend.attention(x))  # type: ignore[operator, union-attr]
                 x = layer(x, None, None)
@@ -183,11 +183,7 @@ class IntraBatchRefiner(ModuleWithRecords):
             self.null_weight = 1 - weights.sum(2).mean().item()
 
     def _check(self, embeddings: Tensor, edge_index: Tensor | None, batch: Tensor | None) -> None:
-        if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
-            got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
-            raise TypeError(f"embeddings must be a floating point torch.Tensor, got {got}")
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.in_features:
-            raise ValueError(f"embeddings must have shape (B, {self.in_features}), got {tuple(embeddings.shape)}")
+        _check_embeddings("embeddings", embeddings, self.in_features)
         if edge_index is not None:
             check_edge_index(edge_index, len(embeddings))
         if batch is not None:
@@ -217,7 +213,7 @@ def rename_ibc_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, x in state_dict.items():
         if name.split(".")[0] in ("fc", "bottleneck"):
             continue
-        for theirs, ours in IBC_NAMES.items():
+        for theirs, ours in _IBC_NAMES.items():
             name = name.replace(theirs, ours)
         found[name] = x
     return found

@@ -6,7 +6,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, fx, nn
 
-from pml_ext.trunks.modes import evaluating
+from pml_ext.trunks.modes import in_mode
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def copy_stage(head: fx.GraphModule, features: Tensor, copy_weights: bool) -> nn
             if hasattr(m, "inplace"):
                 m.inplace = False  # type: ignore[assignment]  # the stem's features are used again
         try:
-            with evaluating(module):
+            with in_mode(module):
                 current = module(current)
         except (RuntimeError, AssertionError):  # branches that no longer fit together, or a grid built in
             break

@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pml_ext.datasets.labels import as_labels
 from pml_ext.extras import comes_with
+from pml_ext.graphs import unit_embeddings
+from pml_ext.validation import check_batch
+from pml_ext.visualization.thumbnails import as_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,9 +21,9 @@ _RIGHT, _WRONG, _QUERY = "#1a9641", "#d7191c", "#333333"
 
 
 def retrieval_gallery(
-    embeddings: Tensor,
-    labels: Tensor,
-    images: Tensor | Sequence[Any],
+    embeddings: Tensor | np.ndarray[Any, Any],
+    labels: Any,
+    images: Any,
     queries: Sequence[int] | None = None,
     num_queries: int = 8,
     num_neighbors: int = 10,
@@ -32,10 +37,9 @@ def retrieval_gallery(
     picture can be read without colours.
 
     Args:
-        embeddings: ``(N, D)``.
-        labels: ``(N,)``.
-        images: N images: a tensor ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``, or a sequence of arrays or PIL
-            images. Numbers are uint8 or floats in 0 to 1.
+        embeddings: ``(N, D)``, floating point, finite, a tensor or an array.
+        labels: ``(N,)``, integers.
+        images: N images, as in ``retrieval_report``.
         queries: Indices of the queries. None: ``num_queries`` random ones, each of another class while there are any.
         num_queries: Rows.
         num_neighbors: Neighbours in a row. Fewer if there are fewer images.
@@ -48,20 +52,25 @@ def retrieval_gallery(
 
     Raises:
         ImportError: If matplotlib is not installed; the message names the extra.
-        ValueError: If lengths differ, a query is out of range, or there are fewer than two images.
+        TypeError: If embeddings are not floating point, labels no integers, or images of no known kind.
+        ValueError: If lengths differ, embeddings are not finite, a query is out of range, there are fewer than two
+            images, or one cannot be read or has values out of range.
     """
     if not len(embeddings) == len(labels) == len(images) >= 2:
         raise ValueError(
             "embeddings, labels and images must have one length of at least 2, got "
             f"{len(embeddings)}, {len(labels)}, {len(images)}"
         )
-    embeddings, labels = embeddings.detach().float().cpu(), labels.cpu()
+    if isinstance(embeddings, np.ndarray):
+        embeddings = torch.tensor(embeddings)
+    check_batch(embeddings)
+    labels = as_labels("labels", labels, len(embeddings))
     if queries is None:
         queries = _choose_queries(labels, num_queries, seed)
     queries = [int(query) for query in queries]
     if not queries or min(queries) < 0 or max(queries) >= len(labels):
         raise ValueError(f"queries must be indices in 0 to {len(labels) - 1}, at least one, got {queries}")
-    unit = torch.nn.functional.normalize(embeddings)
+    unit = unit_embeddings(embeddings.cpu())
     similarity = unit[queries] @ unit.T  # (Q, N)
     similarity[range(len(queries)), queries] = -torch.inf  # a query is not its own neighbour
     if searched is not None:
@@ -78,11 +87,11 @@ def retrieval_gallery(
     figure = Figure(figsize=(0.9 * columns, 1.05 * len(queries) + 0.3), dpi=120, layout="constrained")
     axes = figure.subplots(len(queries), columns, squeeze=False)
     for row, query in enumerate(queries):
-        _draw(axes[row, 0], images[query], _QUERY, "-", "query")
+        _draw(axes[row, 0], images, query, _QUERY, "-", "query")
         for column, (value, neighbor) in enumerate(zip(values[row], neighbors[row].tolist(), strict=True), 1):
             right = bool(labels[neighbor] == labels[query])
             mark = f"{value:.2f}" if right else f"{value:.2f} ✗"
-            _draw(axes[row, column], images[neighbor], _RIGHT if right else _WRONG, "-" if right else "--", mark)
+            _draw(axes[row, column], images, neighbor, _RIGHT if right else _WRONG, "-" if right else "--", mark)
     if path is not None:
         figure.savefig(path)
     return figure
@@ -97,15 +106,8 @@ def _choose_queries(labels: Tensor, num_queries: int, seed: int) -> list[int]:
     return (list(seen.values()) + [i for i in order if i not in first])[:num_queries]
 
 
-def _draw(axes: Any, image: Any, color: str, style: str, title: str) -> None:
-    array, brightest = image, 255
-    if isinstance(image, Tensor):
-        array = image.detach().cpu()
-        if array.ndim == 3:
-            array = array.squeeze(0) if len(array) == 1 else array.permute(1, 2, 0)
-        brightest = 1 if array.is_floating_point() else 255
-        array = array.numpy()
-    axes.imshow(array, cmap="gray", vmin=0, vmax=brightest)  # the range is for one channel; colours have it built in
+def _draw(axes: Any, images: Any, index: int, color: str, style: str, title: str) -> None:
+    axes.imshow(as_image(images[index], f"images[{index}]"))
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=7, color=color, pad=5)
     for spine in axes.spines.values():

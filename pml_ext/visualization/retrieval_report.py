@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from pml_ext.datasets.labels import as_labels
 from pml_ext.extras import comes_with
-from pml_ext.graphs import check_embeddings, similarity_chunks, unit_embeddings
+from pml_ext.graphs import similarity_chunks, unit_embeddings, without_self
 from pml_ext.precision import full_precision
-from pml_ext.validation import check_count
+from pml_ext.validation import check_batch, check_count
 from pml_ext.visualization.report_page import (
     ClassRow,
     ConfusedPair,
@@ -101,7 +101,7 @@ def retrieval_report(
     """
     if isinstance(embeddings, np.ndarray):
         embeddings = torch.tensor(embeddings)
-    check_embeddings(embeddings)
+    check_batch(embeddings)
     labels = as_labels("labels", labels, len(embeddings))
     if images is not None:
         check_images(images, len(embeddings))
@@ -188,7 +188,7 @@ def _search(unit: Tensor, own: Tensor, sizes: Tensor, num_neighbors: int, progre
     parts = math.ceil(len(unit) / max(_QUERIES_AT_ONCE, _FOUND_AT_ONCE // (k + 1)))
     metrics, nearest, first, among_r = [], [], [], []
     for rows in tqdm(torch.tensor_split(torch.arange(len(unit)), parts), desc="neighbours", disable=not progress):
-        neighbors = _without_self(torch.from_numpy(index.search(unit[rows].numpy(), k + 1)[1]), rows)  # (n, k)
+        neighbors = without_self(torch.from_numpy(index.search(unit[rows].numpy(), k + 1)[1]), rows)  # (n, k)
         nearest.append(neighbors[:, :num_neighbors].clone())
         of_class, others = own[rows], (sizes[own[rows]] - 1)[:, None]  # (n,), (n, 1): R
         neighbors = own[neighbors]
@@ -210,13 +210,6 @@ def _search(unit: Tensor, own: Tensor, sizes: Tensor, num_neighbors: int, progre
         _as_pairs(firsts, len(sizes)),
         _as_pairs(torch.cat(among_r, 1), len(sizes)),
     )
-
-
-def _without_self(neighbors: Tensor, rows: Tensor) -> Tensor:
-    """Drop each row's own index, or its last entry where equal rows have pushed that out."""
-    own = neighbors == rows[:, None]
-    own[:, -1] |= ~own.any(1)
-    return neighbors[~own].view(len(neighbors), -1)
 
 
 def _as_pairs(codes: Tensor, num_classes: int) -> dict[tuple[int, int], int]:

@@ -51,7 +51,7 @@ def load_thumbnails(images: Any, indices: Sequence[int], progress: bool = False)
     """
     found = {}
     for index in tqdm(sorted(set(indices)), desc="thumbnails", disable=not progress):
-        image = _as_image(images[index], index)
+        image = as_image(images[index], f"images[{index}]")
         image.thumbnail((_QUALITIES[0][0],) * 2)
         found[index] = image
     return found
@@ -93,10 +93,15 @@ def _encode(image: Any, side: int, quality: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _as_image(item: Any, index: int) -> Any:
+def as_image(item: Any, name: str) -> Any:
+    """Return an image, a path, or the first of a tuple as an RGB image of PIL; numbers are uint8 or floats in 0 to 1.
+
+    Raises:
+        TypeError: If it is none of these, or numbers have another dtype; the message has its name.
+        ValueError: If it cannot be read, or its shape or values break a rule.
+    """
     from PIL import Image
 
-    name = f"images[{index}]"
     if isinstance(item, tuple | list) and item:
         item = item[0]  # of (image, label)
     if isinstance(item, str | os.PathLike):

@@ -15,7 +15,8 @@ from pml_ext.losses import (
     MultiSimilarityLoss,
     ProxyAnchorLoss,
 )
-from pml_ext.trunks import IBC_NAMES, IntraBatchRefiner
+from pml_ext.trunks import IntraBatchRefiner
+from pml_ext.trunks.intra_batch_refiner import _IBC_NAMES
 
 NUM_CLASSES, SIZE = 5, 8
 EMB = torch.randn(9, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -261,7 +262,7 @@ def test_released_weights(output):
     for name, x in donor.state_dict().items():
         if name.startswith("refiner."):
             name = name.removeprefix("refiner.")
-            for theirs, ours in IBC_NAMES.items():
+            for theirs, ours in _IBC_NAMES.items():
                 name = name.replace(ours, theirs)
         elif name.startswith("norms.layer_"):
             name = "bottleneck." + name.removeprefix("norms.layer_")

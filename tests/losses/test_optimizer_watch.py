@@ -5,9 +5,17 @@ import warnings
 import pytest
 import torch
 from pytorch_metric_learning import losses, trainers
+from pytorch_metric_learning.distances import CosineSimilarity
 
 from pml_ext.distributed import DistributedLossWrapper
-from pml_ext.losses import EnsembleLoss, HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.losses import (
+    CrossBatchMemory,
+    EnsembleLoss,
+    HybridLoss,
+    MultiSimilarityLoss,
+    ProxyAnchorLoss,
+    SelfSupervisedLoss,
+)
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 MESSAGE = r"has parameters that 100 batches have not changed: give loss_func.parameters\(\) to an optimizer"
@@ -58,8 +66,26 @@ def test_silence_where_nothing_can_be_trained():
 def test_within_other_losses():
     assert train(losses.MultipleLosses([ProxyAnchorLoss(3, 4)]), 130)
     assert train(DistributedLossWrapper(ProxyAnchorLoss(3, 4)), 130)
+    (message,) = train(CrossBatchMemory(HybridLoss(3, 4), 4), 130)
+    assert message.startswith("CrossBatchMemory has parameters")
     both = copy.deepcopy(pickle.loads(pickle.dumps(HybridLoss(3, 4))))
     assert len(train(both, 130)) == 1
+
+
+class Scaled(CosineSimilarity):
+    """A distance with a parameter: losses of two views have no other."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def compute_mat(self, query_emb, ref_emb):
+        return self.scale * super().compute_mat(query_emb, ref_emb)
+
+
+def test_two_views():
+    loss_func = SelfSupervisedLoss(MultiSimilarityLoss(distance=Scaled()))
+    assert len(train(lambda x, _: loss_func(x, X + 1), 130)) == 1
 
 
 def test_in_a_trainer_of_pml():

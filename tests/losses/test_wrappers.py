@@ -80,8 +80,8 @@ ALL = torch.ones(8, dtype=torch.bool)
         ((EMBEDDINGS, CLASSES + 4), ValueError, "labels must be < num_classes = 4, got"),
         ((EMBEDDINGS, None), ValueError, "labels are required"),
         ((EMBEDDINGS.repeat(3, 1), CLASSES.repeat(3)), ValueError, "at most memory_size = 20 embeddings .* got 24"),
-        ((EMBEDDINGS, CLASSES, None, ALL.long()), TypeError, r"enqueue_mask must be a bool tensor, got torch\.int64"),
-        ((EMBEDDINGS, CLASSES, None, ALL[:5]), ValueError, r"enqueue_mask must have shape .* = \(8,\), got \(5,\)"),
+        ((EMBEDDINGS, CLASSES, None, ALL.long()), TypeError, r"bool tensor of shape \(8,\), got torch\.int64"),
+        ((EMBEDDINGS, CLASSES, None, ALL[:5]), ValueError, r"enqueue_mask must be .* shape \(8,\), got shape \(5,\)"),
         (
             (EMBEDDINGS, CLASSES, (CLASSES, CLASSES + 20, CLASSES)),
             ValueError,

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners
@@ -251,6 +252,17 @@ def test_sampler():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         recipe(**({"name": "mhgl", "num_classes": CLASSES, "width": 4} | arguments))
+
+
+@pytest.mark.parametrize("name", ["mhgl", "combined", "adaptive_margin", "triplet"])
+@pytest.mark.parametrize("kind", [torch.zeros, np.zeros])
+def test_class_embeddings_of_the_wrong_shape(name, kind):
+    """Also where a recipe makes no use of them."""
+    message = rf"class_embeddings must have shape \({CLASSES}, E\), got \({CLASSES + 1}, 3\)"
+    with pytest.raises(ValueError, match=message):
+        recipe(name, CLASSES, class_embeddings=kind((CLASSES + 1, 3)))
+    with pytest.raises(ValueError, match=rf"E\), got \({CLASSES},\)"):
+        recipe(name, CLASSES, class_embeddings=kind(CLASSES))
 
 
 def test_none_stands_for_the_preset():

@@ -168,6 +168,18 @@ def test_metrics_that_are_no_numbers_are_not_the_best():
     assert trainer.best["epoch"] == 2
 
 
+@pytest.mark.parametrize(("returned", "names"), [({"p1": 0.5, "r": 0.25}, "p1, r"), (None, "none")])
+def test_a_metric_that_validate_does_not_return(tmp_path, returned, names):
+    """What has been trained is kept."""
+    made = tiny()
+    trainer = made.trainer(Images(), validate=lambda trunk: returned, metric="map", folder=tmp_path)
+    with pytest.raises(ValueError, match=f"metric must be one that validate returns, {names}, got 'map'"):
+        trainer.train()
+    trainer = made.trainer(Images(), validate=lambda trunk: {"p1": 0.5, "r": 0.25}, metric="p1", folder=tmp_path)
+    assert trainer.resume() == 1
+    assert trainer.train()[-1]["epoch"] == 3 and trainer.best["epoch"] == 2
+
+
 def test_gradients_are_clipped():
     largest = []
 

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import googlenet
 
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
-from pml_ext.trunks.modes import evaluating
+from pml_ext.trunks.modes import in_mode
 
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 CUTS = {
@@ -88,10 +88,10 @@ def test_parts_copy_and_pickle():
 
 def test_modes_come_back():
     module = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Sequential(nn.Dropout()))
-    with evaluating(module):
+    with in_mode(module):
         assert not any(m.training for m in module.modules())
     assert [m.training for m in module.modules()] == [True, False, True, True]
-    with pytest.raises(KeyError), evaluating(module):
+    with pytest.raises(KeyError), in_mode(module):
         raise KeyError
     assert module.training
     cut_backbone(module, "1")

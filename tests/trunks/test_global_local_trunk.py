@@ -197,6 +197,12 @@ def test_half_precision(half):
         assert not trunk(IMAGES).any()  # zeros, not NaN
 
 
+def test_double_precision():
+    trunk = make_tiny(pool_type="gem").double().eval()
+    lengths = trunk(IMAGES.double()).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 def test_channels_last():
     trunk = make_small().eval()
     expected = trunk(IMAGES)

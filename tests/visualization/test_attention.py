@@ -12,6 +12,8 @@ from pml_ext.visualization import attention_overlay
         torch.rand(1, 8, 6),
         torch.rand(3, 8, 6),
         (255 * torch.rand(3, 8, 6)).byte(),
+        np.zeros((8, 6)),
+        np.zeros((8, 6, 3), dtype=np.uint8),
         "pil L",
         "pil RGB",
     ],
@@ -39,6 +41,12 @@ def test_colours():
     torch.testing.assert_close(attention_overlay(image, 7 * attention), attention_overlay(image, attention))
 
 
+@pytest.mark.parametrize("half", [0.5, 128])
+def test_arrays_are_drawn_as_they_are(half):
+    image = np.full((4, 8), half, dtype=np.uint8 if half == 128 else np.float32)
+    assert (attention_overlay(image, torch.zeros(1, 1), alpha=0) == 128).all()
+
+
 def test_brightest():
     attention = torch.tensor([[0.0, 0.5]])
     colors = attention_overlay(torch.zeros(4, 8), attention, alpha=1, cmap="gray", brightest=1.0)
@@ -52,5 +60,7 @@ def test_bad_arguments():
         attention_overlay(torch.rand(4, 4), torch.rand(2, 2), alpha=1.5)
     with pytest.raises(ValueError, match=r"attention must have shape \(h, w\), got \(1, 2, 2\)"):
         attention_overlay(torch.rand(4, 4), torch.rand(1, 2, 2))
-    with pytest.raises(ValueError, match=r"image must have shape .* got \(4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"image must have 1 or 3 channels, got shape \(4, 4, 4\)"):
         attention_overlay(torch.rand(4, 4, 4), torch.rand(2, 2))
+    with pytest.raises(ValueError, match="image must have floats in 0 to 1, got 3 to 3; normalised for a network"):
+        attention_overlay(torch.full((4, 4), 3.0), torch.rand(2, 2))

@@ -31,6 +31,7 @@ def test_neighbours_and_frames(tmp_path):
         torch.rand(5, 3, 4, 4),
         [Image.new("RGB", (6, 4))] * 5,
         [np.zeros((4, 4, 3), dtype=np.uint8)] * 5,
+        np.zeros((5, 4, 4)),
     ],
 )
 def test_kinds_of_images(images):
@@ -38,10 +39,33 @@ def test_kinds_of_images(images):
     assert len(figure.axes) == 2 * 5  # fewer neighbours than asked for
 
 
+def drawn(axis):
+    """The colours of a picture's pixels, as matplotlib maps them."""
+    (picture,) = axis.images
+    return picture.to_rgba(picture.get_array(), bytes=True)[..., :3]
+
+
+@pytest.mark.parametrize("half", [0.5, 128], ids=["float", "uint8"])
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_gray_is_drawn_as_it_is(kind, half):
+    """One range for all images: not black, and not stretched to that of the picture."""
+    one = np.full((4, 4), half, dtype=np.uint8 if half == 128 else np.float32)
+    images = [one] * 5 if kind is list else kind(np.stack([one] * 5))
+    figure = retrieval_gallery(EMB, LABELS, images, num_queries=1)
+    assert {value for axis in figure.axes for value in drawn(axis).flat} == {128}
+
+
+def test_kinds_of_embeddings():
+    expected = [axis.get_title() for axis in retrieval_gallery(EMB, LABELS, IMAGES, queries=[0, 3]).axes]
+    for embeddings in (EMB.numpy(), EMB.double().numpy(), EMB.clone().requires_grad_()):
+        figure = retrieval_gallery(embeddings, LABELS.numpy(), IMAGES, queries=[0, 3])
+        assert [axis.get_title() for axis in figure.axes] == expected
+
+
 def test_random_queries_are_of_different_classes():
     labels = torch.arange(40) // 4
     figure = retrieval_gallery(
-        torch.randn(40, 3), labels, torch.arange(40)[:, None, None].expand(40, 2, 2), num_queries=8
+        torch.randn(40, 3), labels, torch.arange(40, dtype=torch.uint8)[:, None, None].expand(40, 2, 2), num_queries=8
     )
     queries = [int(ax.images[0].get_array().flat[0]) for ax in figure.axes if ax.get_title() == "query"]
     assert len({q // 4 for q in queries}) == len(queries) == 8
@@ -51,5 +75,10 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="one length of at least 2, got 5, 4, 5"):
         retrieval_gallery(EMB, LABELS[:4], IMAGES)
     assert len(retrieval_gallery(EMB, LABELS, IMAGES, queries=torch.tensor([0, 1]), num_neighbors=2).axes) == 6
+    for bad, message in ((EMB / 0, "embeddings must be finite"), (EMB[:, 0], "embeddings must have shape")):
+        with pytest.raises(ValueError, match=message):
+            retrieval_gallery(bad, LABELS, IMAGES)
+    with pytest.raises(ValueError, match=r"images\[\d\] must have floats in 0 to 1, got -2 to -2; normalised"):
+        retrieval_gallery(EMB, LABELS, torch.rand(5, 3, 4, 4) * 0 - 2)
     with pytest.raises(ValueError, match=r"queries must be indices in 0 to 4, at least one, got \[5\]"):
         retrieval_gallery(EMB, LABELS, IMAGES, queries=[5])

@@ -406,12 +406,12 @@ def test_bad_arguments(report, tmp_path):
         report(torch.empty(0, 2), torch.empty(0, dtype=torch.long))
     bad = TOY.clone()
     bad[2, 1] = torch.nan
-    with pytest.raises(ValueError, match="embeddings must be finite, got NaN"):
+    with pytest.raises(ValueError, match="embeddings must be finite, got nan in row 2, column 1"):
         report(bad, TOY_LABELS)
-    with pytest.raises(ValueError, match=r"embeddings must have shape \(N, D\), got \(12,\)"):
+    with pytest.raises(ValueError, match=r"embeddings must have shape .*, got \(12,\)"):
         report(TOY.flatten(), TOY_LABELS)
     for wrong, got in ((TOY.int(), "torch.int32"), (TOY.int().numpy(), "torch.int32"), (TOY.tolist(), "list")):
-        with pytest.raises(TypeError, match=f"embeddings must be a floating point torch.Tensor, got {got}"):
+        with pytest.raises(TypeError, match=f"embeddings must .*, got {got}"):
             report(wrong, TOY_LABELS)
     with pytest.raises(TypeError, match=r"labels must have an integer dtype, got torch\.float32"):
         report(TOY, TOY_LABELS.float())
