@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_IMPORTED_AS = {"sentence-transformers": "sentence_transformers", "umap-learn": "umap"}
+
 
 @contextmanager
 def comes_with(extra: str, package: str, user: str, instead: str = "") -> Iterator[None]:
@@ -15,9 +17,13 @@ def comes_with(extra: str, package: str, user: str, instead: str = "") -> Iterat
         instead: What else the caller can do.
 
     Raises:
-        ImportError: If it is not installed. A package that is installed but broken raises its own error.
+        ImportError: If it is not installed, or lacks a package that it needs itself, which the message then names. A
+            package that is broken in another way raises its own error.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ImportError(f"{user} needs {package}: pip install 'pml-ext[{extra}]'{instead}") from error
+        module = _IMPORTED_AS.get(package, package)
+        missing = (error.name or module).split(".")[0]
+        lacks = "" if missing == module else f", which does not find {missing}"
+        raise ImportError(f"{user} needs {package}{lacks}: pip install 'pml-ext[{extra}]'{instead}") from error

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def already_valid() -> Iterator[None]:
         _already_valid.reset(token)
 
 
-def check_settings(positive: Mapping[str, float], finite: Mapping[str, float]) -> None:
+def check_settings(positive: Mapping[str, float], finite: Mapping[str, float] = MappingProxyType({})) -> None:
     """Check the numbers that a loss is set up with.
 
     Args:
@@ -127,7 +128,10 @@ def check_batch(
     elif ref_emb is not embeddings or (ref_labels is not None and ref_labels is not labels):
         _check_embeddings("ref_emb", ref_emb, embeddings.shape[1])
         if ref_emb.device != embeddings.device:
-            raise ValueError(f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}")
+            raise ValueError(
+                f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}: "
+                "ref_emb.to(embeddings.device)"
+            )
         _check_labels("ref_labels", ref_labels, len(ref_emb))
         floats.append(ref_emb)
         num_refs = len(ref_emb)
@@ -245,7 +249,10 @@ def _check_range(name: str, x: Tensor, limit: int | None) -> None:
     if len(wrong):
         position = int(wrong[0])
         value = int(x[position])
-        bound = "num_classes" if name.endswith("labels") else "the number of rows"
+        of_classes = name.endswith("labels")
+        bound = "num_classes" if of_classes else "the number of rows"
         rule = ">= 0" if value < 0 else f"< {bound} = {limit}"
-        advice = f" (this batch: {int(x.min())} to {int(x.max())}): {_RENUMBER}" if name.endswith("labels") else ""
+        advice = f" (this batch: {int(x.min())} to {int(x.max())})" if of_classes else ""
+        if of_classes and limit is not None:  # without proxies, classes may have any numbers >= 0
+            advice += f": {_RENUMBER}"
         raise ValueError(f"{name} must be {rule}, got {value} at position {position}{advice}")

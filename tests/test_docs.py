@@ -36,8 +36,11 @@ PAGES = {
 }
 
 FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
+    r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)(?P=fence)$",
+    re.MULTILINE | re.DOTALL,
 )
+LANGUAGES = {"bash", "diff", "markdown", "python", "text"}
+SNIPPET = " { .python }"  # of a page, not run: the code is a file that has tests of its own
 NOT_RUN = re.compile(r"<!-- not run:(?P<reason>.*?)-->")
 OURS = re.compile(r"(pml_ext|pytorch_metric_learning)(\.\w+)+")
 
@@ -73,6 +76,26 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 def without_code(text):
     """Return the text of a page, fenced blocks and inline code taken out."""
     return re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))
+
+
+def find_fences(text):
+    """Return what looks like the beginning or end of a block."""
+    return re.findall(r"^[\s>]*(?:`{3}|~{3}).*", text, re.MULTILINE)
+
+
+def test_no_block_escapes():
+    """Each is found as a block, and its language is one that a test here, or the page itself, knows."""
+    escaped = {page: find_fences(FENCE.sub("", text)) for page, text in PAGES.items()}
+    assert not any(escaped.values()), {page: lines for page, lines in escaped.items() if lines}
+    for text in ("~~~python\nx\n~~~\n", "> ```python\n> x\n> ```\n", "```python\nx\n ```\n"):
+        assert find_fences(FENCE.sub("", text))
+    for block in BLOCKS:
+        if block.language == SNIPPET:
+            assert block.page == "docs/contributing_back.md"
+            (name,) = re.fullmatch(r'--8<-- "(docs/upstream/\S+)"\n', block.code).groups()
+            assert (ROOT / name).is_file()
+        else:
+            assert block.language in LANGUAGES, f"{block.page}, line {block.line}"
 
 
 # (a) Python

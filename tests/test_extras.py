@@ -41,6 +41,29 @@ def test_a_report_needs_no_matplotlib(monkeypatch, tmp_path):
     assert path.stat().st_size > 1000
 
 
+@pytest.mark.parametrize("missing", ["matplotlib", "cycler"])
+def test_the_missing_package_is_named(missing, monkeypatch):
+    """It need not be the one that is imported, but one of those that this one imports."""
+    for module in [m for m in sys.modules if m.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, missing, None)
+    lacks = "" if missing == "matplotlib" else ", which does not find cycler"
+    message = rf"^plot_curves needs matplotlib{lacks}: pip install 'pml-ext\[visualization\]'$"
+    with pytest.raises(ImportError, match=message):
+        PICTURES["plot_curves"](visualization.plot_curves)
+
+
+@pytest.mark.parametrize(
+    ("package", "module"), [("umap-learn", "umap"), ("sentence-transformers", "sentence_transformers.util")]
+)
+def test_modules_of_another_name(package, module):
+    with pytest.raises(ImportError, match=rf"^it needs {package}: pip"), comes_with("extra", package, "it"):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+    message = rf"^it needs {package}, which does not find numba: pip"
+    with pytest.raises(ImportError, match=message), comes_with("extra", package, "it"):
+        raise ModuleNotFoundError("No module named 'numba'", name="numba")
+
+
 def test_what_is_broken_says_so_itself():
     """Installing it again would not help."""
     with pytest.raises(ImportError, match=r"^numpy is too old$"), comes_with("text", "sentence-transformers", "it"):

@@ -10,6 +10,7 @@ NAMES = sorted({path.stem for path in FOLDER.glob("[0-9]*") if path.suffix in ("
 OF_A_MACHINE = re.compile(r"(?<![\w.])/(tmp|home|root|opt|usr|var|work|mnt|private|Users)/|[A-Za-z]:\\\\?Users")
 PLOTS = re.compile(r"^(draw\w*|titled|retrieval_gallery|plot_curves|attention_overlay|mask_grid|batch_attention)\(")
 LARGEST = 300_000  # bytes
+LONGEST = 30  # lines that a cell must not reach: one idea a cell
 
 
 def cells_of_notebook(name):
@@ -49,6 +50,12 @@ def test_notebook_is_what_the_script_makes(name):
     ]
     kept = [(cell.cell_type, cell.source.strip()) for cell in cells_of_notebook(name)]
     assert kept == made, "python examples/notebooks/make.py makes it anew"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cells_are_short(name):
+    long = [cell.source for cell in code_of(name) if len(cell.source.splitlines()) >= LONGEST]
+    assert not long, long[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -91,6 +91,13 @@ def test_bad_input(make, args, error, message, device):
         make()(*args)
 
 
+def test_ref_emb_of_another_device():
+    """Of a device that is always there."""
+    advice = r"must be on the device of embeddings, cpu, got meta: ref_emb\.to\(embeddings\.device\)$"
+    with pytest.raises(ValueError, match=f"ref_emb {advice}"):
+        MultiSimilarityLoss()(EMB, LABELS, ref_emb=EMB.to("meta"), ref_labels=LABELS)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_shapes_in_every_loss(case):
     """Each loss refuses them at the border, whatever its own code would do."""
@@ -137,6 +144,16 @@ def test_class_numbers_that_do_not_fit_the_proxies(make):
     (advice,) = [part.split(";")[0] for part in str(caught.value).split(": ") if part.startswith("labels = ")]
     exec(advice, scope)
     assert make()(EMB, scope["labels"]) > 0
+
+
+def test_gaps_are_allowed_without_proxies():
+    """And so nothing is said about them."""
+    loss_func, gaps = MultiSimilarityLoss(), torch.tensor([103, 100, 180, 190] * 2)
+    assert loss_func(EMB, gaps) == loss_func(EMB, LABELS)
+    with pytest.raises(ValueError, match=r"labels must be >= 0, got -1 at position 0 \(this batch: -1 to 2\)$"):
+        loss_func(EMB, LABELS - 1)
+    with pytest.raises(ValueError, match=r"labels must be >= 0, got -1 at .*: number the classes from 0 without gaps"):
+        ProxyAnchorLoss(4, 6)(EMB, LABELS - 1)
 
 
 def test_trainers_of_pml_number_the_classes():

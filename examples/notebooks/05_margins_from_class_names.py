@@ -76,17 +76,19 @@ margins = loss_func.get_margins(everyone)
 mean_margin = margins.sum().item() / (len(names) * (len(names) - 1))
 print(f"margins between 0 and {margins.max():.2f}, mean between different classes {mean_margin:.3f}")
 
-# Ordered by the first two words of the name, the structure shows: dark blocks are characters with similar names, which
-# get small margins.
+# The first two words of a name are script and case; they group the characters.
 
 
-# +
 def group_of(name):
     """Return script and case, or "other"."""
     first = " ".join(name.split()[:2])
     return first if first.split()[0] in ("LATIN", "GREEK", "CYRILLIC") and first.split()[1] != "LETTER" else "OTHER"
 
 
+# In this order the structure shows: dark blocks are characters with similar names, which get small margins.
+
+
+# +
 def draw_margins():
     """Draw all margins, and those of some classes with their names."""
     figure = Figure(figsize=(13.5, 6.4), layout="constrained")
@@ -149,11 +151,13 @@ draw_directions()
 # the name of another, drawn at random: its margins have the same values, but in the wrong places. If names help, the
 # right ones must beat the wrong ones.
 
-# +
 SEEDS, EPOCHS, BATCH_SIZE = 3, 8, 128
 METRICS = {"precision_at_1": "P@1", "mean_average_precision_at_r": "MAP@R"}
 
+# The losses differ in nothing but their margins.
 
+
+# +
 def make_loss(name, seed):
     """Return a loss; its proxies begin at the same place for all of a seed."""
     shuffled = text[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
@@ -168,6 +172,11 @@ def make_loss(name, seed):
     return loss_func
 
 
+# -
+
+# The network is the same for all.
+
+
 def make_trunk():
     """Return a small convolutional network."""
     layers = []
@@ -176,33 +185,51 @@ def make_trunk():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, EMBEDDING_SIZE))
 
 
-def train_and_test(name, seed):
-    """Return the metrics on unseen characters."""
+# Training is a plain loop over class-balanced batches.
+
+
+# +
+def train(name, seed):
+    """Return a trained network."""
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (PML's sampler draws from it)
     trunk, loss_func = make_trunk(), make_loss(name, seed)
     sampler = MPerClassSampler(train_set.targets, m=4, batch_size=BATCH_SIZE, length_before_new_iter=len(train_set))
     groups = [{"params": trunk.parameters(), "lr": 3e-3}, {"params": loss_func.parameters(), "lr": 2e-2}]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-    images, test_images = (data.data[:, None].float() / 255 for data in (train_set, test_set))
+    images = train_set.data[:, None].float() / 255
     for _ in range(EPOCHS):
         for batch in torch.tensor([*sampler]).split(BATCH_SIZE):
             optimizer.zero_grad()
             loss_func(trunk(images[batch]), train_set.targets[batch]).backward()
             optimizer.step()
-    trunk.eval()
+    return trunk.eval()
+
+
+# -
+
+# The test compares characters that were not in training.
+
+
+# +
+def score(trunk):
+    """Return the metrics."""
     with torch.inference_mode():
-        embeddings = nn.functional.normalize(trunk(test_images))
+        embeddings = nn.functional.normalize(trunk(test_set.data[:, None].float() / 255))
     calculator = AccuracyCalculator(include=tuple(METRICS), k="max_bin_count", device=torch.device("cpu"))
     return calculator.get_accuracy(embeddings, test_set.targets)
 
+
+# -
+
+# All rows have the same seeds.
 
 # +
 ROWS = ("no margin", "constant margin", "margins from names", "margins from shuffled names")
 results = {name: [] for name in ROWS}
 for seed in range(SEEDS):
-    for name in ROWS:  # in turn, so that all rows have the same seeds
-        results[name].append(train_and_test(name, seed))
+    for name in ROWS:
+        results[name].append(score(train(name, seed)))
 
 print(
     f"{f'{test_set.num_classes} unseen characters, {SEEDS} seeds':<32}" + "".join(f"{m:>16}" for m in METRICS.values())
@@ -210,15 +237,21 @@ print(
 for name, found in results.items():
     values = [[100 * one[metric] for one in found] for metric in METRICS]
     print(f"{name:<32}" + "".join(f"{np.mean(v):>9.1f} ± {np.std(v, ddof=1):<4.1f}" for v in values).rstrip())
+# -
 
 # Mean and standard deviation over seeds. Runs of a seed share their start and their batches, so the differences seed by
-# seed say more than the means.
+# seed say more than the means. Names tell something if the right ones are ahead of the shuffled ones with every seed,
+# and are worth their trouble if they are ahead of one constant margin too, which takes no names at all: the count at
+# the end of each line.
 
 for less in ("constant margin", "margins from shuffled names"):
     for metric, title in METRICS.items():
         pairs = zip(results["margins from names"], results[less], strict=True)
-        differences = "  ".join(f"{100 * (one[metric] - other[metric]):+.1f}" for one, other in pairs)
-        print(f"{title:<6} from names less {less:<28} {differences}")
+        differences = [100 * (one[metric] - other[metric]) for one, other in pairs]
+        ahead = f"ahead with {sum(d > 0 for d in differences)} of {SEEDS} seeds"
+        print(f"{title:<6} from names less {less:<28}" + "".join(f"{d:>+7.1f}" for d in differences) + f"   {ahead}")
+
+# The same as a picture.
 
 
 # +
@@ -240,13 +273,9 @@ def draw_results():
 draw_results()
 # -
 
-# In the run that is kept on this page, the right names are ahead of the shuffled ones with each seed: the places of the
-# margins matter. They are not clearly ahead of one constant margin, which takes no names at all.
-#
 # Three seeds of a short training show large effects only, and differences that change their sign between seeds prove
 # nothing. `docs/benchmarks.md` has longer runs with names, `docs/retrieval.md` runs with pen strokes as the second
-# modality: in both, adaptive margins were no better than a constant one. A description that says how alike two classes
-# look may do more; the same two controls tell.
+# modality, both with these two controls. A description that says how alike two classes look may do more than names.
 
 # ## What to try next
 #

@@ -95,10 +95,12 @@ compare("Adaptive margins, formula and ours", formula(margin_loss.proxies), valu
 # counts. Memory is the peak of the process during a step, beyond what it held before and beyond the gradient of the
 # proxies, which any exact loss needs. Linux tells it; elsewhere that plot stays empty.
 
-# +
 BATCH_SIZE, WIDTH, CLASS_WIDTH, STEPS = 64, 32, 16, 7
 
+# Two losses of each library. PML has none with a margin for each pair of classes; its CosFace has one margin for all.
 
+
+# +
 def candidates(num_classes, with_pml):
     """Return what makes each loss."""
 
@@ -117,6 +119,12 @@ def candidates(num_classes, with_pml):
     }
 
 
+# -
+
+# Linux tells how much memory a process holds, and how much it held at most.
+
+
+# +
 def resident(field):
     """Return VmRSS (memory of the process) or VmHWM (its peak) in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -135,35 +143,55 @@ def extra_memory(step, gradient):
     return resident("VmHWM") - before - gradient
 
 
+# -
+
+# Times: the losses take turns.
+
+
+# +
+def forget(loss_func, embeddings):
+    """Free all gradients."""
+    embeddings.grad = None
+    loss_func.zero_grad()
+
+
+def step_times(made, embeddings, labels):
+    """Return the median of seconds that a step takes, by loss."""
+    seconds = {name: [] for name in made}
+    for _ in range(STEPS + 1):
+        for name, loss_func in made.items():
+            start = time.perf_counter()
+            loss_func(embeddings, labels).backward()
+            seconds[name].append(time.perf_counter() - start)
+            forget(loss_func, embeddings)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+# -
+
+# Both, for one number of classes.
+
+
+# +
 def measure(num_classes, with_pml=True):
     """Return seconds of a step and extra megabytes, by loss."""
     torch.manual_seed(0)
     made = {name: make() for name, make in candidates(num_classes, with_pml).items()}
     embeddings = torch.randn(BATCH_SIZE, WIDTH, requires_grad=True)
     labels = torch.randint(num_classes, (BATCH_SIZE // 4,)).repeat_interleave(4)
-
-    def step(loss_func):
-        loss_func(embeddings, labels).backward()
-
-    def forget(loss_func):
-        embeddings.grad = None
-        loss_func.zero_grad()
-
-    seconds = {name: [] for name in made}
-    for _ in range(STEPS + 1):
-        for name, loss_func in made.items():
-            start = time.perf_counter()
-            step(loss_func)
-            seconds[name].append(time.perf_counter() - start)
-            forget(loss_func)
+    seconds = step_times(made, embeddings, labels)
     gradient = num_classes * WIDTH * 4 / 2**20
     found = {}
     for name, loss_func in made.items():
-        megabytes = extra_memory(lambda f=loss_func: step(f), gradient)
-        forget(loss_func)
-        found[name] = statistics.median(seconds[name][1:]), megabytes
+        megabytes = extra_memory(lambda f=loss_func: f(embeddings, labels).backward(), gradient)
+        forget(loss_func, embeddings)
+        found[name] = seconds[name], megabytes
     return found
 
+
+# -
+
+# From a thousand classes to a million; those of PML stop at 100,000, to keep this notebook small.
 
 # +
 SIZES, MILLION = (1_000, 10_000, 100_000), 1_000_000
@@ -176,8 +204,7 @@ for size, found in measured.items():
         print(f"{size:>9,}  {name:<28}{1000 * seconds:>8.1f}{megabytes:>10.1f}")
 # -
 
-# PML's losses stop at 100,000 classes, to keep this notebook small. The dotted line is the size of one matrix of batch
-# times classes.
+# The dotted line is the size of one matrix of batch times classes.
 
 
 # +

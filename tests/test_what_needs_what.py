@@ -1,0 +1,128 @@
+"""The table of docs/install.md: each part runs with what its row names, and not without."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "install.md"
+ROWS = re.findall(r"^\| (.*`.*) \| (.+) \|$", PAGE.read_text().split("## What needs what")[1], re.MULTILINE)
+BRINGS = {"timm": {"torchvision", "PIL"}, "matplotlib": {"PIL"}}
+IMPORTED_AS = {
+    "Pillow": "PIL",
+    "faiss-cpu": "faiss",
+    "sentence-transformers": "sentence_transformers",
+    "torch-geometric": "torch_geometric",
+    "umap-learn": "umap",
+}
+ALL = {"PIL", "faiss", "matplotlib", "sentence_transformers", "timm", "torch_geometric", "torchvision", "umap"}
+USES = [  # of the rows, in their order
+    """
+import pml_ext.distributed, pml_ext.learners, pml_ext.reducers, pml_ext.regularizers, pml_ext.streaming
+from pml_ext import class_embeddings, losses
+losses.HybridLoss(3, 4)(torch.randn(6, 4), torch.arange(6) // 2).backward()
+class_embeddings.from_text(["red apple", "green apple"], model="tfidf")
+class_embeddings.from_samples(torch.randn(6, 4), torch.arange(6) // 2)
+""",
+    "from pml_ext.graphs import knn_graph; knn_graph(torch.randn(9, 4), 2)",
+    """
+from pml_ext.inference import refine_with_neighbors
+refine_with_neighbors(torch.nn.Linear(4, 4), torch.randn(1, 4)[:0])
+from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, param_groups
+""",
+    "from pml_ext.losses import IntraBatchLoss; IntraBatchLoss(3, 4)",
+    """
+from pml_ext.recipes import recipe, retrieval_metrics
+recipe("intra_batch", 3, in_channels=1, width=4).transforms
+retrieval_metrics(torch.randn(8, 4), torch.arange(8) // 2)
+""",
+    """
+from pml_ext.datasets import ImageFolder
+folder = pathlib.Path("photos/cat")
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "1.ppm").write_bytes(b"P6 1 1 255 abc")
+ImageFolder("photos")[0]
+""",
+    """
+from pml_ext.datasets import Glyphs
+from pml_ext.visualization import retrieval_gallery
+retrieval_gallery(torch.eye(4), torch.arange(4) // 2, torch.rand(4, 8, 8))
+Glyphs("test", samples_per_class=1, image_size=8)
+""",
+    """
+from pml_ext.visualization import retrieval_report
+retrieval_report(torch.randn(8, 4), torch.arange(8) // 2, torch.rand(8, 8, 8))
+""",
+    """
+from pml_ext.visualization import retrieval_report
+retrieval_report(torch.randn(8, 4), torch.arange(8) // 2, method="umap")
+""",
+    'from pml_ext.class_embeddings import from_text; from_text(["red apple"], model="all-MiniLM-L6-v2")',
+]
+NOT_TRIED = {"umap", "sentence_transformers"}  # the one need not be installed, the other downloads a model
+TRIES = """
+import json, os, pathlib, sys, warnings
+import torch
+from pytorch_metric_learning import losses
+
+warnings.simplefilter("ignore")
+tries = json.load(sys.stdin)
+loaded = {name for blocked, _ in tries for name in blocked} & set(sys.modules)
+assert not loaded, f"loaded by torch or PML: {loaded}"
+for blocked, code in tries:
+    child = os.fork()  # loading torch for each try would take minutes
+    if not child:
+        sys.modules.update(dict.fromkeys(blocked))  # importing them raises ModuleNotFoundError
+        try:
+            exec(code)
+        except Exception as error:
+            kinds = ModuleNotFoundError, NameError  # PML goes on without faiss until it needs it
+            while error.__context__ is not None and not isinstance(error, kinds):
+                error = error.__context__
+            print(json.dumps(error.name if isinstance(error, kinds) else repr(error)), flush=True)
+        else:
+            print("null", flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def needed(cell):
+    """Return the modules that a cell of the table names."""
+    names = [] if cell == "nothing" else cell.split(", ")
+    return [IMPORTED_AS.get(name, name) for name in names]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_parts_need_what_the_table_says(tmp_path):
+    assert len(ROWS) == len(USES)
+    tries, expected = [], []
+    for (_, cell), code in zip(ROWS, USES, strict=True):
+        names = needed(cell)
+        assert set(names) <= ALL, cell
+        there = set(names).union(*(BRINGS.get(name, ()) for name in names))
+        if not NOT_TRIED & set(names):
+            tries.append((sorted(ALL - there), code))
+            expected.append(None)
+        for name in names:
+            tries.append(([name], code))
+            expected.append(name)
+    done = subprocess.run(
+        [sys.executable, "-c", TRIES],
+        input=json.dumps(tries),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PAGE.parents[1])},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    roots = [name and name.split(".")[0] for name in found]
+    assert roots == expected, [
+        (one, name, wanted) for one, name, wanted in zip(tries, found, expected, strict=True) if name != wanted
+    ]
