@@ -15,6 +15,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return the parameters in groups, for any optimizer of PyTorch.
 
+    Each group has its own learning rate and weight decay; those that the optimizer itself is given have no effect.
     Norms and biases, that is all parameters of fewer than two dimensions, get no weight decay. Parameters that do not
     require a gradient are left out.
 
