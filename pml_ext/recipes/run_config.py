@@ -11,7 +11,7 @@ import torch
 from pml_ext import __version__
 
 if TYPE_CHECKING:
-    from pml_ext.recipes.recipe import Recipe
+    from pml_ext.recipes.building import Recipe
 
 
 def describe_run(made: "Recipe", autocast: torch.dtype | None = None, **more: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import nn
 
-from pml_ext.recipes.recipe import Recipe, recipe
+from pml_ext.recipes.building import Recipe, recipe
 from pml_ext.recipes.run_config import read_config
 
 

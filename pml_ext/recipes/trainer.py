@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pml_ext.recipes.run_config import describe_run, read_config, write_config
 
 if TYPE_CHECKING:
-    from pml_ext.recipes.recipe import Recipe
+    from pml_ext.recipes.building import Recipe
 
 
 class Trainer(MetricLossOnly):

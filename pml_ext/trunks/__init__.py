@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pml_ext.trunks.attention_ensemble import AttentionEnsemble
-from pml_ext.trunks.freeze_batch_norm import freeze_batch_norm
+from pml_ext.trunks.batch_norm import freeze_batch_norm
 from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
 from pml_ext.trunks.global_pool import GlobalPool2d
-from pml_ext.trunks.param_groups import param_groups
+from pml_ext.trunks.parameter_groups import param_groups
 from pml_ext.trunks.second_order_attention import SOLAR_NAMES, SecondOrderAttention
 
 if TYPE_CHECKING:
