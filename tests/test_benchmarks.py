@@ -384,6 +384,14 @@ def test_gradients_reach_other_samples_by_messages_only():
     assert own > 0 and others > 0
 
 
+def test_table_of_causes_in_the_docs_is_that_of_the_results(capsys):
+    root = Path(retrieval.__file__).parent
+    retrieval_causes.show(root / "results" / "retrieval_causes")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    page = (root.parent / "docs" / "retrieval.md").read_text()
+    assert len(lines) > 30 and all(line in page for line in lines)
+
+
 def test_causes_are_written_and_shown(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(retrieval_causes, "MEASURES", {"4 heads": retrieval_causes.learners})
     monkeypatch.setattr(retrieval_causes, "tuned_settings", lambda results, data, row: {"lr": 0.003})
