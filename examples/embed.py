@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pml_ext import recipes
-from pml_ext.command_line import Command
+from pml_ext import command_line, recipes
 from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.image_folder import find_images
 
@@ -58,9 +57,8 @@ def main(run, images, out=None, skip_broken=False, batch_size=256, workers=0, de
     if len(broken) == len(files):
         raise ValueError(f"--images must have an image that can be read, got {len(files)} that cannot")
     if broken:
-        print(
-            f"warning: skipped {len(broken)} of {len(files)} images that cannot be read: {broken[0]}", file=sys.stderr
-        )
+        skipped = f"{len(broken)} of {len(files)} images that cannot be read: {command_line.some_of(broken)}"
+        print(f"warning: skipped {skipped}", file=sys.stderr)
     embeddings = embeddings[labels >= 0].numpy()
     paths = [Path(f).relative_to(images).as_posix() for f, label in zip(files, labels, strict=True) if label >= 0]
     out = Path(run) / "index" if out is None else Path(out)
@@ -85,7 +83,7 @@ def write_index(out, embeddings, paths, origin):
 
 
 if __name__ == "__main__":
-    command = Command(description=__doc__)
+    command = command_line.Command({"a run's folder must": "--run must"}, description=__doc__)
     command.add_argument("--run", required=True, help="folder of the run")
     command.add_argument("--images", required=True, help="folder with images, in it or below")
     command.add_argument("--out", help="folder of the index; default: index in that of the run")

@@ -7,8 +7,7 @@ after examples/embed.py. A query that is itself in the index is shown like any o
 import json
 from pathlib import Path
 
-from pml_ext import recipes
-from pml_ext.command_line import Command
+from pml_ext import command_line, recipes
 from pml_ext.datasets.image_files import ImageFiles, read_image
 
 
@@ -69,7 +68,7 @@ def draw(query, results, path):
 
 
 if __name__ == "__main__":
-    command = Command(description=__doc__)
+    command = command_line.Command({"a run's folder must": "--run must"}, description=__doc__)
     command.add_argument("--run", required=True, help="folder of the run")
     command.add_argument("--query", required=True, help="an image")
     command.add_argument("--k", type=int, default=10, help="how many neighbours")

@@ -4,27 +4,32 @@ Run: python examples/train.py --recipe mhgl --data glyphs --epochs 5 --out runs/
      python examples/train.py --recipe proxy_anchor --data photos/ --backbone resnet18 --set lr=1e-3 --out runs/photos
      python examples/train.py --recipe intra_batch --preset paper:cub --data cub --root data --download --out runs/cub
 
-The network learns the training classes less some validation classes, which choose the epoch; the test classes are
-looked at once, at the end. --out gets config.json, metrics.jsonl (a line for each epoch, one of the test), last.pt,
-best.pt (the best epoch; with --validation-classes 0 there is none, and the last epoch is tested), curves.png,
-gallery.png, and report.html to be opened in a browser (not for In-Shop, whose queries search a gallery). After an
-interruption the same command with --resume goes on behind the last whole epoch; with the same --workers and --device it
-ends where an uninterrupted run does. Then: examples/embed.py and examples/search.py.
+The network learns the training classes less some validation classes, which choose the epoch: a fifth of them where
+there are four or more. The test classes are looked at once, at the end. All image files are checked before the first
+epoch. --out gets config.json, metrics.jsonl (a line for each epoch, one of the test), last.pt, best.pt (the best epoch;
+without validation classes there is none, and the last epoch is tested), curves.png, gallery.png, and report.html to be
+opened in a browser (not for In-Shop, whose queries search a gallery). After an interruption the same command with
+--resume goes on behind the last whole epoch; with the same --workers and --device it ends where an uninterrupted run
+does. Then: examples/embed.py and examples/search.py.
 """
 
 import argparse
 import ast
+import copy
 import json
 import random
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from pml_ext import recipes
-from pml_ext.command_line import Command
+from pml_ext import command_line, recipes
 from pml_ext.datasets import open_data
+from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.recipes.run_config import describe_run, read_config, write_config
 from pml_ext.recipes.run_folder import load_run, usable_device
 from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
@@ -58,10 +63,11 @@ def main(
     image_size=None,
     settings=(),
     test_classes=0.5,
-    validation_classes=0.2,
+    validation_classes=None,
     class_embeddings=None,
     root=None,
     download=False,
+    skip_broken=False,
     autocast=None,
     workers=0,
     device=None,
@@ -75,7 +81,12 @@ def main(
     old = read_config(out) if resume else None
     autocast = None if autocast is None else getattr(torch, autocast)
 
-    opened = open_data(data, test_classes, class_embeddings, root, download, seed)
+    opened = without_broken(open_data(data, test_classes, class_embeddings, root, download, seed), skip_broken)
+    if validation_classes is None:
+        validation_classes = 0.2 if opened.num_classes >= 4 else 0
+        if not validation_classes:
+            few = f"{opened.num_classes} training classes are too few"
+            print(f"{few} to cut validation classes from: the last epoch is kept")
     fitted = hold_out(opened, validation_classes, seed)
     given = {"epochs": epochs, "backbone": backbone, "embedding_size": embedding_size, "image_size": image_size}
     given = merge({name: value for name, value in given.items() if value is not None}, dict(settings))
@@ -100,9 +111,17 @@ def main(
     def validate(trunk):
         return recipes.retrieval_metrics(*embed(trunk, fitted.test))
 
+    def tell(trainer):
+        entry = trainer.history[-1]
+        names = [name for name in ("precision_at_1", "mean_average_precision_at_r") if name in entry]
+        found = ", ".join(f"{METRICS[name]} {100 * entry[name]:.1f}" for name in names)
+        line = f"epoch {entry['epoch']}/{made.epochs}: loss {entry['loss']:.3g}"
+        tqdm.write(f"{line}, validation {found}" if found else line)
+
     trainer = made.trainer(
         fitted.train,
         validate=validate if validation_classes else None,
+        end_of_epoch_hook=tell,
         folder=out,
         autocast=autocast,
         device=device,
@@ -128,6 +147,8 @@ def main(
         check_same(old, config)
         if (out / "last.pt").exists():  # else it was killed within the first epoch
             trainer.resume()
+    validated = fitted.test.num_classes if validation_classes else 0
+    print(f"{fitted.num_classes} classes to train, {validated} to validate, {opened.test.num_classes} to test")
     trainer.train()
 
     run = load_run(out, device)  # what is tested is what others load
@@ -139,7 +160,8 @@ def main(
     draw(out, trainer.history, tested, found)
     if len(tested) == 1:
         retrieval_report(*found[0], Images(*tested), opened.test.class_names, out / "report.html", title=str(out))
-    print(f"{opened.test.num_classes} unseen classes, epoch {run.epoch} of {made.epochs}, seed {seed}, percent")
+    why = "best on validation classes" if validation_classes else "the last"
+    print(f"test, with the network of epoch {run.epoch} of {made.epochs} ({why}), percent:")
     print("  ".join(f"{title} {100 * result[name]:.1f}" for name, title in METRICS.items()))
     print(f"network, metrics and pictures: {out}")
     return result
@@ -152,7 +174,40 @@ def hold_out(data, validation_classes, seed):
     try:
         return data.hold_out(validation_classes, seed)
     except ValueError as error:
-        raise ValueError(f"{error} (--validation-classes; 0: none)") from error
+        count, others = data.num_classes, data.test.num_classes
+        counted = f"{count} training classes (of {count + others}; the others are test classes)"
+        if count < 4:
+            raise ValueError(
+                f"{counted} are too few for --validation-classes {validation_classes}: "
+                "give 0 or, for data without a split, fewer --test-classes"
+            ) from error
+        raise ValueError(f"{error}: there are {counted}") from error
+
+
+def without_broken(data, skip_broken):
+    """Return data without the image files that cannot be read; an error that names them unless they may be skipped."""
+    views = {name: getattr(data, name) for name in ("train", "test", "gallery")}
+    views = {name: view for name, view in views.items() if view is not None and isinstance(view.dataset, ImageFiles)}
+    paths = [view.dataset.paths[i] for view in views.values() for i in view.indices.tolist()]
+    broken = broken_images(paths, progress=True) if paths else {}
+    if not broken:
+        return data
+    counted, names = f"{len(broken)} of {len(paths)} images", command_line.some_of([paths[i] for i in broken])
+    if not skip_broken:
+        first = next(iter(broken.values()))
+        raise ValueError(f"cannot read {counted} (--skip-broken: leave them out): {names}; the first: {first}")
+    print(f"warning: skipped {counted} that cannot be read: {names}", file=sys.stderr)
+    start = 0
+    for name, view in views.items():
+        kept = torch.tensor([start + i not in broken for i in range(len(view))])
+        start += len(view)
+        views[name] = copy.copy(view)
+        views[name].indices, views[name].labels = view.indices[kept], view.labels[kept]
+        lost = sorted(set(range(view.num_classes)) - set(views[name].labels.tolist()))
+        if lost:
+            lost = view.classes[lost[0]] if view.class_names is None else view.class_names[lost[0]]
+            raise ValueError(f"--data must have an image of each class that can be read, got none of {lost}")
+    return replace(data, **views)
 
 
 def merge(options, settings):
@@ -233,7 +288,17 @@ def setting(text):
 
 
 if __name__ == "__main__":
-    command = Command(description=__doc__)
+    wording = {
+        "source must": "--data must",
+        "name must": "--recipe must",
+        "a setting must": "--set must",
+        "a run's folder must": "--out must",
+        "val_classes must": "--validation-classes must",
+        "class_embeddings must be given for adaptive margins (or margin_scale=0)": (
+            "--class-embeddings FILE must be given for adaptive margins (or --set margin_scale=0)"
+        ),
+    }
+    command = command_line.Command(wording, description=__doc__)
     command.add_argument("--recipe", required=True, help=", ".join(recipes.RECIPES))
     command.add_argument(
         "--data", required=True, help="glyphs, cub, cars196, sop, inaturalist2018, in_shop, a folder or an .npz file"
@@ -250,10 +315,13 @@ if __name__ == "__main__":
         help="settings of the recipe",
     )  # fmt: skip
     command.add_argument("--test-classes", type=number, default=0.5, help="share or number, for data without a split")
-    command.add_argument("--validation-classes", type=number, default=0.2, help="share or number of training classes")
+    command.add_argument(
+        "--validation-classes", type=number, help="share or number of training classes; default: 0.2, 0 if they are few"
+    )
     command.add_argument("--class-embeddings", help=".npy or .npz file with a row for each class")
     command.add_argument("--root", help="folder of a data set with a name")
     command.add_argument("--download", action="store_true", help="download it if it is not there")
+    command.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     command.add_argument("--autocast", choices=["bfloat16"], help="the network computes in this type")
     command.add_argument("--workers", type=int, default=0, help="processes that load images")
     command.add_argument("--device", help="default: cuda if there is one")

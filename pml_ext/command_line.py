@@ -3,14 +3,20 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
+
+# Raised where torch_geometric is imported; commands import this module first.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning, r"torch\.jit")
 
 
 class Command(argparse.ArgumentParser):
     """Argument parser of a command: bad input ends it with one line on stderr and exit status 2.
 
     Args:
+        wording: What messages begin with, and how the command says it: {"source must": "--data must"}. Messages on
+            arguments that are options, "image_size must ...", name the option anyway.
         **kwargs: Passed to ``argparse.ArgumentParser``.
 
     Examples:
@@ -20,8 +26,9 @@ class Command(argparse.ArgumentParser):
         1.5
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, wording: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(**({"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs))
+        self.wording = dict(wording or {})
 
     def error(self, message: str) -> NoReturn:
         """End the program: exit status 2, the message on stderr, no usage."""
@@ -42,7 +49,25 @@ class Command(argparse.ArgumentParser):
             if sys.flags.dev_mode:
                 raise
             message = one_line(error)
-        self.error(message)  # out here, where the frames of main() are gone: an open progress bar has ended its line
+        # Out here, where the frames of main() are gone, an open progress bar has ended its line.
+        self.error(self._reworded(message))
+
+    def _reworded(self, message: str) -> str:
+        options = {f"{a.dest} must": f"{a.option_strings[0]} must" for a in self._actions if a.option_strings}
+        wording = options | self.wording
+        first = max((text for text in wording if message.startswith(text)), key=len, default="")
+        return wording.get(first, "") + message[len(first) :]
+
+
+def some_of(names: Sequence[Any]) -> str:
+    """Return up to five names, and how many more there are.
+
+    Examples:
+        >>> some_of("abcdefg")
+        'a, b, c, d, e and 2 more'
+    """
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(str, names[:5])) + more
 
 
 def one_line(error: BaseException) -> str:

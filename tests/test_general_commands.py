@@ -3,8 +3,10 @@
 import json
 import os
 import runpy
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +215,39 @@ def test_without_validation_the_last_epoch_is_tested(data, tmp_path):
     assert load_run(tmp_path).config["num_classes"] == 4
 
 
+@pytest.mark.parametrize(("test_classes", "images"), [(4, [12, 12, 24]), (5, [18, 0, 30])])
+def test_validation_classes_unless_there_are_too_few(test_classes, images, photos, tmp_path, capsys):
+    run(photos, tmp_path, test_classes=test_classes, validation_classes=None, epochs=1)
+    few = "3 training classes are too few to cut validation classes from: the last epoch is kept"
+    assert (few in capsys.readouterr().out.splitlines()) == (test_classes == 5)
+    config = load_run(tmp_path).config["data"]
+    assert [config["images"][name] for name in ("train", "validation", "test")] == images
+    assert config["validation_classes"] == (0.2 if test_classes == 4 else 0)
+    assert (tmp_path / "best.pt").exists() == (test_classes == 4)
+
+
+def test_what_a_run_prints(data, tmp_path, monkeypatch, capsys):
+    scripted_scores(monkeypatch, [0.9, 0.3])
+    result = run(data, tmp_path / "a")
+    printed = capsys.readouterr().out.splitlines()
+    first, second, _ = lines(tmp_path / "a")
+    assert printed == [
+        "2 classes to train, 2 to validate, 4 to test",
+        f"epoch 1/2: loss {first['loss']:.3g}, validation P@1 {100 * first['precision_at_1']:.1f}, MAP@R 90.0",
+        f"epoch 2/2: loss {second['loss']:.3g}, validation P@1 {100 * second['precision_at_1']:.1f}, MAP@R 30.0",
+        "test, with the network of epoch 1 of 2 (best on validation classes), percent:",
+        "  ".join(f"{title} {100 * result[name]:.1f}" for name, title in train.METRICS.items()),
+        f"network, metrics and pictures: {tmp_path / 'a'}",
+    ]
+    run(data, tmp_path / "b", validation_classes=0, epochs=1)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == [
+        "4 classes to train, 0 to validate, 4 to test",
+        f"epoch 1/1: loss {lines(tmp_path / 'b')[0]['loss']:.3g}",
+        "test, with the network of epoch 1 of 1 (the last), percent:",
+    ]
+
+
 def test_no_class_is_seen_twice(tmp_path, monkeypatch):
     """Images of class c have the value 10 c everywhere."""
     _, labels = make_images()
@@ -358,7 +393,8 @@ def test_skip_broken(trained, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"cannot read image .*class2/13\.png"):
         embed.main(folder, photos, tmp_path / "index", device="cpu")
     embeddings, paths = embed.main(folder, photos, tmp_path / "index", skip_broken=True, device="cpu")
-    assert "warning: skipped 2 of 48 images that cannot be read" in capsys.readouterr().err
+    both = ", ".join(str(photos / name) for name in ("class2/13.png", "class5/31.png"))
+    assert capsys.readouterr().err.splitlines()[-1] == f"warning: skipped 2 of 48 images that cannot be read: {both}"
     assert len(embeddings) == len(paths) == 46
     assert not {"class2/13.png", "class5/31.png"} & set(paths)
     for query in ("class2/14.png", "class7/47.png"):
@@ -368,6 +404,50 @@ def test_skip_broken(trained, tmp_path, capsys):
         path.write_bytes(b"no image")
     with pytest.raises(ValueError, match="must have an image that can be read, got 48 that cannot"):
         embed.main(folder, photos, tmp_path / "index", skip_broken=True)
+
+
+def test_broken_images_are_found_before_the_training(tmp_path, capsys):
+    photos, out = write_folder(tmp_path / "photos"), tmp_path / "run"
+    names = ["class0/00.png", "class1/06.png", "class2/13.png", "class3/18.png", "class5/31.png", "class7/47.png"]
+    broken = [photos / name for name in names]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:200])
+    five = ", ".join(map(str, broken[:5]))
+    with pytest.raises(ValueError, match="cannot read") as error:
+        run(photos, out)
+    assert str(error.value).startswith(
+        f"cannot read 6 of 48 images (--skip-broken: leave them out): {five} and 1 more; "
+    )
+    assert not out.exists()
+    result = run(photos, out, skip_broken=True)
+    assert f"warning: skipped 6 of 48 images that cannot be read: {five} and 1 more" in capsys.readouterr().err
+    counts = load_run(out).config["data"]["images"]
+    assert (counts["train"] + counts["validation"], counts["test"]) == (20, 22)
+    for path in broken:
+        path.unlink()
+    assert run(photos, out, resume=True) == result
+    for path in (photos / "class4").iterdir():
+        path.write_text("no image")
+    with pytest.raises(
+        ValueError, match="--data must have an image of each class that can be read, got none of class4"
+    ):
+        run(photos, tmp_path / "b", skip_broken=True)
+
+
+def test_broken_images_of_a_gallery(tmp_path):
+    """Files lie elsewhere in each of the three lists."""
+    rows = [f"img/id_{c}/{i}.png id_{c} train" for c in range(3) for i in range(3)]
+    rows += [f"img/id_{c}/{i}.png id_{c} {s}" for c in (5, 6) for i, s in enumerate(["query", "gallery", "gallery"])]
+    make_in_shop(tmp_path, rows=rows)
+    next(tmp_path.rglob("id_5/2.png")).write_text("no image")
+    opened = open_data("in_shop", root=tmp_path)
+    with pytest.raises(ValueError, match=r"cannot read 1 of 15 images .*id_5/2\.png; the first: cannot identify"):
+        train.without_broken(opened, False)
+    kept = train.without_broken(opened, True)
+    assert [len(view) for view in (kept.train, kept.test, kept.gallery)] == [9, 2, 3]
+    assert kept.gallery.labels.tolist() == [0, 1, 1]
+    assert [image.size for image, _ in kept.gallery] == 3 * [opened.train[0][0].size]
+    assert len(opened.gallery) == 4
 
 
 def test_an_index_of_another_network(trained, photos, tmp_path):
@@ -411,28 +491,47 @@ def bad_data(kind, folder):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("missing/toy.npz", "", "source must exist, got missing/toy.npz"),
-        ("cub", "", "root must be the folder of cub, got None"),
-        ("empty folder", "", "root must have a sub-folder for each class, got "),
+        ("missing/toy.npz", "", "error: --data must exist, got missing/toy.npz"),
+        ("cub", "", "error: --root must be the folder of cub, got None"),
+        ("empty folder", "", "error: --data must have a sub-folder for each class, got "),
         ("one class", "", "must have >= 3 classes, 2 of them to train with, got 1"),
         ("no npz", "", "cannot read "),
         ("shape", "", "images must have shape (N, H, W) or (N, H, W, 3), got (48, 28, 1, 2)"),
         ("floats", "", "images must have dtype uint8, got float64"),
         ("labels", "", "labels must have one entry for each of 48 images, got shape (47,)"),
-        ("no rows", "", "class_embeddings must have 8 rows"),
-        ("plain", "--recipe proxy", "name must be one of mhgl, "),
-        ("plain", "--backbone resnet1", "backbone must be a timm model such as resnet1"),
-        ("plain", "--preset big", "preset must be one of small, paper:cub, "),
-        ("plain", "--set widths=3", "a setting must be one of the recipe's, such as width"),
+        ("no rows", "", "error: --class-embeddings must have 8 rows"),
+        ("plain", "--recipe proxy", "error: --recipe must be one of mhgl, "),
+        ("plain", "--backbone resnet1", "error: --backbone must be a timm model such as resnet1"),
+        ("plain", "--preset big", "error: --preset must be one of small, paper:cub, "),
+        ("plain", "--set widths=3", "error: --set must be one of the recipe's, such as width"),
         ("plain", "--set lr=fast", "lr must be of the kind of 0.002, got 'fast'"),
         ("plain", "--set width", "must be name=value, got 'width'"),
         ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),
         ("plain", "--epochs two", "argument --epochs: invalid int value: 'two'"),
-        ("plain", "--validation-classes 9", "val_classes must be 2 to 2 of 4 classes, got 9 (--validation-classes"),
-        ("plain", "--device nowhere", "device must be there, got 'nowhere'"),
-        ("plain", "--class-embeddings missing.npy", "class_embeddings must be an existing file, got missing.npy"),
-        ("plain", "--resume", "a run's folder must hold config.json, got "),
-        ("glyphs", "--recipe adaptive_margin", "class_embeddings must be given for adaptive margins"),
+        (
+            "plain",
+            "--validation-classes 9",
+            "error: --validation-classes must be 2 to 2 of 4 classes, got 9: there are 4 "
+            "training classes (of 8; the others are test classes)",
+        ),
+        (
+            "plain",
+            "--test-classes 5 --validation-classes 0.2",
+            "3 training classes (of 8; the others are test classes) "
+            "are too few for --validation-classes 0.2: give 0 or, for data without a split, fewer --test-classes",
+        ),
+        ("plain", "--device nowhere", "error: --device must be there, got 'nowhere'"),
+        (
+            "plain",
+            "--class-embeddings missing.npy",
+            "error: --class-embeddings must be an existing file, got missing.npy",
+        ),
+        ("plain", "--resume", "error: --out must hold config.json, got "),
+        (
+            "glyphs",
+            "--recipe adaptive_margin",
+            "error: --class-embeddings FILE must be given for adaptive margins (or --set margin_scale=0)",
+        ),
     ],
 )
 def test_bad_input(kind, arguments, message, tmp_path, monkeypatch, capsys):
@@ -471,8 +570,8 @@ def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypa
     embed.main(folder, photos, index)
     found = []
     for name, given, message in (
-        ("embed", ["--run", tmp_path / "empty", "--images", photos], "a run's folder must hold config.json, got "),
-        ("embed", ["--run", tmp_path / "torn", "--images", photos], "a run's folder must hold best.pt or last.pt, "),
+        ("embed", ["--run", tmp_path / "empty", "--images", photos], "--run must hold config.json, got "),
+        ("embed", ["--run", tmp_path / "torn", "--images", photos], "--run must hold best.pt or last.pt, "),
         ("embed", ["--run", folder, "--images", tmp_path / "no"], "--images must be a folder, got "),
         ("embed", ["--run", folder, "--images", tmp_path / "empty"], "--images must be a folder with images in it "),
         ("search", ["--run", folder, "--query", query, "--k", 0], "--k must be >= 1, got 0"),
@@ -491,9 +590,11 @@ def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypa
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_ends_the_training_with_its_name(workers, tmp_path):
-    """Also where a worker process finds it, whose traceback the error brings along."""
+    """One whose checksums are right; also where a worker process finds it, whose traceback the error brings along."""
     photos = write_folder(tmp_path / "photos")
-    (photos / "class1" / "09.png").write_bytes((photos / "class1" / "09.png").read_bytes()[:200])
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 0, 0, 0, 0)), (b"IDAT", bytes(99)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks]
+    (photos / "class1" / "09.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     given = ["--recipe", "triplet", "--data", photos, "--out", tmp_path / "run", "--workers", workers]
     given += ["--validation-classes", 0, "--set", "width=4", "batch_size=16", "--epochs", 3]
     done = subprocess.run(
@@ -507,3 +608,14 @@ def test_a_broken_image_ends_the_training_with_its_name(workers, tmp_path):
     assert done.stderr.splitlines()[-1].startswith(
         f"train.py: error: cannot read image {photos / 'class1' / '09.png'}: "
     )
+
+
+@pytest.mark.parametrize("name", ["train", "embed", "search"])
+def test_commands_begin_without_warnings(name):
+    """Those of packages that they import."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", "--help"], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {name}.py")

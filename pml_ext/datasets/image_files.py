@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from pml_ext.datasets.labels import as_class_names, as_labels
 
@@ -72,3 +73,39 @@ def read_image(path: str | Path, mode: str = "RGB") -> Any:
             return image.convert(mode)
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, EOFError, struct.error and more
         raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def broken_images(paths: Sequence[str | Path], progress: bool = False) -> dict[int, str]:
+    """Return the positions of the files that ``read_image`` cannot read, and why.
+
+    Most JPEG and PNG files are not decoded, which finds truncated ones and no wrong pixels.
+
+    Args:
+        paths: Of the images.
+        progress: Whether to show a progress bar.
+    """
+    found = {}
+    for i, path in enumerate(tqdm(paths, desc="checking images", disable=not progress)):
+        if not _looks_whole(path):
+            try:
+                read_image(path)
+            except ValueError as error:
+                found[i] = str(error.__cause__)
+    return found
+
+
+def _looks_whole(path: str | Path) -> bool:
+    """Whether header and end of a JPEG, or header and checksums of a PNG, are right. False: it has to be decoded."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image, open(path, "rb") as file:
+            if image.format in ("JPEG", "MPO"):
+                file.seek(-2, 2)
+                return file.read() == b"\xff\xd9"  # which does not occur in the data of an image
+            if image.format == "PNG" and image.mode != "I":
+                image.verify()
+                return True
+    except Exception:  # as in read_image
+        pass
+    return False

@@ -15,7 +15,7 @@ from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.glyphs import Glyphs
 from pml_ext.datasets.image_arrays import ImageArrays
 from pml_ext.datasets.image_files import ImageFiles
-from pml_ext.datasets.image_folder import ImageFolder
+from pml_ext.datasets.image_folder import ImageFolder, class_folders
 from pml_ext.datasets.in_shop import HOW_TO_GET, InShop
 from pml_ext.datasets.labels import label_values
 from pml_ext.datasets.retrieval_data import RetrievalData, number_of_classes
@@ -194,13 +194,17 @@ def _open_npz(request: _Request) -> RetrievalData:
 
 
 def _open_folder(request: _Request) -> RetrievalData:
-    dataset = ImageFolder(request.path)
-    train, test = _last_classes(request, label_values(dataset.labels))
+    val = next((name for name in ("val", "valid", "validation") if (request.path / name).is_dir()), None)
+    if val and (request.path / "train").is_dir():
+        raise ValueError(f"source must have train/ and test/: test/ is missing, found {val}/ in {request.path}")
+    dataset = _image_folder(request.path)
+    classes = label_values(dataset.labels)
+    train, test = _last_classes(request, classes, _deeper(dataset) if len(classes) < 3 else "")
     return _split(dataset, train, test, request.path.resolve().name, 3)
 
 
 def _open_halves(request: _Request) -> RetrievalData:
-    train, test = (ImageFolder(request.path / half) for half in ("train", "test"))
+    train, test = (_image_folder(request.path / half) for half in ("train", "test"))
     train_names, test_names = train.class_names or [], test.class_names or []
     both = sorted(set(train_names) & set(test_names))
     if both:
@@ -209,6 +213,19 @@ def _open_halves(request: _Request) -> RetrievalData:
     dataset = ImageFiles(train.paths + test.paths, labels, class_names=train_names + test_names)
     classes = list(range(len(train_names) + len(test_names)))
     return _split(dataset, classes[: len(train_names)], classes[len(train_names) :], request.path.resolve().name, 3)
+
+
+def _image_folder(path: Path) -> ImageFolder:
+    if not class_folders(path):
+        raise ValueError(f"source must have a sub-folder for each class, got {path} without any")
+    return ImageFolder(path)
+
+
+def _deeper(dataset: ImageFolder) -> str:
+    """Return a hint where folders lie in class folders, or nothing."""
+    folders = {Path(path).relative_to(dataset.root).parent for path in dataset.paths}
+    deeper = sorted(folder.as_posix() for folder in folders if len(folder.parts) > 1)
+    return f"; each folder directly in it is one class; found deeper folders: {', '.join(deeper[:3])}" if deeper else ""
 
 
 _OPENERS: dict[str, Callable[[_Request], RetrievalData]] = {
@@ -231,11 +248,11 @@ def _split(dataset: Any, train: list[int], test: list[int], name: str, in_channe
     return RetrievalData(ClassSubset(dataset, train), ClassSubset(dataset, test), in_channels=in_channels, name=name)
 
 
-def _last_classes(request: _Request, classes: list[int]) -> tuple[list[int], list[int]]:
+def _last_classes(request: _Request, classes: list[int], hint: str = "") -> tuple[list[int], list[int]]:
     if len(classes) < 3:
         raise ValueError(
             f"{request.path} without a split (train and test) must have >= 3 classes, 2 of them to train with, "
-            f"got {len(classes)}"
+            f"got {len(classes)}{hint}"
         )
     first = len(classes) - number_of_classes("test_classes", request.test_classes, len(classes), smallest=1)
     return classes[:first], classes[first:]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import FaissKMeans
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -61,7 +62,10 @@ def retrieval_metrics(
         gallery: Embeddings and labels that are searched. None: every query searches all other queries.
         metrics: Names of PML's ``AccuracyCalculator``.
     """
-    calculator = AccuracyCalculator(include=tuple(metrics), k="max_bin_count", device=torch.device("cpu"))
+    quiet = FaissKMeans(min_points_per_centroid=1)  # faiss would warn of small classes, and do the same
+    calculator = AccuracyCalculator(
+        include=tuple(metrics), k="max_bin_count", device=torch.device("cpu"), kmeans_func=quiet
+    )
     if gallery is not None:
         gallery = gallery[0].contiguous(), gallery[1]
     found = calculator.get_accuracy(embeddings.contiguous(), labels, *(gallery or ()))  # faiss asserts contiguity

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pml_ext.datasets import ImageFolder
+from pml_ext.datasets import ImageFolder, image_files
+from pml_ext.datasets.image_files import broken_images
 
 
 def save(path, value=0, mode="RGB", size=(6, 4)):
@@ -74,6 +75,52 @@ def test_wide_gray_values_are_not_clipped(tmp_path):
     assert np.asarray(dataset[0][0])[0, :, 0].tolist() == [0, 1, 255]
     with pytest.raises(ValueError, match=r"1\.tif: its mode 'F' has no fixed range of values"):
         dataset[1]
+
+
+@pytest.fixture
+def noise():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
+def test_broken_images(suffix, noise, tmp_path):
+    whole = tmp_path / f"whole.{suffix}"
+    noise.save(whole)
+    content = whole.read_bytes()
+    paths = [whole, tmp_path / "missing.png"]
+    for size in (0, 3, 100, len(content) // 2, len(content) - 30):
+        paths.append(tmp_path / f"{size}.{suffix}")
+        paths[-1].write_bytes(content[:size])
+    found = broken_images(paths)
+    for i, reason in found.items():
+        with pytest.raises(ValueError, match="cannot read") as error:
+            image_files.read_image(paths[i])
+        assert str(error.value) == f"cannot read image {paths[i]}: {reason}"
+    for i in set(range(len(paths))) - set(found):
+        assert image_files.read_image(paths[i]).size == (50, 40)
+    assert set(found) >= {1, 2, 3, 4, 5} and 0 not in found
+
+
+def test_most_images_are_not_decoded(noise, tmp_path, monkeypatch):
+    noise.save(tmp_path / "a.jpg")
+    noise.save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
+    paths = [tmp_path / f"a.{suffix}" for suffix in ("jpg", "png", "tif")]
+    assert broken_images(paths) == {2: "its mode 'F' has no fixed range of values"}
+    monkeypatch.setattr(image_files, "read_image", None)
+    assert broken_images(paths[:2]) == {}
+
+
+def test_images_with_oddities_that_can_be_read_are_not_broken(noise, tmp_path):
+    noise.save(tmp_path / "a.jpg")
+    noise.save(tmp_path / "a.png")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes() + b"more")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[-16] ^= 1  # of the checksum of the pixels
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(SyntaxError), Image.open(tmp_path / "a.png") as image:
+        image.verify()
+    assert broken_images([tmp_path / "a.jpg", tmp_path / "a.png"]) == {}
 
 
 def test_bad_folders(root):

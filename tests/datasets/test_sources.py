@@ -197,12 +197,29 @@ def test_folder_with_halves(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(ValueError, match="root must have a sub-folder for each class"):
+    with pytest.raises(ValueError, match="source must have a sub-folder for each class"):
         open_data(tmp_path)
-    for name in ("train/ant", "train/bee", "val/cat"):
+    for name in ("train/ant", "train/bee", "train", "val"):
         save(tmp_path / name / "0.png", 0)
-    with pytest.raises(ValueError, match=r"without a split \(train and test\) must have >= 3 classes, .*got 2"):
-        open_data(tmp_path)  # not "train" and "val" as two classes
+    for _ in range(2):  # also where there are three folders
+        with pytest.raises(ValueError, match=r"source must have train/ and test/: test/ is missing, found val/ in "):
+            open_data(tmp_path)
+        save(tmp_path / "more" / "0.png", 0)
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError, match=r"source must have a sub-folder for each class, got .*test without any"):
+        open_data(tmp_path)
+
+
+def test_folders_in_class_folders(tmp_path):
+    message = r"without a split \(train and test\) must have >= 3 classes, .*got 2"
+    for name in ("warm", "cold"):
+        save(tmp_path / name / "0.png", 0)
+    with pytest.raises(ValueError, match=f"{message}$"):
+        open_data(tmp_path)
+    save(tmp_path / "warm" / "cat" / "0.png", 0)
+    found = "each folder directly in it is one class; found deeper folders: warm/cat"
+    with pytest.raises(ValueError, match=f"{message}; {found}$"):
+        open_data(tmp_path)
 
 
 def test_glyphs():

@@ -12,6 +12,15 @@ def test_draws_every_series(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_that_lie_on_each_other_stay_visible():
+    (axes,) = plot_curves({name: [1.0] * 60 for name in "abcd"}).axes
+    for style in ("linestyle", "marker", "markersize"):
+        found = [getattr(line, f"get_{style}")() for line in axes.lines]
+        assert len(set(found)) == 4
+    assert found == sorted(found, reverse=True)  # the marks of what is drawn later are smaller
+    assert {(line.get_fillstyle(), line.get_markevery()) for line in axes.lines} == {("none", 4)}
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="curves must hold at least one series, got none"):
         plot_curves({})
