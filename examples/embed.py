@@ -10,10 +10,11 @@ import json
 import sys
 from pathlib import Path
 
+import command_line  # first: it keeps a warning away
 import numpy as np
 import torch
 
-from pml_ext import command_line, recipes
+from pml_ext import recipes
 from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.image_folder import find_images
 

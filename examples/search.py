@@ -7,7 +7,9 @@ after examples/embed.py. A query that is itself in the index is shown like any o
 import json
 from pathlib import Path
 
-from pml_ext import command_line, recipes
+import command_line  # first: it keeps a warning away
+
+from pml_ext import recipes
 from pml_ext.datasets.image_files import ImageFiles, read_image
 
 

@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import command_line  # first: it keeps a warning away
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from pml_ext import command_line, recipes
+from pml_ext import recipes
 from pml_ext.datasets import open_data
 from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.recipes.run_config import describe_run, read_config, write_config

@@ -14,6 +14,7 @@ from examples import adaptive_margin, attention_ensemble, global_local, intra_ba
 RUNS = {
     "adaptive_margin",
     "attention_ensemble",
+    "command_line",  # in test_general_commands.py, as those that use it
     "distributed_accelerate",
     "distributed_fabric",
     "embed",  # in test_general_commands.py, as search and train

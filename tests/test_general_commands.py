@@ -1,5 +1,6 @@
 """Train on any data, embed a folder, search: train.py, embed.py and search.py of the examples."""
 
+import doctest
 import json
 import os
 import runpy
@@ -9,6 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,11 @@ from tests.datasets.test_in_shop import make_in_shop
 CLASSES, EACH, SIDE = 8, 6, 28
 TINY = {"width": 4, "batch_size": 16}
 EXAMPLES = Path(train.__file__).parent
+
+
+def test_what_commands_share():
+    found = doctest.testmod(command_line)
+    assert found.attempted >= 5 and not found.failed
 
 
 def make_images():
