@@ -119,7 +119,7 @@ def test_what_the_text_points_to_is_there(name):
 
 
 def test_machine_paths_are_found():
-    for text in ("/tmp/x/y.png", "see /home/me/a", "'/opt/dev/bin'", "C:\\Users\\me"):
+    for text in ("/tmp/x/y.png", "see /home/me/a", "'/opt/x/bin'", "C:\\Users\\me"):
         assert OF_A_MACHINE.search(text)
     for text in ("/ that of the first epoch", "docs/home/page.md", "notebooks.tmp/x", "a/opt/b", "image/png"):
         assert not OF_A_MACHINE.search(text)

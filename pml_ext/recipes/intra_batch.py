@@ -81,7 +81,7 @@ INTRA_BATCH: Method = (
             "heads": (2, CODE),
             "output": ("last", CODE),
             "messages": (True, CODE),
-            "similarity_gain": (0.0, CODE),
+            "similarity_gain": (0.0, "ours: off, as in the authors' code"),
             "temperature": (0.2, CODE),
             "label_smoothing": (0.1, CODE),
             "refined_weight": (1.0, CODE),
