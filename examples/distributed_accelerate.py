@@ -8,6 +8,7 @@ examples/train_distributed.py, which has checkpoints and prints retrieval figure
 """
 
 import argparse
+import gc
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +51,8 @@ def main(epochs=2, samples_per_class=8):
         accelerator.print(f"epoch {epoch + 1}, {accelerator.num_processes} processes: loss {means[-1]:.3f}")
     accelerator.wait_for_everyone()  # or the process that keeps the others together might end before them
     accelerator.end_training()
+    del model, accelerator  # they hold the group, whose threads must end before Python does
+    gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return means

@@ -7,6 +7,7 @@ examples/train_distributed.py, which has checkpoints and prints retrieval figure
 """
 
 import argparse
+import gc
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ def main(epochs=2, devices=1, accelerator="cpu", samples_per_class=8):
         means.append(sum(losses) / len(losses))
         fabric.print(f"epoch {epoch + 1}, {fabric.world_size} processes: loss {means[-1]:.3f}")
     fabric.barrier()  # or the process that keeps the others together might end before them
+    del model, fabric  # they hold the group, whose threads must end before Python does
+    gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return means

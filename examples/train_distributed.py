@@ -6,6 +6,7 @@ are the same but for the batch norms of the network, whose statistics are those 
 """
 
 import argparse
+import gc
 import os
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def main(epochs=8, seed=0, width=24, samples_per_class=16, resume=False, out="ru
         print(f"{len(test_labels.unique())} unseen classes, {epochs} epochs, seed {seed}, {world} processes, percent")
         print("  ".join(f"{title} {100 * found[name]:.1f}" for name, title in METRICS.items()))
     if started_here:
+        del model  # it holds the group, whose threads must end before Python does
+        gc.collect()
         dist.destroy_process_group()
     return found
 

@@ -150,18 +150,50 @@ def run(*command):
     return done
 
 
-def torchrun(processes, name, *arguments):
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    return run(*launcher, EXAMPLES / f"{name}.py", *arguments)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def test_train_distributed_on_two_processes(tmp_path):
-    done = torchrun(2, "train_distributed", "--epochs", 1, "--out", tmp_path)
+    done = run(*TORCHRUN, EXAMPLES / "train_distributed.py", "--epochs", 1, "--out", tmp_path)
     assert done.stdout.count("267 unseen classes, 1 epochs, seed 0, 2 processes, percent") == 1
     assert done.stderr.count("0/33 [00:00<?, ?it/s]") == 1  # one progress bar
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["epoch"] == 1
     assert state["loss"]["proxy_loss.proxies"].shape == (267, train_distributed.EMBEDDING_SIZE)
+
+
+THREADS = """
+import gc
+import importlib
+import os
+import sys
+
+_, folder, name, *numbers = sys.argv
+sys.path.insert(0, folder)
+example = importlib.import_module(name)
+gc.disable()  # what is freed by chance is no proof
+example.main(**{key: int(value) for key, _, value in (number.partition("=") for number in numbers)})
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+print("threads of gloo:", sum("gloo" in name for name in names))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux shows them")
+@pytest.mark.parametrize(
+    ("name", "needs", "launcher", "settings"),
+    [
+        ("train_distributed", "torch", TORCHRUN, ("width=4",)),
+        ("distributed_fabric", "lightning_fabric", (), ("devices=2",)),
+        ("distributed_accelerate", "accelerate", TORCHRUN, ()),
+    ],
+)
+def test_no_thread_of_the_process_group_is_left(name, needs, launcher, settings, tmp_path, monkeypatch):
+    """With one, a process may abort while it exits, and torchrun kills the others."""
+    pytest.importorskip(needs)
+    (tmp_path / "threads.py").write_text(THREADS)
+    monkeypatch.chdir(tmp_path)  # checkpoints go to runs/
+    done = run(*launcher, "threads.py", EXAMPLES, name, "epochs=1", "samples_per_class=2", *settings)
+    assert re.findall(r"threads of gloo: (\d+)", done.stdout) == ["0", "0"]
 
 
 def losses_of(printed, processes):
@@ -181,5 +213,5 @@ def test_distributed_fabric():
 def test_distributed_accelerate():
     """Two processes see two batches at a time: other numbers than one process, and falling too."""
     pytest.importorskip("accelerate")
-    losses = losses_of(torchrun(2, "distributed_accelerate").stdout, 2)
+    losses = losses_of(run(*TORCHRUN, EXAMPLES / "distributed_accelerate.py").stdout, 2)
     assert float(losses[1]) < float(losses[0])
