@@ -87,7 +87,7 @@ ROWS: dict[str, Row] = {
     "hybrid, avg+max, attention": Row("mhgl", {"levels": "global"}, _PROXY_WEIGHT),
     "hybrid, two levels": Row("mhgl", {"attention": "none"}, _PROXY_WEIGHT),
     "mhgl": Row("mhgl", {}, _PROXY_WEIGHT),
-    "multi_similarity, width 64": Row("multi_similarity", {"width": 64}, _BASE),
+    "multi_similarity, width 74": Row("multi_similarity", {"width": 74}, _BASE),
     "4 heads": Row("attention_ensemble", {"masks": False, "divergence_weight": 0.0}, _BASE),
     "4 heads, divergence": Row("attention_ensemble", {"masks": False}, _DIVERGENCE),
     "4 learners": Row("attention_ensemble", {"divergence_weight": 0.0}, _BASE),
@@ -109,6 +109,9 @@ ROWS: dict[str, Row] = {
         "adaptive_margin", {"margin_scale": 0.0, "lr": 3e-3}, _SOFT | {"base_margin": (0.3, 1.0)}
     ),
     "margin from distance, soft": Row("adaptive_margin", {"lr": 3e-3}, _SOFT_MARGIN, "given"),
+    "margin from similarity, soft": Row(
+        "adaptive_margin", {"lr": 3e-3, "direction": "similarity"}, _SOFT_MARGIN, "given"
+    ),
     "margin from shuffled distance, soft": Row("adaptive_margin", {"lr": 3e-3}, _SOFT_MARGIN, "shuffled"),
     "hybrid, 4 learners": Row("combined", _LEARNERS, _DIVERGENCE),
     "hybrid, refiner": Row("combined", {}, _RATES | {"refined_weight": (0.1, 1.0)}),
@@ -140,8 +143,8 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("4 learners", "4 heads"),
         ("4 learners, divergence", "4 learners"),
         ("4 learners, divergence", "multi_similarity"),
-        ("multi_similarity, width 64", "multi_similarity"),
-        ("4 learners, divergence", "multi_similarity, width 64"),
+        ("multi_similarity, width 74", "multi_similarity"),
+        ("4 learners, divergence", "multi_similarity, width 74"),
     ],
     "messages": [
         ("refiner without messages", "smoothed cross-entropy"),
@@ -162,6 +165,7 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("no margin, soft", "no margin"),
         ("constant margin, soft", "no margin, soft"),
         ("margin from distance, soft", "constant margin, soft"),
+        ("margin from similarity, soft", "constant margin, soft"),
         ("margin from distance, soft", "margin from shuffled distance, soft"),
     ],
     "combinations": [
