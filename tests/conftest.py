@@ -1,5 +1,8 @@
 """Fixtures for all tests."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -22,4 +25,7 @@ def without_validation():
 
 @pytest.fixture(autouse=True)
 def seed():
+    """Draw the same each time; PML's samplers draw from NumPy."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)

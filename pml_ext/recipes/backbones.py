@@ -11,7 +11,7 @@ from pml_ext.recipes.conv_net import ConvNet, TwoLevels
 from pml_ext.recipes.pooled_trunk import PooledTrunk
 from pml_ext.recipes.settings import Settings
 from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, GlobalPool2d
-from pml_ext.trunks.model_names import check_model_name
+from pml_ext.trunks.model_names import check_model_name, count_levels
 
 
 def pooled_trunk(settings: Settings, num_learners: int = 1, attention: Any = None) -> PooledTrunk:
@@ -91,14 +91,8 @@ def _last_map(settings: Settings) -> nn.Module:
         return _conv_net(settings)
     check_model_name(settings.backbone, others=("convnet",))
     options = _timm_options(settings)
-    try:
-        outline = _without_memory(settings.backbone, options)
-    except RuntimeError:  # some compute with values while they are made: timm's regnets, under torch 2.5
-        outline = timm.create_model(settings.backbone, features_only=True, **options)
-    levels = len(outline.feature_info)
-    model = timm.create_model(
-        settings.backbone, settings.pretrained, features_only=True, out_indices=[levels - 1], **options
-    )
+    last = count_levels(settings.backbone, options) - 1
+    model = timm.create_model(settings.backbone, settings.pretrained, features_only=True, out_indices=[last], **options)
     return LastMap(model)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pml_ext.precision import full_precision, raise_half
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
-from pml_ext.trunks.model_names import check_model_name
+from pml_ext.trunks.model_names import check_model_name, count_levels
 from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style
 
 SOLAR_REDUCTIONS = {"local": 4, "global": 2}  # as released with SOLAR, for conv4 and conv5
@@ -160,18 +160,9 @@ def _head(
     return nn.Sequential(block, GlobalPool2d(pool_type, collect_stats=collect_stats), nn.Linear(channels, size))
 
 
-def _count_levels(name: str, timm_kwargs: dict[str, Any]) -> int:
-    try:
-        with torch.device("meta"):  # without memory and initialisation: only to count
-            outline: Any = timm.create_model(name, features_only=True, **timm_kwargs)
-    except RuntimeError:  # some compute with values while they are made: timm's regnets, under torch 2.5
-        outline = timm.create_model(name, features_only=True, **timm_kwargs)
-    return len(outline.feature_info)
-
-
 def _create(name: str, pretrained: bool, levels: tuple[int, int], timm_kwargs: dict[str, Any]) -> nn.Module:
     check_model_name(name)
-    num_levels = _count_levels(name, timm_kwargs)
+    num_levels = count_levels(name, timm_kwargs)
     for argument, level in zip(("local_level", "global_level"), levels, strict=True):
         if not -num_levels <= level < 0:
             raise ValueError(f"{argument} must lie in {-num_levels} to -1 for {name}, got {level}")

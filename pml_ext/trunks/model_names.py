@@ -1,8 +1,10 @@
-"""Names of timm models."""
+"""Names of timm models, and what they stand for."""
 
 from difflib import get_close_matches
+from typing import Any
 
 import timm
+import torch
 
 
 def check_model_name(name: str, others: tuple[str, ...] = ()) -> None:
@@ -20,3 +22,13 @@ def check_model_name(name: str, others: tuple[str, ...] = ()) -> None:
     known = [*others, *timm.list_models()]
     close = get_close_matches(name, known, n=5) or known[:5]
     raise ValueError(f"backbone must be a timm model such as {', '.join(close)}, got {name!r}")
+
+
+def count_levels(name: str, timm_kwargs: dict[str, Any]) -> int:
+    """Return how many feature maps of different size a timm model has."""
+    try:
+        with torch.device("meta"):  # without memory and initialisation: only to count
+            outline: Any = timm.create_model(name, features_only=True, **timm_kwargs)
+    except RuntimeError:  # some compute with values while they are made: timm's regnets, under torch 2.5
+        outline = timm.create_model(name, features_only=True, **timm_kwargs)
+    return len(outline.feature_info)

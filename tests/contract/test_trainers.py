@@ -2,7 +2,6 @@
 
 import logging
 
-import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import miners, samplers, testers, trainers
@@ -26,7 +25,6 @@ def precision(model, dataset):
 @pytest.mark.parametrize("with_miner", [False, True])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_trains_in_metric_loss_only(case, with_miner, tmp_path):
-    np.random.seed(0)  # noqa: NPY002 (PML's samplers draw from it)
     logging.getLogger("PML").setLevel(logging.ERROR)
     train_set, val_set = clusters(1), clusters(2)
     loss_func = make(case, collect_stats=True)
