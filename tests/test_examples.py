@@ -165,16 +165,16 @@ def test_train_distributed_on_two_processes(tmp_path):
 THREADS = """
 import gc
 import importlib
-import os
 import sys
 
-_, folder, name, *numbers = sys.argv
-sys.path.insert(0, folder)
+_, examples, tests, name, *numbers = sys.argv
+sys.path[:0] = [examples, tests]
+import gloo_threads
+
 example = importlib.import_module(name)
 gc.disable()  # what is freed by chance is no proof
 example.main(**{key: int(value) for key, _, value in (number.partition("=") for number in numbers)})
-names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
-print("threads of gloo:", sum("gloo" in name for name in names))
+print("threads of gloo:", gloo_threads.count())
 """
 
 
@@ -192,8 +192,9 @@ def test_no_thread_of_the_process_group_is_left(name, needs, launcher, settings,
     pytest.importorskip(needs)
     (tmp_path / "threads.py").write_text(THREADS)
     monkeypatch.chdir(tmp_path)  # checkpoints go to runs/
-    done = run(*launcher, "threads.py", EXAMPLES, name, "epochs=1", "samples_per_class=2", *settings)
-    assert re.findall(r"threads of gloo: (\d+)", done.stdout) == ["0", "0"]
+    tests = Path(__file__).parent
+    done = run(*launcher, "threads.py", EXAMPLES, tests, name, "epochs=1", "samples_per_class=2", *settings)
+    assert set(re.findall(r"threads of gloo: (\d+)", done.stdout)) == {"0"}  # Fabric's first process may end the second
 
 
 def losses_of(printed, processes):

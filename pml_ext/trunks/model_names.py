@@ -25,7 +25,7 @@ def check_model_name(name: str, others: tuple[str, ...] = ()) -> None:
 
 
 def count_levels(name: str, timm_kwargs: dict[str, Any]) -> int:
-    """Return how many feature maps of different size a timm model has."""
+    """Return how many feature maps a timm model gives, stem to last stage."""
     try:
         with torch.device("meta"):  # without memory and initialisation: only to count
             outline: Any = timm.create_model(name, features_only=True, **timm_kwargs)
