@@ -3,6 +3,7 @@
 python benchmarks/retrieval.py --data omniglot.npz --tune --jobs 2 --out DIR      four trials a row, validation classes
 python benchmarks/retrieval.py --data omniglot.npz --seeds 0 1 2 3 4 --jobs 2 --out DIR      the runs and the tables
 python benchmarks/retrieval.py --data cifar100.npz --tuned-on omniglot ...      with what was chosen on another data set
+python benchmarks/retrieval.py --data glyphs --validation --untuned --out OTHER ...      to compare before the test classes
 python benchmarks/retrieval.py --show --out DIR      the tables alone
 
 A finished run is not repeated: each has a JSON file of its own under --out. ``--recipes`` takes rows of
@@ -312,13 +313,14 @@ def folder(row):
     return row.replace(" ", "-").replace(",", "").replace("+", "-and-").replace(":", "_").replace("=", "-")
 
 
-def jobs_of(data, recipes, seeds, epochs, out, tune, tuned_on, embeddings, settings):
+def jobs_of(data, recipes, seeds, epochs, out, tune, validation, tuned_on, embeddings, settings):
     """Return what is to be run and has not been."""
     name, found = Path(data).stem, []
     for row in recipes:
         if row_of(row).class_embeddings and embeddings is None:
             raise SystemExit(f"--class-embeddings must be given for the row {row!r}, got none")
-        shared = {"row": row, "data": data, "class_embeddings": embeddings, "epochs": epochs, "validation": tune}
+        shared = {"row": row, "data": data, "class_embeddings": embeddings, "epochs": epochs}
+        shared["validation"] = tune or validation
         if tune:
             for number, trial in enumerate(row_of(row).trials()):
                 path = out / name / "tuning" / folder(row) / f"trial-{number}.json"
@@ -340,8 +342,8 @@ def is_done(job):
     if not path.exists():
         return False
     found = json.loads(path.read_text())
-    wanted = {"epochs": job["epochs"]} | job["settings"]
-    there = {"epochs": found["epochs"]} | found["settings"]
+    wanted = {"epochs": job["epochs"], "validation": job["validation"]} | job["settings"]
+    there = {"epochs": found["epochs"], "validation": found["validation"]} | found["settings"]
     for name, value in wanted.items():
         if there.get(name) != value:
             raise SystemExit(f"{path} is a run with {name} = {there.get(name)}, got {value}: choose another --out")
@@ -377,7 +379,7 @@ def collect(out):
         for suffix, metrics in run_["metrics"].items():
             if suffix and run_["row"] + suffix not in asked:
                 continue
-            rows = found.setdefault(run_["data"], {})
+            rows = found.setdefault(run_["data"] + run_["validation"] * ", validation classes", {})
             rows.setdefault(run_["row"] + suffix, {})[run_["seed"]] = metrics | {"chosen": chosen}
     names = list(ROWS)
 
@@ -467,6 +469,7 @@ def main(
     jobs=1,
     out="benchmarks/results/retrieval",
     tune=False,
+    validation=False,
     tuned_on=None,
     untuned=False,
     class_embeddings=None,
@@ -486,7 +489,7 @@ def main(
         tuned_on = None if untuned else tuned_on or Path(data).stem
         given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
         rows = list(ROWS) if recipes is None else list(recipes)
-        todo = jobs_of(data, rows, seeds, int(number), out, tune, tuned_on, class_embeddings, given)
+        todo = jobs_of(data, rows, seeds, int(number), out, tune, validation, tuned_on, class_embeddings, given)
         work(todo, jobs)
     show(out, baseline)
     if plot:
@@ -502,6 +505,7 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", default="benchmarks/results/retrieval")
     parser.add_argument("--tune", action="store_true", help="run the trials on validation classes instead")
+    parser.add_argument("--validation", action="store_true", help="as the runs are, but on validation classes")
     parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings; default: this one")
     parser.add_argument("--untuned", action="store_true", help="with the settings of the recipes instead")
     parser.add_argument("--class-embeddings", help='a file, "names" or "array:NAME"')

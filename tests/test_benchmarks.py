@@ -263,7 +263,7 @@ def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
             path = out / "toy" / "tuning" / row / f"trial-{number}.json"
             trial = retrieval.ROWS[row].trials()[number]
             fake = {"metrics": {"": {retrieval.TUNED_FOR: 0.0}}, "settings": TINY_SETTINGS | trial, "trial": trial}
-            fake["epochs"] = 1
+            fake |= {"epochs": 1, "validation": True}
             retrieval.write(path, fake)
     retrieval.main(recipes=rows, tune=True, seeds=(0,), **common)
     chosen = json.loads((out / "toy" / "tuning" / "cosface" / "trial-0.json").read_text())
@@ -271,6 +271,7 @@ def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
     seed0 = out / "toy" / "cosface" / "seed-0.json"
     metrics = dict.fromkeys(retrieval.METRICS, 50.0)
     entry = {"data": "toy", "seed": 0, "metrics": {"": metrics}, "epochs": 1, "tuned": chosen["trial"]}
+    entry["validation"] = False
     entry["settings"] = TINY_SETTINGS | chosen["trial"]
     retrieval.write(seed0, entry | {"row": "cosface"})
     retrieval.write(out / "toy" / "proxy_anchor" / "seed-0.json", entry | {"row": "proxy_anchor"})
@@ -278,6 +279,8 @@ def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
         retrieval.main(recipes=["cosface"], seeds=(0,), **(common | {"budget": "epochs:2"}))
     with pytest.raises(SystemExit, match=r"seed-0.json is a run with width = 4, got 8: choose another --out"):
         retrieval.main(recipes=["cosface"], seeds=(0,), **(common | {"settings": (*TINY_ROWS, "width=8")}))
+    with pytest.raises(SystemExit, match=r"seed-0.json is a run with validation = False, got True: choose another"):
+        retrieval.main(recipes=["cosface"], seeds=(0,), validation=True, **common)
     retrieval.main(recipes=["cosface"], seeds=(0, 1), baseline="proxy_anchor", **common)
     assert json.loads(seed0.read_text())["metrics"][""] == metrics  # a finished run is not repeated
     new = json.loads((out / "toy" / "cosface" / "seed-1.json").read_text())
@@ -304,6 +307,17 @@ def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
         retrieval.main(show_only=True, out=tmp_path, plot=tmp_path / "none.png")
     with pytest.raises(SystemExit, match="--budget must be epochs:N, got 'hours:2'"):
         retrieval.main(**(common | {"budget": "hours:2"}))
+
+
+def test_what_is_compared_on_validation_classes_says_so(toy, tmp_path, capsys):
+    common = {"budget": "epochs:1", "out": tmp_path, "settings": TINY_ROWS, "untuned": True}
+    retrieval.main(data=str(toy), recipes=["cosface:lr=0.003"], seeds=(1,), validation=True, **common)
+    assert "\ntoy, validation classes: percent" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*/*/seed-1.json")
+    found = json.loads(path.read_text())
+    assert found["validation"] and found["metrics"] == retrieval_job(
+        toy, tmp_path / "again.json", "cosface:lr=0.003", seed=1, validation=True, epochs=1, lr=0.003
+    )["metrics"]
 
 
 def test_differences_are_paired_by_seed():
