@@ -3,20 +3,22 @@
 python benchmarks/retrieval.py --data omniglot.npz --tune --jobs 2 --out DIR      four trials a row, validation classes
 python benchmarks/retrieval.py --data omniglot.npz --seeds 0 1 2 3 4 --jobs 2 --out DIR      the runs and the tables
 python benchmarks/retrieval.py --data cifar100.npz --tuned-on omniglot ...      with what was chosen on another data set
-python benchmarks/retrieval.py --data glyphs --validation --untuned --out OTHER ...      to compare before the test classes
+python benchmarks/retrieval.py --data glyphs --validation --untuned --out OTHER ...     compared before the test
 python benchmarks/retrieval.py --show --out DIR      the tables alone
 
 A finished run is not repeated: each has a JSON file of its own under --out. ``--recipes`` takes rows of
-ROWS below, or a recipe with settings of yours: "mhgl:attention=printed,proxy_weight=0.1".
+ROWS below, or a recipe with settings of yours: "mhgl:attention=printed,proxy_weight=0.1,epochs=60".
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import random
 import resource
 import sys
+import threading
 import time
 from importlib.metadata import version
 from itertools import product
@@ -231,8 +233,7 @@ def trained(job):
         data.num_classes,
         class_embeddings=rows,
         in_channels=data.in_channels,
-        epochs=job["epochs"],
-        **(row.settings | settings),
+        **({"epochs": job["epochs"]} | row.settings | settings),
     )
     data.train.transform, data.test.transform = made.transforms.train, made.transforms.test
     started = time.perf_counter()
@@ -253,7 +254,7 @@ def run(job):
     found = job | {
         "settings": dict(made.settings.items()),
         "metrics": found,
-        "images_seen": trainer.iterations_per_epoch * trainer.batch_size * job["epochs"],
+        "images_seen": trainer.iterations_per_epoch * trainer.batch_size * made.settings.epochs,
         "loss": [round(entry["loss"], 4) for entry in trainer.history],
         "seconds": round(seconds, 2),
         "peak_memory_mb": peak_memory(device),
@@ -363,8 +364,14 @@ def work(jobs, processes):
 
 
 def quiet():
-    """Keep the progress bars of the runs from the screen."""
+    """Keep the progress bars of the runs from the screen, and end with the process that asked for them."""
     sys.stderr = open("/dev/null", "w")  # noqa: SIM115
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def end_with(process):
+    process.join()
+    os._exit(1)
 
 
 def collect(out):

@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -311,13 +313,28 @@ def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
 
 def test_what_is_compared_on_validation_classes_says_so(toy, tmp_path, capsys):
     common = {"budget": "epochs:1", "out": tmp_path, "settings": TINY_ROWS, "untuned": True}
-    retrieval.main(data=str(toy), recipes=["cosface:lr=0.003"], seeds=(1,), validation=True, **common)
+    retrieval.main(data=str(toy), recipes=["cosface:lr=0.003,epochs=3"], seeds=(1,), validation=True, **common)
     assert "\ntoy, validation classes: percent" in capsys.readouterr().out
     (path,) = tmp_path.glob("*/*/seed-1.json")
     found = json.loads(path.read_text())
-    assert found["validation"] and found["metrics"] == retrieval_job(
-        toy, tmp_path / "again.json", "cosface:lr=0.003", seed=1, validation=True, epochs=1, lr=0.003
-    )["metrics"]
+    again = retrieval_job(toy, tmp_path / "again.json", "cosface", seed=1, validation=True, epochs=3, lr=0.003)
+    assert found["validation"] and found["metrics"] == again["metrics"]
+    assert found["images_seen"] == again["images_seen"] and len(found["loss"]) == 3
+
+
+def test_workers_end_with_the_process_that_is_killed():
+    code = "import time, multiprocessing as m\nfrom benchmarks.retrieval import quiet\n"
+    code += "if __name__ == '__main__':\n pool = m.get_context('spawn').Pool(1, initializer=quiet)\n"
+    code += " pool.apply(time.sleep, (0,))\n print(pool._pool[0].pid, flush=True)\n pool.apply(time.sleep, (60,))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as asking:
+        worker = Path("/proc", asking.stdout.readline().strip())
+        assert worker.exists()
+        asking.kill()
+        asking.wait()
+        waited = time.monotonic()
+        while worker.exists() and "zombie" not in (worker / "status").read_text():
+            assert time.monotonic() - waited < 20
+            time.sleep(0.1)
 
 
 def test_differences_are_paired_by_seed():
