@@ -65,6 +65,7 @@ class Row(NamedTuple):
 
 _RATES = {"lr": (1e-3, 3e-3)}
 _PLAIN = {"levels": "global", "attention": "none", "pool_type": "avg"}
+_SOLAR = {"attention": "solar"}
 _BASE = _RATES | {"base": (0.5, 1.0)}
 _PROXY_WEIGHT = _RATES | {"proxy_weight": (0.03, 0.3)}
 _DIVERGENCE = _RATES | {"divergence_weight": (0.1, 1.0)}
@@ -87,9 +88,10 @@ ROWS: dict[str, Row] = {
     "hybrid": Row("mhgl", _PLAIN, _PROXY_WEIGHT),
     "hybrid, light proxies": Row("mhgl", _PLAIN, _RATES | {"proxy_weight": (0.003, 0.01)}),
     "hybrid, avg+max": Row("mhgl", _PLAIN | {"pool_type": "avg+max"}, _PROXY_WEIGHT),
-    "hybrid, avg+max, attention": Row("mhgl", {"levels": "global"}, _PROXY_WEIGHT),
+    "hybrid, avg+max, attention": Row("mhgl", {"levels": "global"} | _SOLAR, _PROXY_WEIGHT),
     "hybrid, two levels": Row("mhgl", {"attention": "none"}, _PROXY_WEIGHT),
-    "mhgl": Row("mhgl", {}, _PROXY_WEIGHT),
+    "mhgl": Row("mhgl", _SOLAR, _PROXY_WEIGHT),
+    "mhgl, normalized attention": Row("mhgl", {"attention": "normalized"}, _PROXY_WEIGHT),
     "multi_similarity, width 74": Row("multi_similarity", {"width": 74}, _BASE),
     "4 heads": Row("attention_ensemble", {"masks": False, "divergence_weight": 0.0}, _BASE),
     "4 heads, divergence": Row("attention_ensemble", {"masks": False}, _DIVERGENCE),
@@ -139,6 +141,9 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("hybrid, two levels", "hybrid, avg+max"),
         ("mhgl", "hybrid, two levels"),
         ("mhgl", "hybrid"),
+        ("mhgl, normalized attention", "mhgl"),
+        ("mhgl, normalized attention", "hybrid, two levels"),
+        ("mhgl, normalized attention", "hybrid"),
     ],
     "ensembles": [
         ("4 heads", "multi_similarity"),

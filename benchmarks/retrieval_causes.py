@@ -2,6 +2,7 @@
 
 python -m benchmarks.retrieval_causes --data omniglot.npz --class-embeddings array:strokes --settings image_size=28 \
     --budget epochs:30 --seeds 0 1 2 --jobs 2      trains again, measures, writes a JSON file, prints the table
+python -m benchmarks.retrieval_causes --data glyphs --tuned-on omniglot --budget epochs:1 --rows mhgl ...
 python -m benchmarks.retrieval_causes --show      the tables alone
 """
 
@@ -17,7 +18,7 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.retrieval import print_table, quiet, trained, tuned_settings, value_of, write
+from benchmarks.retrieval import ROWS, print_table, quiet, row_of, trained, tuned_settings, value_of, write
 from pml_ext.learners import learner_similarity
 from pml_ext.recipes import embed, retrieval_metrics
 from pml_ext.trunks import SecondOrderAttention
@@ -26,7 +27,7 @@ MAP = "mean_average_precision_at_r"
 
 
 def attention(made, data):
-    """How much second-order attention adds to a map, how widely it looks, and what retrieval loses without it."""
+    """What second-order attention adds to a map, how widely it looks, and what retrieval loses without it."""
     found, blocks = {}, [m for m in made.trunk.modules() if isinstance(m, SecondOrderAttention)]
     images = torch.stack([data.test[i][0] for i in range(min(256, len(data.test)))])
     for number, block in enumerate(blocks):
@@ -39,14 +40,26 @@ def attention(made, data):
             features, output = seen[0]
             weights = block.attention_map(features)
         entropy = torch.special.entr(weights).sum(2).mean() / np.log(weights.shape[2])
-        found[f"{level}: added, of the map's norm, percent"] = 100 * ((output - features).norm() / features.norm())
+        added = output - features
+        found[f"{level}: added, of the map's norm, percent"] = 100 * (added.norm() / features.norm())
+        found[f"{level}: cosine of what is added to two images"] = mean_cosine(added.mean((2, 3)))
         found[f"{level}: entropy of the attention, percent of the largest"] = 100 * entropy
+    with torch.inference_mode():
+        found["cosine between two images"] = mean_cosine(made.trunk.eval()(images))
     found["MAP@R"] = map_at_r(made, data)
+    if not blocks:
+        return found
     for block in blocks:
-        nn.init.zeros_(block.out.weight)
-        nn.init.zeros_(block.out.bias)
+        for parameter in (*block.out.parameters(), *block.norm.parameters()):
+            nn.init.zeros_(parameter)
     found["MAP@R after the attention is taken away"] = map_at_r(made, data)
     return found
+
+
+def mean_cosine(vectors):
+    """Return the mean over all pairs of different rows."""
+    unit = nn.functional.normalize(vectors)
+    return (unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1))
 
 
 def learners(made, data):
@@ -141,22 +154,24 @@ def map_at_r(made, data):
     return 100 * float(retrieval_metrics(embeddings, labels, metrics=(MAP,))[MAP])
 
 
-MEASURES = {
-    "mhgl": attention,
-    "4 heads": learners,
-    "4 learners": learners,
-    "4 learners, divergence": learners,
-    "refiner": messages,
-    "refiner, starts with similarity": messages,
-    "no margin": margins,
-    "margin from distance": margins,
-}
+MEASURES = {"mhgl": attention, "attention_ensemble": learners, "intra_batch": messages, "adaptive_margin": margins}
+MEASURED = (
+    "mhgl",
+    "4 heads",
+    "4 learners",
+    "4 learners, divergence",
+    "refiner",
+    "refiner, starts with similarity",
+    "no margin",
+    "margin from distance",
+)
 
 
 def measure(job):
     """Train once and measure."""
     made, data, _, _ = trained(job)
-    found = {name: round(float(value), 4) for name, value in MEASURES[job["row"]](made, data).items()}
+    found = MEASURES[row_of(job["row"]).recipe](made, data)
+    found = {name: round(float(value), 4) for name, value in found.items()}
     return job["row"], job["seed"], found
 
 
@@ -164,7 +179,8 @@ def show(out):
     """Print a table for each data set."""
     for path in sorted(Path(out).glob("*.json")):
         found = json.loads(path.read_text())
-        print(f"\n{found['data']}: mean (standard deviation) over {len(found['seeds'])} seeds\n")
+        number = len(found["seeds"])
+        print(f"\n{found['data']}: mean (standard deviation) over {number} seeds, epochs: {found['epochs']}\n")
         lines = []
         for row, seeds in found["rows"].items():
             for name in seeds[0]:
@@ -175,7 +191,7 @@ def show(out):
         print_table(["row", "measured", "value"], lines)
 
 
-def main(data, seeds, budget, jobs, results, out, tuned_on, class_embeddings, settings, show_only):
+def main(data, rows, seeds, budget, jobs, results, out, tuned_on, class_embeddings, settings, show_only):
     """Train, measure, write and print."""
     if not show_only:
         if data is None:
@@ -183,13 +199,9 @@ def main(data, seeds, budget, jobs, results, out, tuned_on, class_embeddings, se
         given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
         epochs, name = int(budget.removeprefix("epochs:")), Path(data).stem
         shared = {"data": data, "class_embeddings": class_embeddings, "epochs": epochs, "validation": False}
-        todo = [
-            shared
-            | {"row": row, "seed": seed, "settings": given | tuned_settings(Path(results), tuned_on or name, row)}
-            for seed in seeds
-            for row in MEASURES
-        ]
-        found = {row: [None] * len(seeds) for row in MEASURES}
+        chosen = {row: tuned_settings(Path(results), tuned_on or name, row) if row in ROWS else {} for row in rows}
+        todo = [shared | {"row": row, "seed": seed, "settings": given | chosen[row]} for seed in seeds for row in rows]
+        found = {row: [None] * len(seeds) for row in rows}
         with (
             multiprocessing.get_context("spawn").Pool(jobs, initializer=quiet, maxtasksperchild=1) as pool,
             tqdm(total=len(todo), unit="run") as bar,
@@ -199,13 +211,14 @@ def main(data, seeds, budget, jobs, results, out, tuned_on, class_embeddings, se
                 bar.update()
         versions = {package: version(package) for package in ("torch", "pytorch-metric-learning", "pml-ext")}
         about = {"data": name, "seeds": list(seeds), "epochs": epochs, "settings": given, "versions": versions}
-        write(Path(out) / f"{name}.json", about | {"rows": found})
+        write(Path(out) / f"{name}-{epochs}.json", about | {"rows": found})
     show(out)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="as for retrieval.py, which must have been tuned on it")
+    parser.add_argument("--rows", nargs="+", default=MEASURED, help="of mhgl and the three other papers' recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", default="epochs:30")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")

@@ -11,7 +11,7 @@ _OF_LOSS = "default of HybridLoss, chosen on validation classes"
 
 
 def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
-    """``levels``: "both", or "global" for one head; ``attention``: "printed", "solar" or None ("none")."""
+    """``levels``: "both", or "global" for one head; ``attention``: "printed", "solar", "normalized" or "none"."""
     if s.levels not in ("both", "global"):
         raise ValueError(f"levels must be 'both' or 'global', got {s.levels!r}")
     attention = None if s.attention == "none" else s.attention

@@ -19,8 +19,8 @@ class PooledTrunk(ModuleWithRecords):
         backbone: Images to one map ``(B, C, H, W)``, with ``num_features`` = C.
         embedding_size: D.
         pool_type: Of ``GlobalPool2d``.
-        attention: "printed" or "solar" second-order attention before pooling, as on the global level of
-            ``GlobalLocalTrunk``, or None.
+        attention: Style of second-order attention before pooling, as on the global level of ``GlobalLocalTrunk``, or
+            None.
         num_learners: Into how many slices the embedding is cut that are normalised each for itself. 1: not normalised.
 
     Attributes:
@@ -46,7 +46,7 @@ class PooledTrunk(ModuleWithRecords):
             raise ValueError(f"embedding_size must be >= 1 and a multiple of {num_learners}, got {embedding_size}")
         channels: Any = backbone.num_features
         self.backbone = backbone
-        reduction = SOLAR_REDUCTIONS["global"] if attention == "solar" else 1
+        reduction = 1 if attention == "printed" else SOLAR_REDUCTIONS["global"]
         self.attention = (
             nn.Identity() if attention is None else SecondOrderAttention(channels, reduction, style=attention)
         )

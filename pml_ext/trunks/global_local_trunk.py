@@ -29,7 +29,8 @@ class GlobalLocalTrunk(ModuleWithRecords):
         pretrained: Whether timm downloads weights of the backbone.
         local_level: Which of the backbone's feature levels, counted from the end; ResNet: -2 is conv4, -1 is conv5.
         global_level: Likewise.
-        attention: "printed", "solar" (with SOLAR's reductions, 4 and 2) or None.
+        attention: Style of ``SecondOrderAttention``: "printed", "solar" or "normalized" (these with SOLAR's reductions,
+            4 and 2), or None.
         pool_type: Of ``GlobalPool2d``.
         feature_channels: Channels of the two maps; needed for a module without timm's ``feature_info``.
         collect_stats: As in PML.
@@ -154,7 +155,7 @@ def _head(
 ) -> nn.Sequential:
     block: nn.Module = nn.Identity()
     if attention is not None:
-        reduction = SOLAR_REDUCTIONS[name] if attention == "solar" else 1
+        reduction = 1 if attention == "printed" else SOLAR_REDUCTIONS[name]
         reduction = reduction if channels % reduction == 0 else 1
         block = SecondOrderAttention(channels, reduction, attention, collect_stats=collect_stats)
     return nn.Sequential(block, GlobalPool2d(pool_type, collect_stats=collect_stats), nn.Linear(channels, size))

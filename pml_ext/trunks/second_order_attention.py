@@ -7,7 +7,7 @@ import torch
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-Style = Literal["printed", "solar"]
+Style = Literal["printed", "solar", "normalized"]
 
 SOLAR_NAMES = {"f": "query", "g": "key", "h": "value", "v": "out"}
 """First part of the parameter names in SOLAR's released weights to ours."""
@@ -26,6 +26,9 @@ class SecondOrderAttention(ModuleWithRecords):
         reduction: $k$ >= 1: queries, keys and values have C / k channels; must divide C.
         style: "printed": four bare maps, $\sigma = 1$, as MHGL prints it. "solar": BatchNorm and ReLU after query and
             key, $\sigma = (C / k)^{-1/2}$, and $\varphi$ starts at zero, so that a fresh block is the identity.
+            "normalized": as "solar", but BatchNorm, whose weight starts at zero, follows $\varphi$, which starts as
+            PyTorch starts it: likewise the identity, but in training it cannot add the same to all images. With the
+            other two, high learning rates let that grow until all embeddings are alike.
         zeta: $\zeta$ > 0.
         attention_scale: $\sigma$ > 0. None: that of the style. At the widths of MHGL (1024, 2048) attention without
             scaling saturates.
@@ -34,10 +37,11 @@ class SecondOrderAttention(ModuleWithRecords):
             at all alike. That needs the explicit matrix.
 
     Attributes:
-        query: 1 x 1 convolution, followed by BatchNorm and ReLU in style "solar".
+        query: 1 x 1 convolution, followed by BatchNorm and ReLU but for style "printed".
         key: Likewise.
         value: 1 x 1 convolution.
         out: $\varphi$, a 1 x 1 convolution.
+        norm: What follows it: BatchNorm in style "normalized", else nothing.
 
     Shape:
         - features: ``(B, C, H, W)``, floating point. Output: the same.
@@ -54,7 +58,8 @@ class SecondOrderAttention(ModuleWithRecords):
     Source:
         Ebrahimpour, Qian, Beach, WACV 2022, Eqs. 1 and 2 ("printed"), and the block released with Ng et al., "SOLAR:
         Second-Order Loss and Attention for Image Retrieval", ECCV 2020 ("solar"). Its weights load after the first part
-        of each name is replaced as ``SOLAR_NAMES`` says: ``f.0.weight`` is ``query.0.weight``.
+        of each name is replaced as ``SOLAR_NAMES`` says: ``f.0.weight`` is ``query.0.weight``. "normalized" is ours,
+        with the last BatchNorm of Wang et al., "Non-local Neural Networks", CVPR 2018.
     """
 
     def __init__(
@@ -82,14 +87,16 @@ class SecondOrderAttention(ModuleWithRecords):
         self.style = style
         self.zeta = zeta
         self.attention_scale = attention_scale
-        self.query = _normalized_map(in_features, width) if style == "solar" else nn.Conv2d(in_features, width, 1)
-        self.key = _normalized_map(in_features, width) if style == "solar" else nn.Conv2d(in_features, width, 1)
+        self.query = nn.Conv2d(in_features, width, 1) if style == "printed" else _normalized_map(in_features, width)
+        self.key = nn.Conv2d(in_features, width, 1) if style == "printed" else _normalized_map(in_features, width)
         self.value = nn.Conv2d(in_features, width, 1)
-        self.out = nn.Conv2d(width, in_features, 1)
-        if style == "solar":
-            nn.init.zeros_(self.out.weight)
-            if self.out.bias is not None:
-                nn.init.zeros_(self.out.bias)
+        self.out = nn.Conv2d(width, in_features, 1, bias=style != "normalized")
+        self.norm: nn.Module = nn.Identity()
+        if style == "normalized":
+            self.norm = nn.BatchNorm2d(in_features)
+        if style != "printed":
+            for parameter in (self.out if style == "solar" else self.norm).parameters():
+                nn.init.zeros_(parameter)
         self.add_to_recordable_attributes(
             list_of_names=["in_features", "reduction", "zeta", "attention_scale"], is_stat=False
         )
@@ -104,7 +111,7 @@ class SecondOrderAttention(ModuleWithRecords):
         gathered = gathered.reshape(*gathered.shape[:2], *features.shape[2:])
         if self.collect_stats:
             self.attention_entropy = self._entropy(query, key)
-        return features + self.out(gathered)
+        return features + self.norm(self.out(gathered))
 
     def attention_map(self, features: Tensor) -> Tensor:
         """Return $A$, ``(B, HW, HW)``, float32: row i tells where position i looks, and sums to 1."""

@@ -84,7 +84,7 @@ def test_levels_of_resnet50_are_conv4_and_conv5():
     assert glob.shape == (1, 2048, 7, 7)
 
 
-@pytest.mark.parametrize("attention", ["printed", "solar", None])
+@pytest.mark.parametrize("attention", ["printed", "solar", "normalized", None])
 @pytest.mark.parametrize("pool_type", ["avg", "avg+max", "gem"])
 def test_embedding_is_that_of_its_parts(attention, pool_type):
     """The two halves are those of the heads, normalised together."""
@@ -99,11 +99,12 @@ def test_embedding_is_that_of_its_parts(attention, pool_type):
     assert torch.equal(torch.cat(branches, 1), trunk(IMAGES))
 
 
-@pytest.mark.parametrize("attention", ["printed", "solar"])
+@pytest.mark.parametrize("attention", ["printed", "solar", "normalized"])
 def test_gradient_reaches_every_parameter(attention):
     trunk = make_tiny(attention=attention, pool_type="gem")
     for head in (trunk.local_head, trunk.global_head):
-        nn.init.normal_(head[0].out.weight)  # zero in a fresh solar block: nothing would pass
+        for x in (*head[0].out.parameters(), *head[0].norm.parameters()):
+            nn.init.normal_(x)  # some are zero in a fresh block: nothing would pass
     trunk(IMAGES)[:, ::3].sum().backward()
     for name, x in trunk.named_parameters():
         assert x.grad is not None, name
@@ -304,7 +305,7 @@ def test_fits_a_pml_loss():
         ({"local_level": -6}, "local_level must lie in -5 to -1 for resnet18, got -6"),
         ({"global_level": 0}, "global_level must lie in -5 to -1 for resnet18, got 0"),
         ({"local_level": -1, "global_level": -2}, "local_level must come before global_level, got -1 and -2"),
-        ({"attention": "none"}, "attention must be None or one of printed, solar, got 'none'"),
+        ({"attention": "none"}, "attention must be None or one of printed, solar, normalized, got 'none'"),
         ({"pool_type": "mean"}, "pool_type must be one of avg, max"),
         ({"backbone": Tiny()}, "feature_channels must be given for a backbone without feature_info"),
         ({"backbone": Tiny(), "in_chans": 1}, "in_chans must not be given with a backbone that is a module"),

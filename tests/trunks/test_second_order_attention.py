@@ -9,7 +9,7 @@ from pml_ext.trunks import SOLAR_NAMES, SecondOrderAttention
 from tests.largest_tensor import LargestTensor
 
 FEATURES = torch.randn(3, 8, 4, 5, generator=torch.Generator().manual_seed(0))
-STYLES = ["printed", "solar"]
+STYLES = ["printed", "solar", "normalized"]
 
 
 def make(style, reduction=2, dtype=torch.float64, **kwargs):
@@ -28,16 +28,17 @@ def reference(block, features, scale):
     weights = {name: x.double().numpy() for name, x in block.state_dict().items()}
 
     def pointwise(name, x):
-        matrix, bias = weights[f"{name}.weight"][:, :, 0, 0], weights[f"{name}.bias"]
+        matrix, bias = weights[f"{name}.weight"][:, :, 0, 0], weights.get(f"{name}.bias", 0)
         return matrix @ x + bias
 
     def query_or_key(name, x):
         if block.style == "printed":
             return pointwise(name, x)
-        x = pointwise(f"{name}.0", x)
-        mean, var = weights[f"{name}.1.running_mean"], weights[f"{name}.1.running_var"]
-        x = (x - mean) / np.sqrt(var + 1e-5) * weights[f"{name}.1.weight"] + weights[f"{name}.1.bias"]
-        return np.maximum(x, 0)
+        return np.maximum(batch_norm(f"{name}.1", pointwise(f"{name}.0", x)), 0)
+
+    def batch_norm(name, x):
+        mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
+        return (x - mean) / np.sqrt(var + 1e-5) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     images = features.double().numpy()
     result, maps = np.zeros_like(images), []
@@ -53,7 +54,10 @@ def reference(block, features, scale):
             attention[p] = scores / scores.sum()
             gathered = sum(a * v for a, v in zip(attention[p], values, strict=True))
             i, j = divmod(p, image.shape[2])
-            result[b, :, i, j] = positions[p] + pointwise("out", gathered)
+            added = pointwise("out", gathered)
+            if block.style == "normalized":
+                added = batch_norm("norm", added)
+            result[b, :, i, j] = positions[p] + added
         maps.append(attention)
     return result, np.stack(maps)
 
@@ -83,9 +87,32 @@ def test_hand_computed():
     torch.testing.assert_close(actual, torch.tensor([[[[0.5, 1 + share]]]]))
 
 
-def test_solar_starts_as_the_identity():
+def test_starts_as_the_identity():
     assert torch.equal(SecondOrderAttention(8, 2, "solar")(FEATURES), FEATURES)
+    assert torch.equal(SecondOrderAttention(8, 2, "normalized")(FEATURES), FEATURES)
     assert not torch.equal(SecondOrderAttention(8, 2, "printed")(FEATURES), FEATURES)
+
+
+@pytest.mark.parametrize("style", ["solar", "normalized"])
+def test_starts_to_learn(style):
+    """A block that is the identity must not stay so."""
+    torch.manual_seed(0)
+    block = SecondOrderAttention(8, 2, style)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        block(FEATURES).square().sum().backward()
+        optimizer.step()
+    assert (block(FEATURES) - FEATURES).abs().max() > 1e-3
+    assert block.query[0].weight.grad.abs().max() > 0
+
+
+def test_normalized_adds_nothing_that_all_images_share():
+    """Whatever the maps, the mean over batch and positions of what is added is BatchNorm's bias."""
+    features = FEATURES.double()
+    added = {style: (make(style)(features) - features).mean((0, 2, 3)) for style in STYLES}
+    torch.testing.assert_close(added["normalized"], make("normalized").norm.bias)
+    assert (added["solar"] - make("solar").out.bias).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -195,7 +222,7 @@ def test_statistics():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"style": "new"}, "style must be one of printed, solar, got 'new'"),
+        ({"style": "new"}, "style must be one of printed, solar, normalized, got 'new'"),
         ({"reduction": 3}, "reduction must be >= 1 and divide in_features = 8, got 3"),
         ({"reduction": 0}, "reduction must be >= 1 and divide in_features = 8, got 0"),
         ({"zeta": 0}, "zeta must be > 0 and finite, got 0"),
