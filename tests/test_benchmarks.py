@@ -407,6 +407,11 @@ def test_causes_are_measured(row, toy):
         assert found["that share of the batch, percent"] == pytest.approx(100 * 2 / 12, abs=1e-3)
 
 
+def test_mean_cosine():
+    rows = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    assert retrieval_causes.mean_cosine(rows).item() == pytest.approx(2 * 0.5**0.5 / 3)  # of 0, and twice 45 degrees
+
+
 def test_gradients_reach_other_samples_by_messages_only():
     from pml_ext.losses import IntraBatchLoss
     from pml_ext.recipes.intra_batch import SilentRefiner
@@ -431,18 +436,14 @@ def test_table_of_causes_in_the_docs_is_that_of_the_results(capsys):
 def test_causes_are_written_and_shown(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(retrieval_causes, "tuned_settings", lambda results, data, row: {"lr": 0.003})
     options = {"data": str(toy), "seeds": (0,), "budget": "epochs:1", "jobs": 1, "results": tmp_path}
-    options |= {
-        "rows": ("4 heads", "mhgl:levels=global"),
-        "out": tmp_path,
-        "tuned_on": None,
-        "class_embeddings": None,
-        "settings": TINY_ROWS,
-    }
+    options |= {"out": tmp_path, "tuned_on": None, "class_embeddings": None, "settings": TINY_ROWS}
+    options["rows"] = ("4 heads", "mhgl:levels=global")
     retrieval_causes.main(**options, show_only=False)
     table = capsys.readouterr().out
     (found,) = json.loads((tmp_path / "toy-1.json").read_text())["rows"]["4 heads"]
-    line = f"MAP@R of all                | {found['MAP@R of all']:.1f} (0.0)"
-    assert line in table and found["MAP@R of all"] > 0
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert ["4 heads", "MAP@R of all", f"{found['MAP@R of all']:.1f} (0.0)"] in cells and found["MAP@R of all"] > 0
+    assert sum(line[:1] == ["mhgl:levels=global"] for line in cells) == 6
     retrieval_causes.main(**options, show_only=True)
     assert capsys.readouterr().out == table
     with pytest.raises(SystemExit, match="--data must be given"):
