@@ -27,8 +27,8 @@ class SecondOrderAttention(ModuleWithRecords):
         style: "printed": four bare maps, $\sigma = 1$, as MHGL prints it. "solar": BatchNorm and ReLU after query and
             key, $\sigma = (C / k)^{-1/2}$, and $\varphi$ starts at zero, so that a fresh block is the identity.
             "normalized": as "solar", but BatchNorm, whose weight starts at zero, follows $\varphi$, which starts as
-            PyTorch starts it: likewise the identity, but in training it cannot add the same to all images. With the
-            other two, high learning rates let that grow until all embeddings are alike.
+            PyTorch starts it: likewise the identity, and what all images of a batch have in common is taken out of what
+            is added. In the other two, high learning rates can let that grow until all embeddings are alike.
         zeta: $\zeta$ > 0.
         attention_scale: $\sigma$ > 0. None: that of the style. At the widths of MHGL (1024, 2048) attention without
             scaling saturates.
