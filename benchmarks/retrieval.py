@@ -257,6 +257,7 @@ def run(job):
         for name, x in at_test_time(made, embeddings).items()
     }
     found = job | {
+        "epochs": made.settings.epochs,
         "settings": dict(made.settings.items()),
         "metrics": found,
         "images_seen": trainer.iterations_per_epoch * trainer.batch_size * made.settings.epochs,
@@ -348,7 +349,7 @@ def is_done(job):
     if not path.exists():
         return False
     found = json.loads(path.read_text())
-    wanted = {"epochs": job["epochs"], "validation": job["validation"]} | job["settings"]
+    wanted = {"epochs": job["epochs"], "validation": job["validation"]} | row_of(job["row"]).settings | job["settings"]
     there = {"epochs": found["epochs"], "validation": found["validation"]} | found["settings"]
     for name, value in wanted.items():
         if there.get(name) != value:
@@ -428,14 +429,15 @@ def show(out, baseline):
             cells.append("" if " + " in row else ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
             lines.append(cells)
         print_table(titles, lines)
-        print(f"\n{data}: differences, mean and 95% interval over seeds, in percent points\n")
         lines = []
         for question, pairs in QUESTIONS.items():
             for row, other in pairs:
                 gaps = [difference(rows.get(row, {}), rows.get(other, {}), metric) for metric in COMPARED]
                 if None not in gaps:
                     lines.append([question, row, other, *(f"{gap[0]:+.1f} ± {gap[1]:.1f}" for gap in gaps)])
-        print_table(["question", "row", "less", *COMPARED.values()], lines)
+        if lines:
+            print(f"\n{data}: differences, mean and 95% interval over seeds, in percent points\n")
+            print_table(["question", "row", "less", *COMPARED.values()], lines)
 
 
 def print_table(titles, lines):
@@ -495,6 +497,8 @@ def main(
     kind, _, number = budget.partition(":")
     if kind != "epochs" or not number.isdigit():
         raise SystemExit(f"--budget must be epochs:N, got {budget!r}")
+    if tune and validation:
+        raise SystemExit("--validation must not be given with --tune, whose trials look at validation classes anyway")
     if not show_only:
         if data is None:
             raise SystemExit("--data must be given, got none")
@@ -517,7 +521,7 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", default="benchmarks/results/retrieval")
     parser.add_argument("--tune", action="store_true", help="run the trials on validation classes instead")
-    parser.add_argument("--validation", action="store_true", help="as the runs are, but on validation classes")
+    parser.add_argument("--validation", action="store_true", help="runs, but on validation classes; --out of their own")
     parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings; default: this one")
     parser.add_argument("--untuned", action="store_true", help="with the settings of the recipes instead")
     parser.add_argument("--class-embeddings", help='a file, "names" or "array:NAME"')

@@ -59,16 +59,17 @@ def attention(made, data):
 def mean_cosine(vectors):
     """Return the mean over all pairs of different rows."""
     unit = nn.functional.normalize(vectors)
-    return (unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1))
+    return (unit.sum(0).square().sum() - unit.square().sum()) / (len(unit) * (len(unit) - 1))
 
 
 def learners(made, data):
     """How alike learners are, and what one of them finds."""
     embeddings, labels = embed(made.trunk, data.test)
-    slices = embeddings.unflatten(1, (4, -1))
-    alone = [float(retrieval_metrics(slices[:, i], labels, metrics=(MAP,))[MAP]) for i in range(4)]
+    number = made.settings.num_learners
+    slices = embeddings.unflatten(1, (number, -1))
+    alone = [float(retrieval_metrics(slices[:, i], labels, metrics=(MAP,))[MAP]) for i in range(number)]
     return {
-        "cosine between two learners": learner_similarity(embeddings, 4),
+        "cosine between two learners": learner_similarity(embeddings, number),
         "MAP@R of one learner": 100 * np.mean(alone),
         "MAP@R of all": map_at_r(made, data),
     }
@@ -167,6 +168,29 @@ MEASURED = (
 )
 
 
+def check(rows):
+    """Stop where a row cannot be looked into, before anything is trained."""
+    for row in rows:
+        recipe, settings = row_of(row).recipe, row_of(row).settings
+        if recipe not in MEASURES:
+            raise SystemExit(f"--rows must be of the recipes {', '.join(MEASURES)}, got {row!r}")
+        if recipe == "intra_batch" and settings.get("refined_weight") == 0:
+            raise SystemExit(f"--rows must have a refiner to look into, got {row!r}")
+        if "epochs" in settings:
+            raise SystemExit(f"--rows must not set epochs, which --budget does, got {row!r}")
+
+
+def beside(path, about):
+    """Return what a file has of other rows; one of other runs stops everything."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    for name in ("seeds", "settings"):
+        if found[name] != about[name]:
+            raise SystemExit(f"{path} has {name} = {found[name]}, got {about[name]}: choose another --out")
+    return found["rows"]
+
+
 def measure(job):
     """Train once and measure."""
     made, data, _, _ = trained(job)
@@ -199,8 +223,13 @@ def main(data, rows, seeds, budget, jobs, results, out, tuned_on, class_embeddin
         given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
         epochs, name = int(budget.removeprefix("epochs:")), Path(data).stem
         shared = {"data": data, "class_embeddings": class_embeddings, "epochs": epochs, "validation": False}
+        check(rows)
         chosen = {row: tuned_settings(Path(results), tuned_on or name, row) if row in ROWS else {} for row in rows}
         todo = [shared | {"row": row, "seed": seed, "settings": given | chosen[row]} for seed in seeds for row in rows]
+        versions = {package: version(package) for package in ("torch", "pytorch-metric-learning", "pml-ext")}
+        about = {"data": name, "seeds": list(seeds), "epochs": epochs, "settings": given, "versions": versions}
+        path = Path(out) / f"{name}-{epochs}.json"
+        others = beside(path, about)
         found = {row: [None] * len(seeds) for row in rows}
         with (
             multiprocessing.get_context("spawn").Pool(jobs, initializer=quiet, maxtasksperchild=1) as pool,
@@ -209,9 +238,7 @@ def main(data, rows, seeds, budget, jobs, results, out, tuned_on, class_embeddin
             for row, seed, measured in pool.imap_unordered(measure, todo, chunksize=1):
                 found[row][list(seeds).index(seed)] = measured
                 bar.update()
-        versions = {package: version(package) for package in ("torch", "pytorch-metric-learning", "pml-ext")}
-        about = {"data": name, "seeds": list(seeds), "epochs": epochs, "settings": given, "versions": versions}
-        write(Path(out) / f"{name}-{epochs}.json", about | {"rows": found})
+        write(path, about | {"rows": others | found})
     show(out)
 
 

@@ -313,28 +313,43 @@ def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
 
 def test_what_is_compared_on_validation_classes_says_so(toy, tmp_path, capsys):
     common = {"budget": "epochs:1", "out": tmp_path, "settings": TINY_ROWS, "untuned": True}
-    retrieval.main(data=str(toy), recipes=["cosface:lr=0.003,epochs=3"], seeds=(1,), validation=True, **common)
-    assert "\ntoy, validation classes: percent" in capsys.readouterr().out
+    asked = {"data": str(toy), "recipes": ["cosface:lr=0.003,epochs=3"], "seeds": (1,), "validation": True}
+    retrieval.main(**asked, **common)
+    table = capsys.readouterr().out
+    assert "\ntoy, validation classes: percent" in table and "differences" not in table
     (path,) = tmp_path.glob("*/*/seed-1.json")
-    found = json.loads(path.read_text())
+    found, written = json.loads(path.read_text()), path.stat().st_mtime_ns
+    retrieval.main(**asked, **common)
+    assert path.stat().st_mtime_ns == written  # a finished run is not repeated
+    with pytest.raises(SystemExit, match="--validation must not be given with --tune"):
+        retrieval.main(**asked, tune=True, **common)
     again = retrieval_job(toy, tmp_path / "again.json", "cosface", seed=1, validation=True, epochs=3, lr=0.003)
     assert found["validation"] and found["metrics"] == again["metrics"]
-    assert found["images_seen"] == again["images_seen"] and len(found["loss"]) == 3
+    assert found["images_seen"] == again["images_seen"] and len(found["loss"]) == found["epochs"] == 3
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_workers_end_with_the_process_that_is_killed():
     code = "import time, multiprocessing as m\nfrom benchmarks.retrieval import quiet\n"
     code += "if __name__ == '__main__':\n pool = m.get_context('spawn').Pool(1, initializer=quiet)\n"
     code += " pool.apply(time.sleep, (0,))\n print(pool._pool[0].pid, flush=True)\n pool.apply(time.sleep, (60,))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as asking:
-        worker = Path("/proc", asking.stdout.readline().strip())
-        assert worker.exists()
+    root = Path(retrieval.__file__).parents[1]
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root) as asking:
+        number = asking.stdout.readline().strip()
+        assert number.isdigit() and is_running(number)
         asking.kill()
         asking.wait()
         waited = time.monotonic()
-        while worker.exists() and "zombie" not in (worker / "status").read_text():
+        while is_running(number):
             assert time.monotonic() - waited < 20
             time.sleep(0.1)
+
+
+def is_running(process):
+    try:
+        return "zombie" not in Path("/proc", process, "status").read_text()
+    except OSError:
+        return False
 
 
 def test_differences_are_paired_by_seed():
@@ -364,16 +379,19 @@ def test_tables_of_the_docs_are_those_of_the_results(capsys):
     """Each number comes from a committed JSON, under the data set's heading, and each row of the results is there."""
     root = Path(retrieval.__file__).parent
     shown, data = {}, None
-    retrieval.main(out=root / "results" / "retrieval", show_only=True)
+    folders = [root / "results" / name for name in ("retrieval", "retrieval_validation")]
+    for folder in folders:
+        retrieval.main(out=folder, show_only=True)
     for line in capsys.readouterr().out.splitlines():
         data = line.split(":")[0] if line.endswith((" interval", " points")) else data
         if line.startswith("| "):
             shown.setdefault(data, []).append(line)
     page = (root.parent / "docs" / "retrieval.md").read_text()
     sections = {title.lower().replace("-", ""): text for title, text in re.findall(r"## (.+)\n([^#]+)", page)}
-    assert len(shown) == len(list((root / "results" / "retrieval").iterdir()))
+    assert len(shown) == sum(len(list(folder.iterdir())) for folder in folders)
     for data, lines in shown.items():
-        assert len(lines) > 20 and [line for line in sections[data].splitlines() if line.startswith("| ")] == lines
+        assert len(lines) > (8 if "validation" in data else 20)
+        assert [line for line in sections[data].splitlines() if line.startswith("| ")] == lines
 
 
 def test_table_of_the_readme_is_that_of_the_results():
@@ -408,6 +426,7 @@ def test_causes_are_measured(row, toy):
 
 
 def test_mean_cosine():
+    assert retrieval_causes.mean_cosine(torch.zeros(3, 2)) == 0
     rows = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
     assert retrieval_causes.mean_cosine(rows).item() == pytest.approx(2 * 0.5**0.5 / 3)  # of 0, and twice 45 degrees
 
@@ -428,9 +447,9 @@ def test_gradients_reach_other_samples_by_messages_only():
 def test_table_of_causes_in_the_docs_is_that_of_the_results(capsys):
     root = Path(retrieval.__file__).parent
     retrieval_causes.show(root / "results" / "retrieval_causes")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    tables = re.findall(r"\n\w+: mean .*\n\n((?:\| .*\n)+)", capsys.readouterr().out)
     page = (root.parent / "docs" / "retrieval.md").read_text()
-    assert len(lines) > 30 and all(line in page for line in lines)
+    assert len(tables) == 2 and all(len(table.splitlines()) > 20 and table in page for table in tables)
 
 
 def test_causes_are_written_and_shown(toy, tmp_path, capsys, monkeypatch):
@@ -444,7 +463,22 @@ def test_causes_are_written_and_shown(toy, tmp_path, capsys, monkeypatch):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert ["4 heads", "MAP@R of all", f"{found['MAP@R of all']:.1f} (0.0)"] in cells and found["MAP@R of all"] > 0
     assert sum(line[:1] == ["mhgl:levels=global"] for line in cells) == 6
+    retrieval_causes.main(**(options | {"rows": ("mhgl:levels=global,attention=none",)}), show_only=False)
+    longer, written = capsys.readouterr().out, (tmp_path / "toy-1.json").read_text()
+    assert len(longer.splitlines()) == len(table.splitlines()) + 2  # beside what was there
+    for other, message in (
+        ({"seeds": (1,)}, r"toy-1.json has seeds = \[0\], got \[1\]: choose another --out"),
+        ({"rows": ("4 heads", "cosface")}, "--rows must be of the recipes mhgl, .*, got 'cosface'"),
+        (
+            {"rows": ("smoothed cross-entropy",)},
+            "--rows must have a refiner to look into, got 'smoothed cross-entropy'",
+        ),
+        ({"rows": ("mhgl:epochs=2",)}, "--rows must not set epochs, which --budget does, got 'mhgl:epochs=2'"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            retrieval_causes.main(**(options | other), show_only=False)
+    assert (tmp_path / "toy-1.json").read_text() == written
     retrieval_causes.main(**options, show_only=True)
-    assert capsys.readouterr().out == table
+    assert capsys.readouterr().out == longer
     with pytest.raises(SystemExit, match="--data must be given"):
         retrieval_causes.main(**(options | {"data": None}), show_only=False)

@@ -27,8 +27,9 @@ class SecondOrderAttention(ModuleWithRecords):
         style: "printed": four bare maps, $\sigma = 1$, as MHGL prints it. "solar": BatchNorm and ReLU after query and
             key, $\sigma = (C / k)^{-1/2}$, and $\varphi$ starts at zero, so that a fresh block is the identity.
             "normalized": as "solar", but BatchNorm, whose weight starts at zero, follows $\varphi$, which starts as
-            PyTorch starts it: likewise the identity, and what all images of a batch have in common is taken out of what
-            is added. In the other two, high learning rates can let that grow until all embeddings are alike.
+            PyTorch starts it: likewise the identity. In training, what is added has the mean (over batch and positions)
+            and the spread that BatchNorm's bias and weight give it: it cannot outgrow them, as in "solar" at a high
+            learning rate from scratch. Not so where that BatchNorm is frozen.
         zeta: $\zeta$ > 0.
         attention_scale: $\sigma$ > 0. None: that of the style. At the widths of MHGL (1024, 2048) attention without
             scaling saturates.
@@ -92,11 +93,13 @@ class SecondOrderAttention(ModuleWithRecords):
         self.value = nn.Conv2d(in_features, width, 1)
         self.out = nn.Conv2d(width, in_features, 1, bias=style != "normalized")
         self.norm: nn.Module = nn.Identity()
-        if style == "normalized":
-            self.norm = nn.BatchNorm2d(in_features)
-        if style != "printed":
-            for parameter in (self.out if style == "solar" else self.norm).parameters():
+        if style == "solar":
+            for parameter in self.out.parameters():
                 nn.init.zeros_(parameter)
+        elif style == "normalized":
+            norm = nn.BatchNorm2d(in_features)
+            nn.init.zeros_(norm.weight)
+            self.norm = norm
         self.add_to_recordable_attributes(
             list_of_names=["in_features", "reduction", "zeta", "attention_scale"], is_stat=False
         )

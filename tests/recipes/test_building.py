@@ -81,8 +81,12 @@ def test_what_the_recipes_are_made_of():
     assert isinstance(tiny("mhgl").trunk, GlobalLocalTrunk)
     assert tiny("mhgl").loss.proxy_weight == 0.03
     assert isinstance(tiny("mhgl", levels="global", attention="none").trunk.attention, nn.Identity)
-    one_level = tiny("mhgl", levels="global").trunk.attention
-    assert one_level.reduction == tiny("mhgl").trunk.global_head[0].reduction == 2  # solar's
+    for attention in ("solar", "normalized"):
+        one_level = tiny("mhgl", levels="global", attention=attention).trunk.attention
+        two_levels = tiny("mhgl", attention=attention).trunk
+        assert one_level.reduction == two_levels.global_head[0].reduction == 2  # SOLAR's
+        assert two_levels.local_head[0].reduction == 4
+        assert one_level.style == two_levels.local_head[0].style == attention
     assert isinstance(tiny("attention_ensemble").trunk, AttentionEnsemble)
     assert isinstance(tiny("intra_batch").loss, IntraBatchLoss)
     assert tiny("intra_batch", refined_weight=0.0).loss.refiner is None

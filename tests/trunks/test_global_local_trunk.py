@@ -214,9 +214,13 @@ def test_channels_last():
 class TestExport:
     """In eval mode the exported trunk gives the same embeddings, for other batch sizes too."""
 
-    @pytest.fixture
-    def trunk(self):
-        return make_small(attention="printed", pool_type="gem").eval()
+    @pytest.fixture(params=["printed", "normalized"])
+    def trunk(self, request):
+        trunk = make_small(attention=request.param, pool_type="gem").eval()
+        for head in (trunk.local_head, trunk.global_head):
+            for x in head[0].norm.parameters():
+                nn.init.normal_(x)
+        return trunk
 
     def test_torch_export(self, trunk):
         batch = torch.export.Dim("batch", min=1, max=64)

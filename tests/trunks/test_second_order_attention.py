@@ -107,12 +107,36 @@ def test_starts_to_learn(style):
     assert block.query[0].weight.grad.abs().max() > 0
 
 
-def test_normalized_adds_nothing_that_all_images_share():
-    """Whatever the maps, the mean over batch and positions of what is added is BatchNorm's bias."""
-    features = FEATURES.double()
-    added = {style: (make(style)(features) - features).mean((0, 2, 3)) for style in STYLES}
-    torch.testing.assert_close(added["normalized"], make("normalized").norm.bias)
-    assert (added["solar"] - make("solar").out.bias).abs().max() > 0.1
+@pytest.mark.parametrize("size", [1, 1000])
+def test_batch_norm_bounds_what_normalized_adds(size):
+    """Whatever the maps, mean and spread over batch and positions are those that BatchNorm gives."""
+    block, features = make("normalized"), size * FEATURES.double()
+    with torch.no_grad():
+        for x in (block.value.weight, block.out.weight):
+            x.mul_(size)
+    added = block(features) - features
+    torch.testing.assert_close(added.mean((0, 2, 3)), block.norm.bias)
+    torch.testing.assert_close(added.std((0, 2, 3), correction=0), block.norm.weight.abs(), rtol=0.01, atol=0)
+    assert block.out.bias is None
+
+
+def test_names_of_the_parameters():
+    """State dicts that were saved stay loadable."""
+    names = {style: list(SecondOrderAttention(8, 2, style).state_dict()) for style in STYLES}
+    parts = [f"{name}.{x}" for name in ("query", "key", "value", "out") for x in ("weight", "bias")]
+    assert names["printed"] == parts
+    assert names["solar"][-4:] == parts[-4:] and names["solar"][0] == "query.0.weight"
+    last = [f"norm.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+    assert names["normalized"] == [name for name in names["solar"] if name != "out.bias"] + last
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("style", STYLES)
+def test_half_precision(style, dtype):
+    expected = make(style).eval()(FEATURES.double())
+    actual = make(style).to(dtype).eval()(FEATURES.to(dtype))
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=0.02 if dtype == torch.float16 else 0.1)
 
 
 @pytest.mark.parametrize("style", STYLES)
