@@ -81,6 +81,7 @@ def test_what_the_recipes_are_made_of():
     assert isinstance(tiny("mhgl").trunk, GlobalLocalTrunk)
     assert tiny("mhgl").loss.proxy_weight == 0.03
     assert isinstance(tiny("mhgl", levels="global", attention="none").trunk.attention, nn.Identity)
+    assert tiny("mhgl").trunk.local_head[0].style == "normalized"
     for attention in ("solar", "normalized"):
         one_level = tiny("mhgl", levels="global", attention=attention).trunk.attention
         two_levels = tiny("mhgl", attention=attention).trunk
