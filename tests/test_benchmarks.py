@@ -387,7 +387,8 @@ def test_tables_of_the_docs_are_those_of_the_results(capsys):
         if line.startswith("| "):
             shown.setdefault(data, []).append(line)
     page = (root.parent / "docs" / "retrieval.md").read_text()
-    sections = {title.lower().replace("-", ""): text for title, text in re.findall(r"## (.+)\n([^#]+)", page)}
+    headed = re.findall(r"^##+ (.+)\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
+    sections = {title.lower().replace("-", ""): text for title, text in headed}
     assert len(shown) == sum(len(list(folder.iterdir())) for folder in folders)
     for data, lines in shown.items():
         assert len(lines) > (8 if "validation" in data else 20)
