@@ -387,7 +387,7 @@ def test_tables_of_the_docs_are_those_of_the_results(capsys):
         if line.startswith("| "):
             shown.setdefault(data, []).append(line)
     page = (root.parent / "docs" / "retrieval.md").read_text()
-    headed = re.findall(r"^##+ (.+)\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
+    headed = re.findall(r"^##+ ([^\n]+)\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
     sections = {title.lower().replace("-", ""): text for title, text in headed}
     assert len(shown) == sum(len(list(folder.iterdir())) for folder in folders)
     for data, lines in shown.items():
