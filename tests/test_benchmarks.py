@@ -323,8 +323,11 @@ def test_what_is_compared_on_validation_classes_says_so(toy, tmp_path, capsys):
     assert path.stat().st_mtime_ns == written  # a finished run is not repeated
     with pytest.raises(SystemExit, match="--validation must not be given with --tune"):
         retrieval.main(**asked, tune=True, **common)
-    again = retrieval_job(toy, tmp_path / "again.json", "cosface", seed=1, validation=True, epochs=3, lr=0.003)
-    assert found["validation"] and found["metrics"] == again["metrics"]
+    other = asked | common | {"out": tmp_path / "other", "budget": "epochs:3", "recipes": ["cosface:lr=0.003"]}
+    retrieval.main(**other)
+    (path,) = other["out"].glob("*/*/seed-1.json")
+    again = json.loads(path.read_text())
+    assert found["validation"] and again["validation"] and found["metrics"] == again["metrics"]
     assert found["images_seen"] == again["images_seen"] and len(found["loss"]) == found["epochs"] == 3
 
 
