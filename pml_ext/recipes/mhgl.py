@@ -37,7 +37,7 @@ MHGL: Method = (
             "pair_weight": (1.0, PAPER),
             "proxy_weight": (0.03, PAPER),
         },
-        "small": {"attention": ("normalized", "ours: with 'solar', training can stand still, see Retrieval, Why")},
+        "small": {"attention": ("normalized", "ours: with 'solar', training can stand still, see Retrieval")},
         "paper": {
             "base": (1.0, PAPER),
             "backbone": ("resnet50", PAPER),
