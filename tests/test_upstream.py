@@ -44,9 +44,9 @@ def run_unittest(source):
 
 
 def test_its_tests_pass():
-    found = run_unittest(SOURCE)
-    assert found.returncode == 0, found.stderr
-    assert "Ran 8 tests" in found.stderr
+    run = run_unittest(SOURCE)
+    assert run.returncode == 0, run.stderr
+    assert "Ran 8 tests" in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_equals_ours(upstream, reduction, reducer, dtype, tol):
 )
 def test_style_is_that_of_pml(tool, arguments):
     pytest.importorskip(tool)
-    found = subprocess.run(
+    checked = subprocess.run(
         [sys.executable, "-m", tool, *arguments, "src", "tests"],
         cwd=UPSTREAM,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert checked.returncode == 0, checked.stdout + checked.stderr
