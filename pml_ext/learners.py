@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pml_ext.precision import raise_half
+from pml_ext.precision import upcast_half
 from pml_ext.validation import check_count, check_settings
 
 __all__ = ["learner_similarity", "split_learners"]
@@ -66,7 +66,7 @@ def learner_similarity(embeddings: Tensor, num_learners: int) -> float:
         >>> learner_similarity(torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 0.0, 0.0, 1.0]]), num_learners=2)
         0.5
     """
-    cosines = _learner_cosines(raise_half(embeddings), num_learners)
+    cosines = _learner_cosines(upcast_half(embeddings), num_learners)
     pairs = len(cosines) * num_learners * (num_learners - 1) // 2
     return cosines.triu(1).sum().item() / max(pairs, 1)
 

@@ -23,10 +23,9 @@ from pml_ext.distributed.collectives import (
 from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, confirm, gather
 from pml_ext.distributed.miner_wrapper import convert, input_error
 from pml_ext.distributed.sharding import whole_batch
-from pml_ext.losses.cross_batch_memory import check_enqueue_mask
 from pml_ext.streaming.first_derivative import first_derivative_only
 from pml_ext.types import Indices
-from pml_ext.validation import check_indices_tuple, validation_enabled
+from pml_ext.validation import check_enqueue_mask, check_indices_tuple, validation_enabled
 
 
 class DistributedLossWrapper(pml_dist.DistributedLossWrapper):

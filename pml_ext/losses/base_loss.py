@@ -9,7 +9,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_ext.losses.optimizer_watch import OptimizerWatch
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import Indices
 from pml_ext.validation import check_batch, validation_wanted
 
@@ -61,13 +61,13 @@ class BaseLoss(BaseMetricLossFunction):
             self._optimizer_watch.look(self)
         with full_precision(embeddings.device):
             self.reset_stats()
-            emb = raise_half(embeddings)
+            emb = upcast_half(embeddings)
             own_labels, labels = labels, _to_int64(labels, emb)
             indices_tuple = None if indices_tuple is None else tuple(_to_int64(x, emb) for x in indices_tuple)
             if ref_emb is None or (ref_emb is embeddings and (ref_labels is None or ref_labels is own_labels)):
                 ref_emb, ref_labels = emb, labels  # PML tells "the batch itself" by identity
             else:
-                dtype = torch.promote_types(emb.dtype, raise_half(ref_emb).dtype)
+                dtype = torch.promote_types(emb.dtype, upcast_half(ref_emb).dtype)
                 # views, or PML would take the same labels for the batch itself and lose the pairs (i, i)
                 emb, ref_emb = emb.to(dtype), ref_emb.to(dtype).view_as(ref_emb)
                 ref_labels = None if ref_labels is None else _to_int64(ref_labels, emb).view_as(ref_labels)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.similarity import can_stream, distance_matrix, is_plain
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.streaming.chunks import check_chunk_size
 from pml_ext.types import LossDict
 from pml_ext.validation import check_batch, check_count, validation_wanted
@@ -56,7 +56,7 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
         if validation_wanted():
             check_batch(embeddings, embedding_size=self.embedding_size)
         with full_precision(embeddings.device):
-            return self._logits(raise_half(embeddings))
+            return self._logits(upcast_half(embeddings))
 
     def _class_shards(self, num_classes: int, process_group: Any) -> Any:
         """Return which classes this rank has.

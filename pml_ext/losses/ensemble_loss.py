@@ -14,7 +14,7 @@ from pml_ext.learners import check_divergence_settings, split_learners
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.children import agreed_size, check_child, check_weights, mine
 from pml_ext.losses.divergence_loss import DivergenceLoss
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.reducers import BatchAverageReducer
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import already_valid, check_batch, validation_wanted
@@ -175,7 +175,7 @@ class EnsembleLoss(BaseLoss):
         if validation_wanted():
             check_batch(embeddings, embedding_size=self.embedding_size)
         with full_precision(embeddings.device), already_valid():
-            slices = split_learners(raise_half(embeddings), self.num_learners).unbind(1)
+            slices = split_learners(upcast_half(embeddings), self.num_learners).unbind(1)
             logits = [self._loss_of(m).get_logits(own) for m, own in enumerate(slices)]  # type: ignore[operator]
         return torch.stack(logits).mean(0)
 

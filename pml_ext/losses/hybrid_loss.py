@@ -13,7 +13,7 @@ from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.children import agreed_size, check_child, check_weights, mine
 from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import already_valid, check_batch, validation_wanted
 
@@ -176,7 +176,7 @@ class HybridLoss(BaseLoss):
         if validation_wanted():
             check_batch(embeddings, embedding_size=self.embedding_size)
         with full_precision(embeddings.device), already_valid():
-            logits: Tensor = self.proxy_loss.get_logits(raise_half(embeddings))
+            logits: Tensor = self.proxy_loss.get_logits(upcast_half(embeddings))
         return logits
 
     def compares_with_refs(self) -> dict[str, BaseMetricLossFunction]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.children import agreed_size, check_child, check_weights
 from pml_ext.losses.label_smoothing_cross_entropy_loss import LabelSmoothingCrossEntropyLoss
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import already_valid, check_batch, check_count, validation_wanted
 
@@ -179,8 +179,8 @@ class IntraBatchLoss(BaseLoss):
                 f"got a refiner of {parameter.dtype}"
             )
         with full_precision(embeddings.device):
-            unit = nn.functional.normalize(raise_half(embeddings))
-            refined: Tensor | list[Tensor] = self.refiner(unit.to(raise_half(parameter).dtype))
+            unit = nn.functional.normalize(upcast_half(embeddings))
+            refined: Tensor | list[Tensor] = self.refiner(unit.to(upcast_half(parameter).dtype))
         return refined
 
     def get_logits(self, embeddings: Tensor) -> Tensor:

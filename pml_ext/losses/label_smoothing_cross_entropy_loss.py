@@ -9,7 +9,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import check_batch, check_count, check_settings, validation_wanted
 
@@ -115,7 +115,7 @@ class LabelSmoothingCrossEntropyLoss(WeightRegularizerMixin, BaseLoss):
         if validation_wanted():
             check_batch(embeddings, embedding_size=self.embedding_size)
         with full_precision(embeddings.device):
-            return self._logits(raise_half(embeddings))
+            return self._logits(upcast_half(embeddings))
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, embeddings.dtype)  # moved where used, and never cast

@@ -7,7 +7,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_ext.learners import PairReduction, check_divergence_settings, divergence, learner_similarity
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import LossDict
 
 
@@ -61,7 +61,7 @@ class DivergenceRegularizer(BaseRegularizer):
         if not len(embeddings):
             return {"loss": {"losses": 0, "indices": None, "reduction_type": "already_reduced"}}
         with full_precision(embeddings.device):
-            losses = divergence(raise_half(embeddings), self.num_learners, self.margin, self.reduction_over_pairs)
+            losses = divergence(upcast_half(embeddings), self.num_learners, self.margin, self.reduction_over_pairs)
         if self.collect_stats:
             self.learner_similarity = learner_similarity(embeddings, self.num_learners)
         return {
