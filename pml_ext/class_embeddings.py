@@ -60,9 +60,9 @@ def from_text(
     if not described:
         raise ValueError(f"names must contain a text, got {len(names)} without")
     texts = [template.replace("{}", str(names[i])) for i in described]
-    found = _tfidf(texts) if model == "tfidf" else _encode(texts, model, batch_size, device)
-    rows = torch.full((len(names), found.shape[1]), torch.nan)
-    rows[described] = torch.nn.functional.normalize(found)
+    encoded = _tfidf(texts) if model == "tfidf" else _encode(texts, model, batch_size, device)
+    rows = torch.full((len(names), encoded.shape[1]), torch.nan)
+    rows[described] = torch.nn.functional.normalize(encoded)
     return rows
 
 
@@ -126,8 +126,8 @@ def _encode(texts: list[str], model: str | Path, batch_size: int, device: Any) -
         from sentence_transformers import SentenceTransformer
     encoder = SentenceTransformer(_model_path(model), device=None if device is None else str(device))
     show = len(texts) > 50 * batch_size
-    found = encoder.encode(texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=show)
-    return torch.from_numpy(found).float()
+    encoded = encoder.encode(texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=show)
+    return torch.from_numpy(encoded).float()
 
 
 def _model_path(model: str | Path) -> str:

@@ -48,6 +48,10 @@ class LossFunction(_Records, BaseMetricLossFunction):
     def _sub_loss_names(self) -> list[str]:
         return [*self.sub_losses]
 
+    def clear_statistics(self) -> None:
+        """Set the statistics to 0, as each forward begins."""
+        self.reset_stats()
+
     def reduce_terms(self, terms: LossDict, embeddings: Tensor, labels: Tensor | None) -> Any:
         """Add the embeddings' regularization to the terms and return what the reducer makes of them.
 
@@ -102,3 +106,10 @@ def element_term(losses: Tensor, divisor: int | None = None) -> dict[str, Any]:
 def reduced_term(value: Tensor) -> dict[str, Any]:
     """Return what reducers take for one number."""
     return {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+
+
+def is_batch_itself(
+    embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
+) -> bool:
+    """Whether references are the batch itself, in which nothing is compared with itself: PML 2 tells it by identity."""
+    return ref_emb is None or (ref_emb is embeddings and (ref_labels is None or ref_labels is labels))

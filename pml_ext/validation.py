@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pml_ext.pml_internals import is_batch_itself
 from pml_ext.types import Indices
 
 _RENUMBER = (
@@ -122,10 +123,9 @@ def check_batch(
     _check_labels("labels", labels, len(embeddings))
     floats, integers = [embeddings], [] if labels is None or not len(labels) else [("labels", labels, num_classes)]
     num_refs = len(embeddings)
-    if ref_emb is None:
-        if ref_labels is not None:
-            raise ValueError("ref_labels must come with ref_emb, got ref_labels alone")
-    elif ref_emb is not embeddings or (ref_labels is not None and ref_labels is not labels):
+    if ref_emb is None and ref_labels is not None:
+        raise ValueError("ref_labels must come with ref_emb, got ref_labels alone")
+    if ref_emb is not None and not is_batch_itself(embeddings, labels, ref_emb, ref_labels):
         check_embeddings("ref_emb", ref_emb, embeddings.shape[1])
         if ref_emb.device != embeddings.device:
             raise ValueError(
@@ -234,6 +234,17 @@ def check_integers(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
+
+
+def check_lengths(embeddings: Tensor, labels: Tensor | None) -> None:
+    """Check that there is one label for each embedding.
+
+    Raises:
+        ValueError: If not.
+    """
+    if labels is not None and labels.shape != embeddings.shape[:1]:
+        rule = f"(batch_size,) = ({len(embeddings)},)"
+        raise ValueError(f"labels must have shape {rule}, one for each embedding, got {tuple(labels.shape)}")
 
 
 def _check_labels(name: str, labels: Tensor | None, length: int) -> None:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning import losses
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_ext.losses.children import compared_losses
@@ -93,7 +92,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         With a mask, the rows that enter are not compared, only compared with. ``indices_tuple`` adds pairs or triplets
         to those that are found here; its positives and negatives index the memory.
         """
-        c_f.labels_required(labels)
+        if labels is None:
+            raise ValueError("labels are required for this loss function, got None")
         if validation_wanted():
             self._check(embeddings, labels, indices_tuple, enqueue_mask)
             self._optimizer_watch.look(self)

@@ -200,7 +200,7 @@ def recipe(
 
 def _with_rate(groups: list[dict[str, Any]], loss: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Take the parameters of an IntraBatchLoss's refiner out of their groups, into some of their own."""
-    parts = [getattr(loss, name, None) for name in ("refiner", "norms", "refined_losses")]
+    parts = [getattr(loss, name, None) for name in ("refiner", "norm", "refined_loss")]
     own = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
     found = []
     for group in groups:
