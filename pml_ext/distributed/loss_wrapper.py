@@ -169,8 +169,8 @@ class DistributedLossWrapper(nn.Module):
             error = failed
         confirm(error, 0, self.process_group)
         assert loss is not None
-        others = all_reduce(loss, self.process_group, "the losses") - loss.detach()
-        return loss + others + zero.to(loss)
+        total = all_reduce(loss, self.process_group, "the losses")
+        return total + (loss - loss.detach()) + zero.to(loss)  # in this order all ranks have the same value, to the bit
 
     def _same_on_all_ranks(self, indices_tuple: Indices, batch: Gathered, refs: Gathered) -> Indices:
         """Return a tuple with its rows in rank order, if all ranks have the same."""
