@@ -216,7 +216,7 @@ class IntraBatchLoss(LogitsMixin, BaseLoss):
         Raises:
             RuntimeError: If names or shapes do not fit.
         """
-        from pml_ext.trunks import rename_ibc_weights
+        from pml_ext.trunks import rename_ibc_weights  # on use: timm and torch-geometric
 
         renamed = {f"refiner.{name}": x for name, x in rename_ibc_weights(state_dict).items()}
         for name, x in state_dict.items():
@@ -233,7 +233,7 @@ class IntraBatchLoss(LogitsMixin, BaseLoss):
 
 
 def _default_refiner(embedding_size: int) -> nn.Module:
-    from pml_ext.trunks import IntraBatchRefiner  # here, or every import of losses would load timm and torch-geometric
+    from pml_ext.trunks import IntraBatchRefiner  # on use: timm and torch-geometric
 
     return IntraBatchRefiner(embedding_size, heads=2 if embedding_size % 2 == 0 else 1)
 
