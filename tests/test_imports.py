@@ -42,7 +42,7 @@ HEAVY = {  # what functions may import, to spare others the time
 }
 
 PUBLIC = {"distances", "losses", "miners", "reducers", "regularizers", "samplers"}  # in PML 2 and, by its docs, in 3
-ONLY_IN_2 = {  # public in PML 2, gone in 3, and not to be hidden in the module of internals: a part of ours stands on it
+ONLY_IN_2 = {  # public in PML 2, gone in 3: parts of this package stand on them as wholes
     "recipes/trainer.py": "trainers",
     "recipes/evaluation.py": "utils",  # AccuracyCalculator, FaissKMeans
     "datasets/sources.py": "datasets",
@@ -79,7 +79,7 @@ MODULES = {module_of(path): path for path in files()}
 
 
 def imports_of(path, source=None):
-    """Return the imports of a file; ``from package import name`` counts as one of ``package.name`` if that is a module."""
+    """Return the imports of a file; ``from package import name`` counts as ``package.name`` if that is a module."""
     found = []
     tree = ast.parse(path.read_text(encoding="utf-8") if source is None else source)
     inside = {
@@ -109,7 +109,7 @@ OURS = [imported for imported in IMPORTS if imported.target.split(".")[0] == "pm
 
 
 def circles(edges):
-    """Return the modules that lie on a circle of imports; those that nothing imports or that import nothing fall away."""
+    """Return the modules that lie on a circle, or between two: those without importer or import fall away."""
     edges = set(edges)
     while True:
         sources, targets = ({edge[i] for edge in edges} for i in (0, 1))
