@@ -95,8 +95,7 @@ CASES |= {
         wrapper_refs=False,
         reduced=True,
         without_pairs=lambda loss_func, emb: (
-            0.03 * loss_func.refined_losses["shared"].proxy_loss(loss_func.refine(emb), LABELS)
-            + loss_func.raw_loss(emb, LABELS)
+            0.03 * loss_func.refined_loss.proxy_loss(loss_func.refine(emb), LABELS) + loss_func.raw_loss(emb, LABELS)
         ),
     ),
 }
