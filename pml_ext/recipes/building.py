@@ -34,6 +34,7 @@ RECIPES: dict[str, Method] = {
     "combined": COMBINED,
     **BASELINES,
 }
+"""The recipes by name, with their settings."""
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "RAdam": partial(torch.optim.RAdam, decoupled_weight_decay=True),

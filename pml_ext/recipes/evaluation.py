@@ -12,6 +12,7 @@ from tqdm import tqdm
 from pml_ext.modes import in_mode
 
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+"""Names of the metrics that are computed by default."""
 
 
 @torch.no_grad()  # not inference_mode: what is returned may be trained on
