@@ -10,7 +10,9 @@ from pml_ext.extras import comes_with
 from pml_ext.visualization.thumbnails import as_image
 
 
-def attention_overlay(image: Any, attention: Tensor, alpha: float = 0.5, brightest: float | None = None) -> Any:
+def attention_overlay(
+    image: Any, attention: Tensor, alpha: float = 0.5, cmap: str = "inferno", brightest: float | None = None
+) -> Any:
     """Return the image with a map of weights laid over it in colours.
 
     Args:
@@ -18,6 +20,7 @@ def attention_overlay(image: Any, attention: Tensor, alpha: float = 0.5, brighte
             a path. Numbers are uint8 or floats in 0 to 1.
         attention: ``(h, w)``, of any size, >= 0.
         alpha: Share of the colours, 0 to 1.
+        cmap: Name of a matplotlib colour map.
         brightest: Value of the brightest colour, > 0. None: the largest of ``attention``.
 
     Returns:
@@ -42,6 +45,6 @@ def attention_overlay(image: Any, attention: Tensor, alpha: float = 0.5, brighte
     weights = torch.nn.functional.interpolate(weights, pixels.shape[:2], mode="bilinear", align_corners=False)[0, 0]
     if brightest is None:
         brightest = max(weights.max().item(), 1e-12)
-    colors = matplotlib.colormaps["inferno"]((weights / brightest).numpy())[..., :3]
+    colors = matplotlib.colormaps[cmap]((weights / brightest).numpy())[..., :3]
     mixed = (1 - alpha) * pixels + alpha * colors
     return (255 * mixed.clip(0, 1)).round().astype("uint8")
