@@ -18,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from pml_ext.datasets import Glyphs
-from pml_ext.neighbors import neighbor_groups, refine_with_neighbors
 from pml_ext.losses import IntraBatchLoss
+from pml_ext.neighbors import neighbor_groups, refine_with_neighbors
 from pml_ext.trunks import IntraBatchRefiner
 from pml_ext.visualization import batch_attention
 

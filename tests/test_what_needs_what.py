@@ -34,7 +34,10 @@ refine_with_neighbors(torch.nn.Linear(4, 4), torch.randn(1, 4)[:0])
 neighbor_groups(torch.eye(4), 2, 2)
 """,
     "from pml_ext.neighbors import knn_graph; knn_graph(torch.randn(9, 4), 2)",
-    "from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, PooledTrunk, param_groups; PooledTrunk('resnet18')",
+    """
+from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, PooledTrunk, param_groups
+PooledTrunk("resnet18")
+""",
     "from pml_ext.losses import IntraBatchLoss; IntraBatchLoss(3, 4)",
     """
 from pml_ext.recipes import recipe, retrieval_metrics

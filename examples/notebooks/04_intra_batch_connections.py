@@ -31,8 +31,8 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import nn
 
 from pml_ext.datasets import Glyphs
-from pml_ext.neighbors import neighbor_groups, refine_with_neighbors
 from pml_ext.losses import IntraBatchLoss
+from pml_ext.neighbors import neighbor_groups, refine_with_neighbors
 from pml_ext.visualization import batch_attention, plot_curves
 
 with warnings.catch_warnings():  # torch_geometric uses torch.jit.script, which PyTorch has deprecated
