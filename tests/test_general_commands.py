@@ -269,12 +269,12 @@ def test_no_class_is_seen_twice(tmp_path, monkeypatch):
         seen["embedded"].append(values(view))
         return recipes.evaluation.embed(trunk, view, **kwargs)
 
-    def trainer(self, view, **kwargs):
+    def trainer(made, view, **kwargs):
         seen["trained"].append(values(view))
-        return recipes.Trainer(self, view, view.labels, **kwargs)
+        return recipes.trainer.Trainer(made, view, **kwargs)
 
     monkeypatch.setattr(recipes, "embed", watched)
-    monkeypatch.setattr(recipes.Recipe, "trainer", trainer)
+    monkeypatch.setattr(recipes, "Trainer", trainer)
     run(tmp_path / "flat.npz", tmp_path / "run", test_classes=3)
     validation, again, test = seen["embedded"]
     assert test == {5, 6, 7}  # once, at the end

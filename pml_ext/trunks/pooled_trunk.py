@@ -60,8 +60,7 @@ class PooledTrunk(ModuleWithRecords):
         True
 
     Source:
-        The head of the papers' code (Proxy-Anchor, CVPR 2020; IBC, ICML 2021): global pooling and one linear layer.
-        Initialisation is PyTorch's.
+        No paper's: what the field's baselines have. Initialisation is PyTorch's.
     """
 
     def __init__(

@@ -32,8 +32,9 @@ def test_parts_keep_memory_low(monkeypatch):
     monkeypatch.setattr(search, "_ROWS_AT_ONCE", 20)
     monkeypatch.setattr(search, "_NEIGHBORS_AT_ONCE", 1)
     assert [len(rows) for rows, _ in nearest_others(EMB, 3)] == [17, 17, 16]
-    monkeypatch.setattr(search, "_NEIGHBORS_AT_ONCE", 4 * 30)  # of 4, the row itself included
+    monkeypatch.setattr(search, "_NEIGHBORS_AT_ONCE", 4 * 25)  # of 4, the row itself included
     assert [len(rows) for rows, _ in nearest_others(EMB, 3)] == [25, 25]
+    assert len(list(nearest_others(EMB, 4))) == 3
 
 
 def test_equal_rows():

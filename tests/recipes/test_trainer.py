@@ -220,7 +220,9 @@ def test_autocast_and_channels_last():
 
 
 def test_a_transform_of_the_users_is_kept():
-    dataset = Images()
+    dataset, made = Images(), tiny()
+    Trainer(made, dataset)
+    assert dataset.transform is made.transforms.train  # where there was none
     dataset.transform = own = lambda image: image.float() / 255
     Trainer(tiny(), dataset)
     assert dataset.transform is own
