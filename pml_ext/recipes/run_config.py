@@ -11,7 +11,7 @@ import torch
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.version import __version__
 
-_GONE = {"similarity_gain": 0.0, "depth": 1}  # settings of former versions, and their values in what is still there
+_GONE = {"similarity_gain": 0.0, "depth": 1}  # settings of former versions, and where they changed nothing
 
 
 def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
