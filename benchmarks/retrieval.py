@@ -15,6 +15,7 @@ import platform
 import random
 import resource
 import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from pml_ext import class_embeddings
 from pml_ext.datasets import open_data
 from pml_ext.inference import neighbor_groups, refine_with_neighbors
 from pml_ext.recipes import embed, recipe, retrieval_metrics
+from pml_ext.trunks import IntraBatchRefiner
 
 VALIDATION_CLASSES = 0.25
 
@@ -63,20 +65,39 @@ def trained(job):
     if row.class_embeddings == "shuffled":
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = rows[order[order.argsort().add(1) % len(rows)]]  # a cycle in random order: no class keeps its own
-    made = recipe(
-        row.recipe,
-        data.num_classes,
-        class_embeddings=rows,
-        in_channels=data.in_channels,
-        **({"epochs": job["epochs"]} | row.settings | settings),
-    )
-    if row.similarity_gain:
-        start_with_similarity(made.loss.refiner, row.similarity_gain)
+    with attention_starts_with_similarity(row.similarity_gain):
+        made = recipe(
+            row.recipe,
+            data.num_classes,
+            class_embeddings=rows,
+            in_channels=data.in_channels,
+            **({"epochs": job["epochs"]} | row.settings | settings),
+        )
     data.train.transform, data.test.transform = made.transforms.train, made.transforms.test
     started = time.perf_counter()
     trainer = made.trainer(data.train, autocast=torch.bfloat16, channels_last=True)
     trainer.train()
     return made, data, trainer, time.perf_counter() - started
+
+
+@contextmanager
+def attention_starts_with_similarity(gain):
+    """Let refiners that are made here ``start_with_similarity``; with a gain of 0 as they are drawn.
+
+    Right after a refiner has been drawn, not when all is made: a seed keeps drawing the same network behind it.
+    """
+    make = IntraBatchRefiner.__init__
+
+    def make_and_start(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        start_with_similarity(self, gain)
+
+    if gain:
+        IntraBatchRefiner.__init__ = make_and_start
+    try:
+        yield
+    finally:
+        IntraBatchRefiner.__init__ = make
 
 
 @torch.no_grad()
