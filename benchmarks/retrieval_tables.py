@@ -150,7 +150,7 @@ def fill(page, tables):
         raise SystemExit(f"every <!-- table NAME --> must be closed behind its table, got that of {', '.join(names)}")
     if unknown := set(names) - set(tables):
         raise SystemExit(f"<!-- table NAME --> must be one of {', '.join(tables)}, got {', '.join(sorted(unknown))}")
-    return MARKED.sub(lambda found: f"{found[1]}{tables[found[2]][1]}\n{found[3]}", page)
+    return MARKED.sub(lambda marked: f"{marked[1]}{tables[marked[2]][1]}\n{marked[3]}", page)
 
 
 def draw(out, path, kind="test"):
