@@ -5,31 +5,23 @@ all proxies; on two that have half of them each. Memory is the peak of a rank ab
 made, bytes are those of the tensors that a rank hands to torch.distributed in a step. ``--out FILE`` keeps the figures.
 """
 
-import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from harness import make_parser, markdown_table, metadata, peak_since, save, start_peak, time_in_turn
 from tqdm import tqdm
 
 BATCH_SIZE, EMBEDDING_SIZE = 128, 128  # of all ranks together
 WAYS = {"one process": 1, "two ranks, all classes on each": 2, "two ranks, classes split": 2}
 LOSSES = ("ProxyAnchorLoss", "AdaptiveAdditiveMarginLoss")
 GPUS = (8, 64, 512)
-
-
-def resident(field):
-    """Return VmRSS or VmHWM (its peak) of this process in MB; Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
 def count_bytes(counter):
@@ -60,32 +52,25 @@ def worker(rank, way, name, num_classes, steps, folder):
     own = torch.arange(BATCH_SIZE).tensor_split(world)[rank]
     emb = torch.randn(BATCH_SIZE, EMBEDDING_SIZE)[own].requires_grad_()
     labels = torch.randint(num_classes, (BATCH_SIZE // 4,)).repeat_interleave(4)[own]
-    Path("/proc/self/clear_refs").write_text("5")  # from here on is the peak
-    before = resident("VmRSS")
+    start = start_peak()
     group = dist.group.WORLD if "split" in way else None
     loss_func = getattr(pml_ext.losses, name)(num_classes, EMBEDDING_SIZE, process_group=group)
     wrapped = DistributedLossWrapper(loss_func) if world > 1 else loss_func
     optimizer = torch.optim.AdamW(loss_func.parameters(), lr=1e-3, foreach=False)
-    times, counter = [], {}
-    for step in range(steps + 1):
-        if world > 1:
-            dist.barrier()
-        if step == steps:
-            count_bytes(counter)
-        start = time.perf_counter()
+
+    def step():
         optimizer.zero_grad()
         wrapped(emb, labels).backward()
         optimizer.step()
-        times.append(time.perf_counter() - start)
-    found = {"seconds": times[1:], "peak_mb": resident("VmHWM") - before, "bytes": sum(counter.values())}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+
+    seconds = time_in_turn({way: step}, steps, before=dist.barrier if world > 1 else None)[way]
+    counter = {}
+    count_bytes(counter)
+    step()
+    measured = {"seconds": seconds, "peak_mb": peak_since(start), "bytes": sum(counter.values())}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(measured))
     if world > 1:
-        del (
-            group,
-            wrapped,
-            loss_func,
-            optimizer,
-        )  # what holds the ranks' connections must be gone before they are closed
+        del group, wrapped, loss_func, optimizer, step  # what holds the connections must be gone before they are closed
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()
@@ -96,8 +81,8 @@ def measure(way, name, num_classes, steps):
     with tempfile.TemporaryDirectory() as folder:
         world = WAYS[way]
         torch.multiprocessing.spawn(worker, (way, name, num_classes, steps, folder), world, join=True)
-        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
-    return found[0] | {"peak_mb": max(one["peak_mb"] for one in found)}
+        ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
+    return ranks[0] | {"peak_mb": max(one["peak_mb"] for one in ranks)}
 
 
 def expected_bytes(name):
@@ -111,37 +96,31 @@ def expected_bytes(name):
 
 def main(sizes=(100_000, 1_000_000), losses=LOSSES, steps=3, out=None):
     """Return the metadata and a row for each loss, size and way; print them as tables."""
-    results = []
-    print("| classes | | | ms | peak MB of a rank | / one process | bytes sent | by arithmetic |")
-    print("| --: | --- | --- | --: | --: | --: | --: | --: |")
+    results, lines = [], []
     jobs = [(size, name, way) for size in sizes for name in losses for way in WAYS]
     for size, name, way in tqdm(jobs, desc="measurements", file=sys.stderr):
-        found = measure(way, name, size, steps)
-        milliseconds = 1e3 * statistics.median(found["seconds"])
-        alone = next((row for row in results if row["num_classes"] == size and row["loss"] == name), None)
-        share = found["peak_mb"] / alone["peak_mb"] if alone else 1.0
+        measured = measure(way, name, size, steps)
+        milliseconds, peak, sent = 1e3 * statistics.median(measured["seconds"]), measured["peak_mb"], measured["bytes"]
+        if WAYS[way] == 1:
+            alone = peak
         row = {"num_classes": size, "loss": name, "way": way, "ms": round(milliseconds, 1)}
-        row |= {"peak_mb": round(found["peak_mb"]), "share": round(share, 2), "bytes": found["bytes"]}
-        results.append(row)
-        cells = [f"{size:,}", name, way, f"{milliseconds:.0f}", f"{found['peak_mb']:.0f}", f"{share:.2f}"]
-        cells += [f"{found['bytes']:,}", f"{expected_bytes(name):,}" if "split" in way else ""]
-        print("| " + " | ".join(cells) + " |")
+        results.append(row | {"peak_mb": round(peak), "share": round(peak / alone, 2), "bytes": sent})
+        cells = [f"{size:,}", name, way, f"{milliseconds:.0f}", f"{peak:.0f}", f"{peak / alone:.2f}", f"{sent:,}"]
+        lines.append([*cells, f"{expected_bytes(name):,}" if "split" in way else ""])
+    titles = ["classes", "loss", "way", "ms", "peak MB of a rank", "/ one process", "bytes sent", "by arithmetic"]
+    print(markdown_table(titles, lines, numbers=5))
 
     print("\nBy arithmetic, not measured: 10,000,000 classes, width 512, float32, AdamW, 64 rows a GPU\n")
-    print("| GPUs | proxies, gradient and optimizer state of a GPU, GB | embeddings gathered in a step, MB |")
-    print("| --: | --: | --: |")
+    lines = []
     for gpus in (1, *GPUS):
         table = 4 * 1e7 * 512 * 4 / gpus / 1e9
-        print(f"| {gpus} | {table:.2f} | {gpus * 64 * 512 * 4 / 1e6:.1f} |")
-    metadata = {"torch": torch.__version__, "machine": platform.machine(), "backend": "gloo", "threads per rank": 1}
-    metadata |= {"batch_size": BATCH_SIZE, "embedding_size": EMBEDDING_SIZE, "steps": steps, "dtype": "float32"}
-    kept = {"metadata": metadata, "results": results}
-    if out is not None:
-        Path(out).write_text(json.dumps(kept, indent=1) + "\n")
-    return kept
+        lines.append([str(gpus), f"{table:.2f}", f"{gpus * 64 * 512 * 4 / 1e6:.1f}"])
+    titles = ["GPUs", "proxies, gradient and optimizer state of a GPU, GB", "embeddings gathered in a step, MB"]
+    print(markdown_table(titles, lines, numbers=3))
+    about = {"backend": "gloo", "threads per rank": 1, "batch_size": BATCH_SIZE, "embedding_size": EMBEDDING_SIZE}
+    about = metadata(threads=1, **about, steps=steps, dtype="float32")
+    return save(out, {"metadata": about, "results": results})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=None, help="JSON file")
-    main(out=parser.parse_args().out)
+    main(**vars(make_parser(__doc__, "--out").parse_args()))

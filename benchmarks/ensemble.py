@@ -5,16 +5,10 @@ beside the backbone alone; the parameters beside those of M networks; EnsembleLo
 width. The candidates take turns. ``--out FILE`` keeps the figures.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from functools import partial
-from pathlib import Path
 
-import pytorch_metric_learning
 import torch
+from harness import make_parser, markdown_table, median_and_quartiles, median_ratio, metadata, save, time_in_turn
 from tqdm import tqdm
 
 from pml_ext.losses import EnsembleLoss, HybridLoss, MultiSimilarityLoss
@@ -46,20 +40,6 @@ def step(module, forward):
     forward().sum().backward()
 
 
-def compare(candidates, repeats, device):
-    """Return the seconds of each call of each candidate; the first call of each is not counted."""
-    seconds = {name: [] for name in candidates}
-    for i in range(repeats + 1):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def time_trunks(backbone, image_size, batch_size, repeats, device, learners):
     """Return a row for each number of learners and way to compute them."""
     rows = []
@@ -70,7 +50,7 @@ def time_trunks(backbone, image_size, batch_size, repeats, device, learners):
         ).to(device)
 
         candidates = {name: partial(step, trunk, partial(way, trunk, images)) for name, way in WAYS.items()}
-        seconds = compare(candidates, repeats, device)
+        seconds = time_in_turn(candidates, repeats, device)
         rows += [row(m, name, values, seconds["loop"]) for name, values in seconds.items()]
     return rows
 
@@ -89,22 +69,16 @@ def time_losses(batch_size, repeats, device, learners):
         for m in learners:
             loss_funcs[m] = EnsembleLoss([make(EMBEDDING_SIZE // m) for _ in range(m)], m)
         candidates = {m: partial(step, f.to(device), partial(f, emb, labels)) for m, f in loss_funcs.items()}
-        seconds = compare(candidates, repeats, device)
+        seconds = time_in_turn(candidates, repeats, device)
         rows += [row(m, name, values, seconds[1]) for m, values in seconds.items()]
     return rows
 
 
 def row(learners, name, seconds, beside):
     """Return medians and quartiles in ms, and the ratio to another candidate, call by call."""
-    low, median, high = statistics.quantiles(seconds, n=4)
-    ratio = statistics.median(a / b for a, b in zip(seconds, beside, strict=True))
-    return {
-        "learners": learners,
-        "name": name,
-        "ms": round(1e3 * median, 2),
-        "quartiles": [round(1e3 * low, 2), round(1e3 * high, 2)],
-        "ratio": round(ratio, 3),
-    }
+    median, quartiles = median_and_quartiles(seconds, 2, 1e3)
+    ratio = round(median_ratio(seconds, beside), 3)
+    return {"learners": learners, "name": name, "ms": median, "quartiles": quartiles, "ratio": ratio}
 
 
 def count_parameters(backbone, num_learners):
@@ -113,15 +87,15 @@ def count_parameters(backbone, num_learners):
     def millions(*modules):
         return round(sum(p.numel() for module in modules for p in module.parameters()) / 1e6, 2)
 
-    found = {}
+    counts = {}
     for name, share in (("shared attention trunk", True), ("an attention trunk each", False)):
         trunk = AttentionEnsemble.from_backbone(
             backbone, num_learners=num_learners, embedding_size=EMBEDDING_SIZE, share_attention_trunk=share
         )
-        found[name] = millions(trunk)
-    found["one stem, a head each"] = round(millions(trunk.stem) + num_learners * millions(trunk.head, trunk.linear), 2)
-    found["separate networks"] = round(num_learners * millions(trunk.stem, trunk.head, trunk.linear), 2)
-    return found
+        counts[name] = millions(trunk)
+    counts["one stem, a head each"] = round(millions(trunk.stem) + num_learners * millions(trunk.head, trunk.linear), 2)
+    counts["separate networks"] = round(num_learners * millions(trunk.stem, trunk.head, trunk.linear), 2)
+    return counts
 
 
 def main(
@@ -142,50 +116,33 @@ def main(
     trunks = time_trunks(backbone, image_size, batch_size, repeats, device, learners)
     losses = time_losses(loss_batch_size, 3 * repeats, device, learners)
     parameters = {name: count_parameters(name, max(learners)) for name in counted}
-    print(f"| {backbone}, {batch_size} images of {image_size} x {image_size} | | ms | quartiles | / loop |")
-    print("| --- | --- | --: | --: | --: |")
-    for one in trunks:
-        _print(f"M = {one['learners']}", one)
-    print(f"\n| loss, batch {loss_batch_size} x {EMBEDDING_SIZE} | | ms | quartiles | / plain |")
-    print("| --- | --- | --: | --: | --: |")
-    for one in losses:
-        _print("plain" if one["learners"] == 1 else f"EnsembleLoss, M = {one['learners']}", one, swap=True)
-    print(f"\n| parameters in millions, M = {max(learners)} | " + " | ".join(parameters) + " |")
-    print("| --- |" + " --: |" * len(parameters))
-    for name in next(iter(parameters.values()), {}):
-        print(f"| {name} | " + " | ".join(f"{counts[name]:.1f}" for counts in parameters.values()) + " |")
-    metadata = {
-        "torch": torch.__version__,
-        "pytorch-metric-learning": pytorch_metric_learning.__version__,
-        "machine": platform.machine(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
-        "threads": threads,
-        "dtype": "float32",
-        "backbone": backbone,
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "loss_batch_size": loss_batch_size,
-        "embedding_size": EMBEDDING_SIZE,
-        "repeats": repeats,
-    }
-    kept = {"metadata": metadata, "trunks": trunks, "losses": losses, "parameters": parameters}
-    if out is not None:
-        Path(out).write_text(json.dumps(kept, indent=1) + "\n")
-    return kept
+    titles = [f"{backbone}, {batch_size} images of {image_size} x {image_size}", "", "ms", "quartiles", "/ loop"]
+    lines = [[f"M = {row['learners']}", row["name"], *cells(row)] for row in trunks]
+    print(markdown_table(titles, lines, numbers=3))
+    titles = [f"loss, batch {loss_batch_size} x {EMBEDDING_SIZE}", "", "ms", "quartiles", "/ plain"]
+    ways = ["plain" if row["learners"] == 1 else f"EnsembleLoss, M = {row['learners']}" for row in losses]
+    lines = [[row["name"], way, *cells(row)] for row, way in zip(losses, ways, strict=True)]
+    print("\n" + markdown_table(titles, lines, numbers=3))
+    lines = [
+        [name, *(f"{counts[name]:.1f}" for counts in parameters.values())]
+        for name in next(iter(parameters.values()), {})
+    ]
+    titles = [f"parameters in millions, M = {max(learners)}", *parameters]
+    print("\n" + markdown_table(titles, lines, numbers=len(parameters)))
+    sizes = {"backbone": backbone, "image_size": image_size, "batch_size": batch_size, "repeats": repeats}
+    sizes |= {"loss_batch_size": loss_batch_size, "embedding_size": EMBEDDING_SIZE, "dtype": "float32"}
+    about = metadata(device, threads, **sizes)
+    return save(out, {"metadata": about, "trunks": trunks, "losses": losses, "parameters": parameters})
 
 
-def _print(title, one, swap=False):
-    cells = [one["name"], title] if swap else [title, one["name"]]
-    low, high = one["quartiles"]
-    print("| " + " | ".join([*cells, f"{one['ms']:.1f}", f"{low:.1f} to {high:.1f}", f"{one['ratio']:.2f}"]) + " |")
+def cells(row):
+    return [f"{row['ms']:.1f}", "{:.1f} to {:.1f}".format(*row["quartiles"]), f"{row['ratio']:.2f}"]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--device", "--out")
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", default=None, help="JSON file")
     main(**vars(parser.parse_args()))

@@ -43,7 +43,7 @@ def count_agreements(characters, size=64):
 
 def groups(characters, related):
     """Return the connected components of a boolean (n, n) relation, each a list of characters."""
-    left, found = set(range(len(characters))), []
+    left, components = set(range(len(characters))), []
     while left:
         todo, group = [min(left)], []
         while todo:
@@ -52,8 +52,8 @@ def groups(characters, related):
                 left.remove(i)
                 group.append(characters[i])
                 todo.extend(np.flatnonzero(related[i]))
-        found.append(sorted(group))
-    return found
+        components.append(sorted(group))
+    return components
 
 
 def base_letter(character):

@@ -7,9 +7,7 @@ classes are not touched. An .npz holds ``images`` (uint8, N x H x W [x 3]), ``la
 data set share trunk, budget and seeds. Learning rates are quickstart's, tuned for none of the rows; no augmentation.
 """
 
-import argparse
 import json
-import platform
 import statistics
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from pytorch_metric_learning import losses
 from tqdm import tqdm
 
+from benchmarks.harness import make_parser, metadata, save
 from examples.quickstart import METRICS, embed, evaluate, make_trunk, train
 from pml_ext.datasets import Glyphs
 from pml_ext.losses import HybridLoss, MultiSimilarityLoss
@@ -67,8 +66,8 @@ def report(results):
     """Print a table for each data set, and each row's difference from the default, paired by data set and seed."""
     for name, rows in results.items():
         print(f"\n{name}, percent, mean (standard deviation)")
-        for row, found in rows.items():
-            print(f"{row:<20}" + "".join(f"{METRICS[m]:>14} {_mean(v)}" for m, v in found.items()))
+        for row, metrics in rows.items():
+            print(f"{row:<20}" + "".join(f"{METRICS[m]:>14} {_mean(v)}" for m, v in metrics.items()))
     print(f"\ndifference from {DEFAULT}, mean (standard error) over data sets and seeds")
     for row in next(iter(results.values())):
         cells = []
@@ -100,24 +99,21 @@ def main(data=("glyphs",), epochs=(8,), seeds=3, out=None):
             for seed in range(seeds):
                 order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
                 for row, make in rows.items():
-                    found = run(make, images, labels, classes[order[:num_held_out]], budget, seed)
+                    metrics = run(make, images, labels, classes[order[:num_held_out]], budget, seed)
                     for metric in METRICS:
-                        results[name][row][metric].append(round(100 * found[metric], 2))
+                        results[name][row][metric].append(round(100 * metrics[metric], 2))
                     bar.update()
     report(results)
-    if out is not None:
-        metadata = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
-        metadata |= {"data": [Path(s).stem for s in data], "epochs": list(epochs), "seeds": seeds, "width": WIDTH}
-        Path(out).write_text(json.dumps({"metadata": metadata, "results": results}, indent=1) + "\n")
+    about = metadata(data=[Path(s).stem for s in data], epochs=list(epochs), seeds=seeds, width=WIDTH)
+    save(out, {"metadata": about, "results": results})
     return results
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--out")
     parser.add_argument("--data", nargs="+", default=["glyphs"])
     parser.add_argument("--epochs", nargs="+", type=int, default=[8], help="one number, or one for each data set")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", default=None, help="JSON file")
     parser.add_argument("--show", default=None, help="print the tables of a JSON file instead of training")
     arguments = vars(parser.parse_args())
     if shown := arguments.pop("show"):

@@ -4,16 +4,12 @@ The rows of one batch size share embeddings, labels and proxies, and are timed i
 where the machine's speed changes. ``--out benchmarks/results/losses-cpu.json`` keeps the figures.
 """
 
-import argparse
 import json
-import platform
-import statistics
-from pathlib import Path
+from functools import partial
 
-import pytorch_metric_learning
 import torch
+from harness import make_parser, median_and_quartiles, metadata, peak_since, save, start_peak, time_in_turn
 from pytorch_metric_learning import losses
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from pml_ext.losses import HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
@@ -35,52 +31,48 @@ def make_pairs(embedding_size):
     }
 
 
+def step(loss_func, emb, labels):
+    loss_func(emb, labels).backward()
+
+
 def peak_memory(loss_func, emb, labels):
     """Return the peak of CUDA memory during forward and backward, in MB above what was there before."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    loss_func(emb, labels).backward()
-    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+    start = start_peak("cuda")
+    step(loss_func, emb, labels)
+    return round(peak_since(start, "cuda"), 1)
 
 
 def main(batch_sizes=(64, 256, 1024), embedding_size=512, repeats=15, threads=2, device="cpu", out=None):
     """Return the metadata and a row for each loss and batch size; print and write them as JSON."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     results = []
     for batch_size in tqdm(batch_sizes, desc="batch sizes"):
         emb = torch.randn(batch_size, embedding_size, device=device, requires_grad=True)
         labels = torch.arange(batch_size, device=device) // 4 % NUM_CLASSES
         for name, pair in make_pairs(embedding_size).items():
-            pair = [loss_func.to(device) for loss_func in pair]
-            torch.testing.assert_close(pair[0](emb, labels), pair[1](emb, labels))
-            timers = [
-                Timer("f(emb, labels).backward()", globals={"f": f, "emb": emb, "labels": labels}, num_threads=threads)
-                for f in pair
-            ]
-            number = max(1, int(0.1 / timers[0].timeit(3).mean))  # about 0.1 s a repeat
-            times = [[timer.timeit(number).mean * 1e3 for timer in timers] for _ in range(repeats)]
-            columns = dict(zip(("pml_ms", "ms"), zip(*times, strict=True), strict=True))
-            columns["ratio"] = [ours / theirs for theirs, ours in times]
+            pml, ours = (loss_func.to(device) for loss_func in pair)
+            torch.testing.assert_close(pml(emb, labels), ours(emb, labels))
+            candidates = {"pml_ms": partial(step, pml, emb, labels), "ms": partial(step, ours, emb, labels)}
+            number = max(1, int(0.1 / min(time_in_turn(candidates, 3, device)["pml_ms"])))  # about 0.1 s a repeat
+            columns = {
+                key: [1e3 * value for value in values]
+                for key, values in time_in_turn(candidates, repeats, device, number).items()
+            }
+            columns["ratio"] = [a / b for a, b in zip(columns["ms"], columns["pml_ms"], strict=True)]
             row = {"loss": name, "batch_size": batch_size}
             for key, values in columns.items():
-                low, median, high = statistics.quantiles(values, n=4)
-                row |= {key: round(median, 3), f"{key}_quartiles": [round(low, 3), round(high, 3)]}
+                row[key], row[f"{key}_quartiles"] = median_and_quartiles(values, 3)
             if emb.is_cuda:
-                row |= {"pml_peak_mb": peak_memory(pair[0], emb, labels), "peak_mb": peak_memory(pair[1], emb, labels)}
+                row |= {"pml_peak_mb": peak_memory(pml, emb, labels), "peak_mb": peak_memory(ours, emb, labels)}
             results.append(row)
-    metadata = {"torch": torch.__version__, "pytorch-metric-learning": pytorch_metric_learning.__version__}
-    metadata |= {"device": device, "machine": platform.machine(), "threads": threads, "repeats": repeats}
-    metadata |= {"embedding_size": embedding_size, "num_classes": NUM_CLASSES, "dtype": "float32"}
-    found = {"metadata": metadata, "results": results}
-    print(json.dumps(found, indent=1))
-    if out is not None:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
-    return found
+    sizes = {"repeats": repeats, "embedding_size": embedding_size, "num_classes": NUM_CLASSES, "dtype": "float32"}
+    kept = save(out, {"metadata": metadata(device, threads, **sizes), "results": results})
+    print(json.dumps(kept, indent=1))
+    return kept
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--device", "--out")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 256, 1024])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", default=None, help="JSON file")
     main(**vars(parser.parse_args()))

@@ -6,18 +6,11 @@ can avoid: the product of the batch with all proxies and the two products that t
 ``--picture docs/proxy_scaling.png`` draws them.
 """
 
-import argparse
-import ctypes
 import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from harness import make_parser, markdown_table, measure_in_turn, measure_steps, median_and_quartiles, metadata, save
 
 METHODS = {
     "floor": "three matrix products",
@@ -75,20 +68,12 @@ def make(method, num_classes, batch_size, embedding_size):
     return AdaptiveAdditiveMarginLoss(num_classes, embedding_size, classes, base_margin=0.35, scale=64)
 
 
-def resident(field):
-    """Return VmRSS or VmHWM (its peak) of this process in MB; Linux with glibc only."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
-
-
 def measure(method, num_classes, batch_size, embedding_size, steps, threads, device):
     """Return the seconds of each step and the peak of memory beyond proxies, their gradient and class embeddings."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     emb = torch.randn(batch_size, embedding_size, device=device, requires_grad=True)
-    labels = torch.randint(num_classes, (batch_size // 4,)).repeat_interleave(4)
+    labels = torch.randint(num_classes, (batch_size // 4,)).repeat_interleave(4).to(device)
 
     def step(loss_func, labels):
         emb.grad = None
@@ -101,54 +86,23 @@ def measure(method, num_classes, batch_size, embedding_size, steps, threads, dev
 
     step(make(method, 100, batch_size, embedding_size).to(device), labels % 100)  # libraries load what they need
     loss_func = make(method, num_classes, batch_size, embedding_size).to(device)
+    measured = measure_steps(lambda: step(loss_func, labels), steps, device)
     gradient = num_classes * embedding_size * 4 / 2**20
-    if device == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what is taken
-        Path("/proc/self/clear_refs").write_text("5")  # from here on is the peak
-        before = resident("VmRSS")
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    times = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        step(loss_func, labels.to(device))
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    peak = resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
-    return {"seconds": times[1:], "extra_mb": peak - before - gradient}  # the first step is a warm-up
-
-
-def run_alone(arguments):
-    """Return what ``measure`` finds in a process of its own."""
-    command = [sys.executable, __file__, "--measure", json.dumps(arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return measured._replace(peak_mb=measured.peak_mb - gradient)
 
 
 def main(sizes=SIZES, steps=5, rounds=3, threads=2, device="cpu", out=None, picture=None):
     """Return the metadata and a row for each size and method; print them as a table."""
-    jobs = [(size, method) for size in sizes for _ in range(rounds) for method in METHODS]
-    found = {}
-    for size, method in tqdm(jobs, desc="measurements"):
-        one = run_alone([method, *size, steps, threads, device])
-        row = found.setdefault((size, method), {"seconds": [], "extra_mb": []})
-        row["seconds"] += one["seconds"]
-        row["extra_mb"].append(one["extra_mb"])
+    jobs = [(method, *size) for size in sizes for method in METHODS]
     results = []
-    for (size, method), row in found.items():
-        low, median, high = statistics.quantiles(row["seconds"], n=4)
+    for (method, *size), measured in measure_in_turn(measure, jobs, rounds, steps, threads, device).items():
+        seconds, quartiles = median_and_quartiles(measured.seconds, 6)
         results.append(
             dict(zip(("num_classes", "batch_size", "embedding_size"), size, strict=True))
-            | {"method": method, "seconds": round(median, 6), "quartiles": [round(low, 6), round(high, 6)]}
-            | {"extra_mb": round(statistics.median(row["extra_mb"]), 1)}
+            | {"method": method, "seconds": seconds, "quartiles": quartiles, "extra_mb": round(measured.peak_mb, 1)}
         )
-    metadata = {"torch": torch.__version__, "device": device, "machine": platform.machine(), "threads": threads}
-    if device != "cpu":
-        metadata["device"] = torch.cuda.get_device_name()
-    kept = {"metadata": metadata | {"steps": steps, "rounds": rounds, "dtype": "float32"}, "results": results}
-    if out is not None:
-        Path(out).write_text(json.dumps(kept, indent=1) + "\n")
+    about = metadata(device, threads, steps=steps, rounds=rounds, dtype="float32")
+    kept = save(out, {"metadata": about, "results": results})
     show(kept)
     if picture is not None:
         draw(kept, picture)
@@ -166,20 +120,18 @@ def by_size(kept):
 
 def show(kept):
     """Print a table in Markdown."""
-    print("| classes x batch x width | | ms | quartiles | / PML | / floor | extra MB | / PML |")
-    print("| --- | --- | --: | --: | --: | --: | --: | --: |")
+    lines = []
     for size, rows in by_size(kept).items():
         for method, name in METHODS.items():
             row, pml = rows[method], rows.get(BESIDE.get(method))
-            cells = [f"{size[0]:,} x {size[1]} x {size[2]}", name, f"{row['seconds'] * 1e3:,.1f}"]
-            cells += [" to ".join(f"{x * 1e3:,.1f}" for x in row["quartiles"])]
-            cells += [f"1/{pml['seconds'] / row['seconds']:.1f}" if pml else ""]
-            cells += [f"{row['seconds'] / rows['floor']['seconds']:.2f}" if method != "floor" else ""]
-            cells += [
-                f"{row['extra_mb']:,.0f}",
-                f"{row['extra_mb'] / pml['extra_mb']:.1%}" if pml and pml["extra_mb"] > 1 else "",
-            ]
-            print("| " + " | ".join(cells) + " |")
+            lines.append([f"{size[0]:,} x {size[1]} x {size[2]}", name, f"{row['seconds'] * 1e3:,.1f}"])
+            lines[-1] += [" to ".join(f"{x * 1e3:,.1f}" for x in row["quartiles"])]
+            lines[-1] += [f"1/{pml['seconds'] / row['seconds']:.1f}" if pml else ""]
+            lines[-1] += [f"{row['seconds'] / rows['floor']['seconds']:.2f}" if method != "floor" else ""]
+            share = f"{row['extra_mb'] / pml['extra_mb']:.1%}" if pml and pml["extra_mb"] > 1 else ""
+            lines[-1] += [f"{row['extra_mb']:,.0f}", share]
+    titles = ["classes x batch x width", "", "ms", "quartiles", "/ PML", "/ floor", "extra MB", "/ PML"]
+    print(markdown_table(titles, lines, numbers=6))
 
 
 def draw(kept, path):
@@ -207,20 +159,16 @@ def draw(kept, path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--device", "--out")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3, help="processes for each row")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", default=None, help="JSON file")
     parser.add_argument("--picture", default=None, help="PNG file")
     parser.add_argument("--show", default=None, help="JSON file to print instead of measuring")
-    parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure is not None:
-        print(json.dumps(measure(*json.loads(args.measure))))
-    elif args.show is not None:
-        show(json.loads(Path(args.show).read_text()))
-        if args.picture is not None:
-            draw(json.loads(Path(args.show).read_text()), args.picture)
+    arguments = vars(parser.parse_args())
+    if (shown := arguments.pop("show")) is None:
+        main(**arguments)
     else:
-        main(steps=args.steps, rounds=args.rounds, device=args.device, out=args.out, picture=args.picture)
+        kept = json.loads(Path(shown).read_text())
+        show(kept)
+        if arguments["picture"] is not None:
+            draw(kept, arguments["picture"])

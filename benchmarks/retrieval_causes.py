@@ -1,24 +1,26 @@
 """Why does a method help, or not? What attention, learners, messages and margins do in the networks of retrieval.py.
 
-python -m benchmarks.retrieval_causes --data omniglot.npz --class-embeddings array:strokes --settings image_size=28 \
-    --budget epochs:30 --seeds 0 1 2 --jobs 2      trains again, measures, writes a JSON file, prints the table
-python -m benchmarks.retrieval_causes --data glyphs --tuned-on omniglot --budget epochs:1 --rows mhgl ...
-python -m benchmarks.retrieval_causes --show      the tables alone
+python benchmarks/retrieval_causes.py --data omniglot.npz --class-embeddings array:strokes --settings image_size=28 \
+    --budget epochs:30 --seeds 0 1 2 --jobs 2      trains again, measures, prints the table
+python benchmarks/retrieval_causes.py --data glyphs --tuned-on omniglot --budget epochs:1 --rows mhgl ...
+python benchmarks/retrieval_causes.py --show      the tables alone
+
+A finished run is not repeated: each is a line of DATA-causes.jsonl under --out.
 """
 
-import argparse
-import json
-import multiprocessing
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import run_files
 import torch
+from harness import in_processes, make_parser
+from retrieval import trained, tuned_settings
+from retrieval_rows import ROWS, row_of, value_of
+from retrieval_tables import show, tables_of_causes
 from scipy import stats
 from torch import nn
-from tqdm import tqdm
 
-from benchmarks.retrieval import ROWS, print_table, quiet, row_of, trained, tuned_settings, value_of, write
 from pml_ext.learners import learner_similarity
 from pml_ext.recipes import embed, retrieval_metrics
 from pml_ext.trunks import SecondOrderAttention
@@ -28,7 +30,7 @@ MAP = "mean_average_precision_at_r"
 
 def attention(made, data):
     """What second-order attention adds to a map, how widely it looks, and what retrieval loses without it."""
-    found, blocks = {}, [m for m in made.trunk.modules() if isinstance(m, SecondOrderAttention)]
+    measured, blocks = {}, [m for m in made.trunk.modules() if isinstance(m, SecondOrderAttention)]
     images = torch.stack([data.test[i][0] for i in range(min(256, len(data.test)))])
     for number, block in enumerate(blocks):
         level = ("local", "global")[number] if len(blocks) == 2 else "global"
@@ -41,19 +43,19 @@ def attention(made, data):
             weights = block.attention_map(features)
         entropy = torch.special.entr(weights).sum(2).mean() / np.log(weights.shape[2])
         added = output - features
-        found[f"{level}: added, of the map's norm, percent"] = 100 * (added.norm() / features.norm())
-        found[f"{level}: cosine of what is added to two images"] = mean_cosine(added.mean((2, 3)))
-        found[f"{level}: entropy of the attention, percent of the largest"] = 100 * entropy
+        measured[f"{level}: added, of the map's norm, percent"] = 100 * (added.norm() / features.norm())
+        measured[f"{level}: cosine of what is added to two images"] = mean_cosine(added.mean((2, 3)))
+        measured[f"{level}: entropy of the attention, percent of the largest"] = 100 * entropy
     with torch.inference_mode():
-        found["cosine between two images"] = mean_cosine(made.trunk.eval()(images))
-    found["MAP@R"] = map_at_r(made, data)
+        measured["cosine between two images"] = mean_cosine(made.trunk.eval()(images))
+    measured["MAP@R"] = map_at_r(made, data)
     if not blocks:
-        return found
+        return measured
     for block in blocks:
         for parameter in (*block.out.parameters(), *block.norm.parameters()):
             nn.init.zeros_(parameter)
-    found["MAP@R after the attention is taken away"] = map_at_r(made, data)
-    return found
+    measured["MAP@R after the attention is taken away"] = map_at_r(made, data)
+    return measured
 
 
 def mean_cosine(vectors):
@@ -180,39 +182,31 @@ def check(rows):
             raise SystemExit(f"--rows must not set epochs, which --budget does, got {row!r}")
 
 
-def beside(path, about):
-    """Return what a file has of other rows; one of other runs stops everything."""
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text())
-    for name in ("seeds", "settings"):
-        if found[name] != about[name]:
-            raise SystemExit(f"{path} has {name} = {found[name]}, got {about[name]}: choose another --out")
-    return found["rows"]
+def is_done(job, runs, path):
+    """Return whether a job is among the finished runs of a file; one with other settings stops everything."""
+    which = {name: job[name] for name in ("row", "seed", "epochs")}
+    run = run_files.find(runs, **which)
+    if run is not None and run["settings"] != job["given"]:
+        raise SystemExit(
+            f"{path}: row {job['row']!r}, seed {job['seed']}, epochs {job['epochs']} is a run with settings = "
+            f"{run['settings']}, got {job['given']}: choose another --out"
+        )
+    return run is not None
 
 
 def measure(job):
-    """Train once and measure."""
+    """Train once and measure; return the line of the file."""
     made, data, _, _ = trained(job)
-    found = MEASURES[row_of(job["row"]).recipe](made, data)
-    found = {name: round(float(value), 4) for name, value in found.items()}
-    return job["row"], job["seed"], found
-
-
-def show(out):
-    """Print a table for each data set."""
-    for path in sorted(Path(out).glob("*.json")):
-        found = json.loads(path.read_text())
-        number = len(found["seeds"])
-        print(f"\n{found['data']}: mean (standard deviation) over {number} seeds, epochs: {found['epochs']}\n")
-        lines = []
-        for row, seeds in found["rows"].items():
-            for name in seeds[0]:
-                values = [seed[name] for seed in seeds]
-                digits = 1 if "percent" in name or "MAP" in name else 2
-                spread = np.std(values, ddof=min(1, len(values) - 1))
-                lines.append([row, name, f"{np.mean(values):.{digits}f} ({spread:.{digits}f})"])
-        print_table(["row", "measured", "value"], lines)
+    measured = MEASURES[row_of(job["row"]).recipe](made, data)
+    return {
+        "row": job["row"],
+        "data": Path(job["data"]).stem,
+        "epochs": job["epochs"],
+        "seed": job["seed"],
+        "settings": job["given"],
+        "versions": {package: version(package) for package in ("torch", "pytorch-metric-learning", "pml-ext")},
+        "measured": {name: round(float(value), 4) for name, value in measured.items()},
+    }
 
 
 def main(data, rows, seeds, budget, jobs, results, out, tuned_on, class_embeddings, settings, show_only):
@@ -225,32 +219,28 @@ def main(data, rows, seeds, budget, jobs, results, out, tuned_on, class_embeddin
         shared = {"data": data, "class_embeddings": class_embeddings, "epochs": epochs, "validation": False}
         check(rows)
         chosen = {row: tuned_settings(Path(results), tuned_on or name, row) if row in ROWS else {} for row in rows}
-        todo = [shared | {"row": row, "seed": seed, "settings": given | chosen[row]} for seed in seeds for row in rows]
-        versions = {package: version(package) for package in ("torch", "pytorch-metric-learning", "pml-ext")}
-        about = {"data": name, "seeds": list(seeds), "epochs": epochs, "settings": given, "versions": versions}
-        path = Path(out) / f"{name}-{epochs}.json"
-        others = beside(path, about)
-        found = {row: [None] * len(seeds) for row in rows}
-        with (
-            multiprocessing.get_context("spawn").Pool(jobs, initializer=quiet, maxtasksperchild=1) as pool,
-            tqdm(total=len(todo), unit="run") as bar,
-        ):
-            for row, seed, measured in pool.imap_unordered(measure, todo, chunksize=1):
-                found[row][list(seeds).index(seed)] = measured
-                bar.update()
-        write(path, about | {"rows": others | found})
-    show(out)
+        wanted = [
+            shared | {"row": row, "seed": seed, "given": given, "settings": given | chosen[row]}
+            for seed in seeds
+            for row in rows
+        ]
+        path = run_files.path_of(out, name, "causes")
+        finished = run_files.read(path)
+        todo = [job for job in wanted if not is_done(job, finished, path)]
+        for line in in_processes(measure, todo, jobs):
+            run_files.append(path, line)
+    show(tables_of_causes(out))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", help="as for retrieval.py, which must have been tuned on it")
     parser.add_argument("--rows", nargs="+", default=MEASURED, help="of mhgl and the three other papers' recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", default="epochs:30")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--results", default="benchmarks/results/retrieval", help="of retrieval.py: what was tuned")
-    parser.add_argument("--out", default="benchmarks/results/retrieval_causes")
+    parser.add_argument("--out", default="benchmarks/results/retrieval")
     parser.add_argument("--tuned-on", help="as for retrieval.py")
     parser.add_argument("--class-embeddings", help='a file, "names" or "array:NAME"')
     parser.add_argument("--settings", nargs="+", default=(), help="of all rows: image_size=28 ...")

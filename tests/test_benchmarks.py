@@ -1,15 +1,20 @@
 """Every benchmark runs, briefly."""
 
 import json
-import re
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import harness
 import numpy as np
 import pytest
+import retrieval
+import retrieval_tables
+import run_files
 import torch
+from retrieval_rows import QUESTIONS, ROWS, row_of
 
 from benchmarks import (
     distributed,
@@ -19,34 +24,94 @@ from benchmarks import (
     losses,
     proxy_scaling,
     refiner,
-    retrieval,
     retrieval_causes,
     second_order_attention,
 )
 from pml_ext.trunks import AttentionEnsemble
 
-RUNS = {
-    "distributed",
-    "ensemble",
-    "glyph_classes",
-    "hybrid_defaults",
-    "losses",
-    "proxy_scaling",
-    "refiner",
-    "retrieval",
-    "retrieval_causes",
-    "second_order_attention",
-}
+FOLDER = Path(harness.__file__).parent
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
-def test_every_benchmark_is_run_here():
-    assert {path.stem for path in Path(losses.__file__).parent.glob("*.py")} == RUNS
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Measure here what a benchmark measures in a process of its own."""
+    monkeypatch.setattr(harness, "in_fresh_process", lambda function, *arguments: function(*arguments))
+
+
+def cells_of(printed):
+    """Return the cells of each line of the tables that are printed."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+
+
+def test_scripts_start_from_any_folder(tmp_path):
+    """All but hybrid_defaults, which is run with -m, and glyph_classes, which has no options."""
+    paths = sorted(set(map(str, FOLDER.glob("*.py"))) - {hybrid_defaults.__file__, glyph_classes.__file__})
+    paths = [path for path in paths if "__main__" in Path(path).read_text()]
+    code = (
+        "import runpy, sys\n"
+        f"for path in {paths!r}:\n"
+        f"    sys.path[0], sys.argv = {str(FOLDER)!r}, [path, '--help']\n"
+        "    try:\n        runpy.run_path(path, run_name='__main__')\n"
+        "    except SystemExit as stop:\n        assert not stop.code, path"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(paths) >= 8
+
+
+def test_candidates_take_turns_and_the_first_repeat_is_not_counted(monkeypatch):
+    calls, clock = [], iter([0, 0, 0, 1, 0, 3, 0, 2, 0, 5])  # the warm-up only begins
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    candidates = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = harness.time_in_turn(candidates, 2, number=2, before=lambda: calls.append("-"))
+    assert seconds == {"a": [0.5, 1.0], "b": [1.5, 2.5]}
+    assert "".join(calls) == 3 * "-aa-bb"
+    assert harness.median_ratio(seconds["b"], seconds["a"]) == 2.75
+
+
+@linux_only
+def test_peak_memory_is_that_of_the_steps():
+    held, sizes = torch.zeros(2**23), iter((2**22, 2**24, 2**22))  # 16, 64 and 16 MB beyond 32 that are there
+    seconds, peak = harness.measure_steps(lambda: torch.ones(next(sizes)), 2)
+    assert len(seconds) == 2 and len(held) == 2**23
+    assert 60 < peak < 80
+
+
+def measure_here(name, seconds, factor):
+    return harness.Measured([factor * seconds], {"a": seconds, "b": 7}[name])
+
+
+def test_each_measurement_has_a_process_of_its_own(in_this_process):
+    measured = harness.measure_in_turn(measure_here, [("a", 1), ("b", 2)], 3, 10)
+    assert measured == {("a", 1): ([10, 10, 10], 1), ("b", 2): ([20, 20, 20], 7)}
+
+
+def test_a_fresh_process_is_another_one():
+    first, second = (harness.in_fresh_process(os.getpid) for _ in range(2))
+    assert len({first, second, os.getpid()}) == 3
+
+
+def test_tables_and_metadata(tmp_path):
+    table = harness.markdown_table(["name", "ms"], [["a", "1.0"], ["longer", "10.25"]], numbers=1)
+    assert table == "| name   |    ms |\n| ------ | ----: |\n| a      |   1.0 |\n| longer | 10.25 |"
+    assert harness.median_and_quartiles([1, 2, 3], 1, 1e3) == (2000, [1000, 3000])
+    about = harness.metadata(threads=3, steps=5)
+    assert (about["torch"], about["device"], about["threads"], about["steps"]) == (torch.__version__, "cpu", 3, 5)
+    assert harness.save(tmp_path / "out.json", about) == json.loads((tmp_path / "out.json").read_text())
 
 
 def test_losses(tmp_path):
-    found = losses.main(batch_sizes=(16,), repeats=2, out=tmp_path / "losses.json")
-    assert {row["batch_size"] for row in found["results"]} == {16}
-    assert all(row["ms"] > 0 and row["pml_ms"] > 0 and row["ratio"] > 0 for row in found["results"])
+    threads = torch.get_num_threads()
+    kept = losses.main(batch_sizes=(16,), repeats=2, threads=threads, out=tmp_path / "losses.json")
+    assert {row["batch_size"] for row in kept["results"]} == {16}
+    for row in kept["results"]:
+        assert row["ms"] > 0 and row["pml_ms"] > 0
+        low, high = row["ratio_quartiles"]
+        assert low <= row["ratio"] <= high
+        assert (
+            low - 0.05 < row["ms"] / row["pml_ms"] < high + 0.05
+        )  # two repeats: between their ratios, but for rounding
     assert (tmp_path / "losses.json").exists()
 
 
@@ -55,8 +120,8 @@ def test_glyph_classes_derives_the_committed_lists(capsys):
 
     glyph_classes.main()
     lists = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("00")]
-    found = {chr(int(code_point, 16)) for half in lists for code_point in half}
-    assert len(found & set(TRAIN_CHARACTERS + TEST_CHARACTERS)) > 0.97 * 534  # other versions draw and name others
+    derived = {chr(int(code_point, 16)) for half in lists for code_point in half}
+    assert len(derived & set(TRAIN_CHARACTERS + TEST_CHARACTERS)) > 0.97 * 534  # other versions draw and name others
 
 
 def test_hybrid_defaults(tmp_path, monkeypatch):
@@ -65,51 +130,40 @@ def test_hybrid_defaults(tmp_path, monkeypatch):
     split = np.array(["train"] * 240 + ["test"] * 20)
     np.savez(tmp_path / "toy.npz", images=images, labels=np.arange(260) // 5, split=split)
     monkeypatch.setattr(hybrid_defaults, "WIDTH", 4)
-    found = hybrid_defaults.main([str(tmp_path / "toy.npz")], epochs=(1,), seeds=1, out=tmp_path / "out.json")
-    assert len(found["toy"]) == 13
-    for row in found["toy"].values():
+    results = hybrid_defaults.main([str(tmp_path / "toy.npz")], epochs=(1,), seeds=1, out=tmp_path / "out.json")
+    assert len(results["toy"]) == 13
+    for row in results["toy"].values():
         assert all(0 <= values[0] <= 100 for values in row.values())
     assert (tmp_path / "out.json").exists()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_proxy_scaling(tmp_path, capsys, monkeypatch):
-    """One measurement in a process of its own, the others here."""
-    sizes, arguments = ((300, 16, 8), (40_000, 16, 8)), ["floor", 300, 16, 8, 2, 1, "cpu"]
-    assert len(proxy_scaling.run_alone(arguments)["seconds"]) == 2
-    monkeypatch.setattr(proxy_scaling, "run_alone", lambda arguments: proxy_scaling.measure(*arguments))
-    found = proxy_scaling.main(
-        sizes,
-        steps=2,
-        rounds=1,
-        threads=torch.get_num_threads(),
-        out=tmp_path / "out.json",
-        picture=tmp_path / "out.png",
-    )
-    rows = {(row["num_classes"], row["method"]): row for row in found["results"]}
+@linux_only
+def test_proxy_scaling(tmp_path, capsys, in_this_process):
+    sizes, threads = ((300, 16, 8), (40_000, 16, 8)), torch.get_num_threads()
+    files = {"out": tmp_path / "out.json", "picture": tmp_path / "out.png"}
+    kept = proxy_scaling.main(sizes, steps=2, rounds=1, threads=threads, **files)
+    rows = {(row["num_classes"], row["method"]): row for row in kept["results"]}
     assert set(rows) == {(size[0], method) for size in sizes for method in proxy_scaling.METHODS}
     assert all(row["seconds"] > 0 for row in rows.values())
     for ours, theirs in proxy_scaling.BESIDE.items():
         assert rows[40_000, ours]["extra_mb"] < rows[40_000, theirs]["extra_mb"]
-    assert "| 40,000 x 16 x 8 | ProxyAnchorLoss |" in capsys.readouterr().out
-    for name in ("out.json", "out.png"):
-        assert (tmp_path / name).stat().st_size > 0
+    assert ["40,000 x 16 x 8", "ProxyAnchorLoss"] in [cells[:2] for cells in cells_of(capsys.readouterr().out)]
+    for path in files.values():
+        assert path.stat().st_size > 0
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_second_order_attention(tmp_path, capsys, monkeypatch):
-    assert len(second_order_attention.run_alone(["ours", 4, 8, 2, 1, "cpu"])["seconds"]) == 2
-    monkeypatch.setattr(second_order_attention, "run_alone", lambda args: second_order_attention.measure(*args))
+@linux_only
+def test_second_order_attention(tmp_path, capsys, in_this_process):
     sizes, threads = ((48, 16),), torch.get_num_threads()
-    found = second_order_attention.main(sizes, steps=2, rounds=1, threads=threads, out=tmp_path / "out.json")
-    peaks = {row["method"]: row["peak_mb"] for row in found["results"]}
+    kept = second_order_attention.main(sizes, steps=2, rounds=1, threads=threads, out=tmp_path / "out.json")
+    peaks = {row["method"]: row["peak_mb"] for row in kept["results"]}
     assert peaks["ours"] < peaks["explicit"] / 3
-    assert "| 48 x 48 x 16 | SecondOrderAttention |" in capsys.readouterr().out
+    assert ["48 x 48 x 16", "SecondOrderAttention"] in [cells[:2] for cells in cells_of(capsys.readouterr().out)]
     assert (tmp_path / "out.json").stat().st_size > 0
 
 
 def test_ensemble(tmp_path, capsys):
-    found = ensemble.main(
+    kept = ensemble.main(
         image_size=32,
         batch_size=2,
         loss_batch_size=16,
@@ -119,13 +173,13 @@ def test_ensemble(tmp_path, capsys):
         threads=torch.get_num_threads(),
         out=tmp_path / "out.json",
     )
-    assert {(row["learners"], row["name"]) for row in found["trunks"]} == {
+    assert {(row["learners"], row["name"]) for row in kept["trunks"]} == {
         (m, name) for m in (2, 4) for name in ("folded", "loop", "backbone alone")
     }
-    assert all(row["ms"] > 0 and row["ratio"] > 0 for row in found["trunks"] + found["losses"])
-    counts = found["parameters"]["resnet18"]
+    assert all(row["ms"] > 0 and row["ratio"] > 0 for row in kept["trunks"] + kept["losses"])
+    counts = kept["parameters"]["resnet18"]
     assert counts["shared attention trunk"] < counts["an attention trunk each"] < counts["separate networks"]
-    assert "| M = 2 | folded |" in capsys.readouterr().out
+    assert ["M = 2", "folded"] in [cells[:2] for cells in cells_of(capsys.readouterr().out)]
     assert (tmp_path / "out.json").stat().st_size > 0
 
 
@@ -135,18 +189,17 @@ def test_ensemble_compares_the_same_embeddings():
     torch.testing.assert_close(ensemble.in_a_loop(trunk, images), trunk(images))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_refiner(tmp_path, capsys, monkeypatch):
-    assert len(refiner.run_alone(["edges", 8, 3, 2, 1, "cpu"])["seconds"]) == 2
-    monkeypatch.setattr(refiner, "run_alone", lambda args: refiner.measure(*args))
+@linux_only
+def test_refiner(tmp_path, capsys, monkeypatch, in_this_process):
     monkeypatch.setattr(refiner, "EMBEDDING_SIZE", 16)
     threads = torch.get_num_threads()
     sizes = {"batch_sizes": (6,), "graph": (20, 3), "share": (4, 32)}
-    found = refiner.main(**sizes, steps=2, rounds=1, threads=threads, out=tmp_path / "out.json")
-    rows = {(row["nodes"], row["senders"], row["method"]) for row in found["results"]}
+    kept = refiner.main(**sizes, steps=2, rounds=1, threads=threads, out=tmp_path / "out.json")
+    rows = {(row["nodes"], row["senders"], row["method"]) for row in kept["results"]}
     assert rows == {(6, 6, method) for method in refiner.METHODS} | {(20, 3, "edges")}
+    assert kept["resnet18"]["ms_with"] > 0 and kept["resnet18"]["ms_without"] > 0
     printed = capsys.readouterr().out
-    assert "| 6 x 6 | dense |" in printed
+    assert ["6 x 6", "dense"] in [cells[:2] for cells in cells_of(printed)]
     assert "ResNet-18, 4 images of 32 x 32: a step takes" in printed
     assert (tmp_path / "out.json").stat().st_size > 0
 
@@ -165,16 +218,16 @@ def test_refiner_compares_the_same_work():
     assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@linux_only
 def test_distributed(tmp_path, capsys):
     """What is sent is what the arithmetic says."""
-    found = distributed.main(sizes=(2_000,), losses=("ProxyAnchorLoss",), steps=1, out=tmp_path / "out.json")
-    rows = {row["way"]: row for row in found["results"]}
+    kept = distributed.main(sizes=(2_000,), losses=("ProxyAnchorLoss",), steps=1, out=tmp_path / "out.json")
+    rows = {row["way"]: row for row in kept["results"]}
     assert set(rows) == set(distributed.WAYS)
     assert rows["two ranks, classes split"]["bytes"] == distributed.expected_bytes("ProxyAnchorLoss")
     assert rows["one process"]["bytes"] == 0
     assert all(row["ms"] > 0 and row["peak_mb"] > 0 for row in rows.values())
-    assert "| 512 | 0.16 | 67.1 |" in capsys.readouterr().out
+    assert ["512", "0.16", "67.1"] in cells_of(capsys.readouterr().out)
     assert (tmp_path / "out.json").stat().st_size > 0
 
 
@@ -199,27 +252,41 @@ TINY_ROWS = ("image_size=28", "width=4", "batch_size=12", "samples_per_class=3",
 TINY_SETTINGS = {name: int(value) for name, _, value in (pair.partition("=") for pair in TINY_ROWS)}
 
 
-def retrieval_job(toy, path, row, seed=0, validation=False, epochs=2, **settings):
+def retrieval_line(toy, row, seed=0, validation=False, epochs=2, **settings):
     job = {"row": row, "data": str(toy), "class_embeddings": None, "epochs": epochs, "validation": validation}
-    return retrieval.run(job | {"seed": seed, "settings": TINY_SETTINGS | settings, "tuned": {}, "path": str(path)})
+    return retrieval.run(job | {"seed": seed, "settings": TINY_SETTINGS | settings, "tuned": {}})
 
 
-@pytest.mark.parametrize("row", retrieval.ROWS)
-def test_every_row_trains_and_is_reproduced(row, toy, tmp_path):
-    entries = []
-    for name in ("a.json", "b.json"):
-        retrieval_job(toy, tmp_path / name, row)
-        entries.append(json.loads((tmp_path / name).read_text()))
-        assert entries[-1].pop("seconds") > 0 and entries[-1].pop("peak_memory_mb") > 0
-    found, again = entries
-    assert found == again
-    assert found["images_seen"] == 2 * 48 and len(found["loss"]) == 2
-    assert len(found["metrics"]) == 2 + ("refiner" in row) and {"", " + mean of 8 neighbours"} <= set(found["metrics"])
-    assert all(0 <= value <= 100 for metrics in found["metrics"].values() for value in metrics.values())
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_trains_and_is_reproduced(row, toy):
+    line, again = (retrieval_line(toy, row) for _ in range(2))
+    for one in (line, again):
+        assert one.pop("seconds") > 0 and one.pop("peak_memory_mb") > 0
+    assert line == again
+    assert line["images_seen"] == 2 * 48 and len(line["loss"]) == 2
+    assert len(line["metrics"]) == 2 + ("refiner" in row) and {"", " + mean of 8 neighbours"} <= set(line["metrics"])
+    assert all(0 <= value <= 100 for metrics in line["metrics"].values() for value in metrics.values())
+    json.dumps(line)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_starts_with_similarity(heads, toy):
+    """Scores are gain times cosine in the mean over heads; what is left to the null message tells their size."""
+    job = {"data": str(toy), "class_embeddings": None, "epochs": 1, "validation": False, "seed": 0}
+    job["settings"] = TINY_SETTINGS | {"lr": 1e-12, "proxy_lr": 1e-12, "heads": heads}  # as it starts
+    x = torch.nn.functional.normalize(torch.randn(6, 16, dtype=torch.float64))
+    attention = {}
+    for row in ("refiner", "refiner, starts with similarity"):
+        made, *_ = retrieval.trained(job | {"row": row})
+        attention[row] = made.loss.refiner.eval().double().attention_weights(x)[0]  # e^score / (1 + sum of e^score)
+    weights = attention["refiner, starts with similarity"]
+    scores = (weights / (1 - weights.sum(2, keepdim=True))).log().mean(0)
+    torch.testing.assert_close(scores, 10 * x @ x.T, atol=1e-3, rtol=1e-3)
+    assert attention["refiner"].std() < 0.1 * weights.std()
 
 
 def test_all_rows_have_four_trials_with_settings_they_know():
-    for name, row in retrieval.ROWS.items():
+    for name, row in ROWS.items():
         trials = row.trials()
         assert len(trials) == 4 and len({json.dumps(trial) for trial in trials}) == 4, name
         assert not set(row.settings) & set(trials[0]), name  # a trial must not undo what makes the row
@@ -229,19 +296,14 @@ def test_tuning_does_not_look_at_test_classes(toy, tmp_path):
     arrays = dict(np.load(toy))
     arrays["images"][arrays["split"] == "test"] = 0
     np.savez(tmp_path / "toy2.npz", **arrays)
-    both = []
-    for number, path in enumerate((toy, tmp_path / "toy2.npz")):
-        found = retrieval_job(path, tmp_path / f"{number}.json", "proxy_anchor", validation=True)
-        both.append((found["metrics"], found["loss"]))
-    assert both[0] == both[1]
-    changed = [
-        retrieval_job(path, tmp_path / f"t{number}.json", "proxy_anchor")["metrics"]
-        for number, path in enumerate((toy, tmp_path / "toy2.npz"))
-    ]
+    paths = (toy, tmp_path / "toy2.npz")
+    both = [retrieval_line(path, "proxy_anchor", validation=True) for path in paths]
+    assert both[0]["metrics"] == both[1]["metrics"] and both[0]["loss"] == both[1]["loss"]
+    changed = [retrieval_line(path, "proxy_anchor")["metrics"] for path in paths]
     assert changed[0] != changed[1]
 
 
-def test_shuffled_class_embeddings_are_those_of_other_classes(toy, tmp_path, monkeypatch):
+def test_shuffled_class_embeddings_are_those_of_other_classes(toy, monkeypatch):
     rows, seen = np.load(toy)["class_embeddings"][:8], []
     make = retrieval.recipe
 
@@ -251,7 +313,7 @@ def test_shuffled_class_embeddings_are_those_of_other_classes(toy, tmp_path, mon
 
     monkeypatch.setattr(retrieval, "recipe", spy)
     for row in ("margin from distance", "margin from shuffled distance"):
-        retrieval_job(toy, tmp_path / f"{len(seen)}.json", row, epochs=1)
+        retrieval_line(toy, row, epochs=1)
     given, shuffled = seen
     assert np.array_equal(given, rows)
     assert sorted(shuffled.tolist()) == sorted(rows.tolist()) and (shuffled.numpy() != rows).any(1).all()
@@ -259,47 +321,54 @@ def test_shuffled_class_embeddings_are_those_of_other_classes(toy, tmp_path, mon
 
 def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
     out, rows = tmp_path / "out", ["proxy_anchor", "cosface"]
+    tuning, finished = (run_files.path_of(out, "toy", kind) for kind in ("tuning", "test"))
     common = {"data": str(toy), "budget": "epochs:1", "out": out, "settings": TINY_ROWS, "jobs": 2}
     for row in rows:  # three of four trials are there already
-        for number in range(1, 4):
-            path = out / "toy" / "tuning" / row / f"trial-{number}.json"
-            trial = retrieval.ROWS[row].trials()[number]
-            fake = {"metrics": {"": {retrieval.TUNED_FOR: 0.0}}, "settings": TINY_SETTINGS | trial, "trial": trial}
-            fake |= {"epochs": 1, "validation": True}
-            retrieval.write(path, fake)
+        for trial in ROWS[row].trials()[1:]:
+            line = {"row": row, "trial": trial, "seed": 0, "epochs": 1, "validation": True}
+            line |= {"metrics": {"": {retrieval_tables.TUNED_FOR: 0.0}}, "settings": TINY_SETTINGS | trial}
+            run_files.append(tuning, line)
     retrieval.main(recipes=rows, tune=True, seeds=(0,), **common)
-    chosen = json.loads((out / "toy" / "tuning" / "cosface" / "trial-0.json").read_text())
-    assert chosen["validation"] and chosen["metrics"][""][retrieval.TUNED_FOR] > 0
-    seed0 = out / "toy" / "cosface" / "seed-0.json"
-    metrics = dict.fromkeys(retrieval.METRICS, 50.0)
-    entry = {"data": "toy", "seed": 0, "metrics": {"": metrics}, "epochs": 1, "tuned": chosen["trial"]}
-    entry["validation"] = False
-    entry["settings"] = TINY_SETTINGS | chosen["trial"]
-    retrieval.write(seed0, entry | {"row": "cosface"})
-    retrieval.write(out / "toy" / "proxy_anchor" / "seed-0.json", entry | {"row": "proxy_anchor"})
-    with pytest.raises(SystemExit, match=r"seed-0.json is a run with epochs = 1, got 2: choose another --out"):
-        retrieval.main(recipes=["cosface"], seeds=(0,), **(common | {"budget": "epochs:2"}))
-    with pytest.raises(SystemExit, match=r"seed-0.json is a run with width = 4, got 8: choose another --out"):
-        retrieval.main(recipes=["cosface"], seeds=(0,), **(common | {"settings": (*TINY_ROWS, "width=8")}))
-    with pytest.raises(SystemExit, match=r"seed-0.json is a run with validation = False, got True: choose another"):
-        retrieval.main(recipes=["cosface"], seeds=(0,), validation=True, **common)
-    retrieval.main(recipes=["cosface"], seeds=(0, 1), baseline="proxy_anchor", **common)
-    assert json.loads(seed0.read_text())["metrics"][""] == metrics  # a finished run is not repeated
-    new = json.loads((out / "toy" / "cosface" / "seed-1.json").read_text())
-    assert {name: new["settings"][name] for name in ("lr", "margin")} == chosen["trial"]
-    assert not new["validation"] and new["tuned_on"] == "toy" and new["tuned"] == chosen["trial"]
-    mean = (50.0 + new["metrics"][""]["precision_at_1"]) / 2
+    assert len(run_files.read(tuning)) == 8
+    chosen = run_files.find(run_files.read(tuning), row="cosface", trial=ROWS["cosface"].trials()[0])
+    assert chosen["validation"] and chosen["metrics"][""][retrieval_tables.TUNED_FOR] > 0
+    metrics = dict.fromkeys(retrieval_tables.METRICS, 50.0)
+    line = {"data": "toy", "seed": 0, "metrics": {"": metrics}, "epochs": 1, "tuned": chosen["trial"]}
+    line |= {"validation": False, "settings": TINY_SETTINGS | chosen["trial"]}
+    for row in rows[::-1]:
+        run_files.append(finished, line | {"row": row})
+    for other, message in (
+        ({"budget": "epochs:2"}, "is a run with epochs = 1, got 2"),
+        ({"settings": (*TINY_ROWS, "width=8")}, "is a run with width = 4, got 8"),
+    ):
+        with pytest.raises(SystemExit, match=rf"toy-test.jsonl: row 'cosface', seed 0 {message}: choose another --out"):
+            retrieval.main(recipes=["cosface"], seeds=(0,), **(common | other))
+    with pytest.raises(SystemExit, match=r"row 'cosface', trial \{.*\} is a run with seed = 0, got 1"):
+        retrieval.main(recipes=["cosface"], seeds=(1,), tune=True, **common)
+    with finished.open("a") as file:
+        file.write('{"row": "cosface", "seed": 1, "metr')  # by a process that was killed
+    retrieval.main(recipes=["cosface"], seeds=(0, 1, 2), baseline="proxy_anchor", **common)
+    assert 'toy-test.jsonl: the last line is cut off and counts as not run: b\'{"row"' in capsys.readouterr().err
+    lines = run_files.read(finished)
+    assert len(lines) == 4 and lines[1]["metrics"][""] == metrics  # a finished run is not repeated
+    written = finished.read_bytes()
+    retrieval.main(recipes=["cosface"], seeds=(2, 1, 0), **common)
+    assert finished.read_bytes() == written
+    for seed in (1, 2):
+        new = run_files.find(lines, row="cosface", seed=seed)
+        assert {name: new["settings"][name] for name in ("lr", "margin")} == chosen["trial"] and new["data"] == "toy"
+        assert not new["validation"] and new["tuned_on"] == "toy" and new["tuned"] == chosen["trial"]
+    mean = np.mean([one["metrics"][""]["precision_at_1"] for one in lines if one["row"] == "cosface"])
     capsys.readouterr()
     retrieval.main(out=out, show_only=True, baseline="proxy_anchor", plot=tmp_path / "plot.png")
-    table = capsys.readouterr().out
-    (line,) = (line for line in table.splitlines() if line.startswith("| cosface"))
-    assert line.split("|")[2].strip() == "2" and line.split("|")[3].split()[0] == f"{mean:.1f}"
+    (cells,) = (cells for cells in cells_of(capsys.readouterr().out) if cells[0] == "cosface")
+    assert cells[1] == "3" and cells[2].split()[0] == f"{mean:.1f}"
+    assert cells[-1] == f"lr {chosen['trial']['lr']:g}, margin {chosen['trial']['margin']:g}"
     assert (tmp_path / "plot.png").stat().st_size > 1000
-    assert f"lr {chosen['trial']['lr']:g}, margin {chosen['trial']['margin']:g}" in line
     with pytest.raises(SystemExit, match=r"must have 4 trials of 'triplet' under .*, got 0"):
         retrieval.main(recipes=["triplet"], **common)
-    (out / "toy" / "tuning" / "cosface" / "trial-2.json").unlink()
-    with pytest.raises(SystemExit, match=r"must have 4 trials of 'cosface' under .*, got 3"):
+    tuning.write_text("".join(tuning.read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(SystemExit, match=r"must have 4 trials of 'cosface' under .*, got 2"):
         retrieval.main(recipes=["cosface"], **common)
     with pytest.raises(SystemExit, match="--class-embeddings must be given for the row 'margin from distance'"):
         retrieval.main(recipes=["margin from distance"], untuned=True, **common)
@@ -312,32 +381,89 @@ def test_retrieval_is_tuned_resumed_and_shown(toy, tmp_path, capsys):
 
 
 def test_what_is_compared_on_validation_classes_says_so(toy, tmp_path, capsys):
-    common = {"budget": "epochs:1", "out": tmp_path, "settings": TINY_ROWS, "untuned": True}
-    asked = {"data": str(toy), "recipes": ["cosface:lr=0.003,epochs=3"], "seeds": (1,), "validation": True}
+    common = {"data": str(toy), "out": tmp_path, "settings": TINY_ROWS, "untuned": True, "seeds": (1,)}
+    asked = {"recipes": ["cosface:lr=0.003,epochs=3"], "budget": "epochs:1", "validation": True}
     retrieval.main(**asked, **common)
     table = capsys.readouterr().out
     assert "\ntoy, validation classes: percent" in table and "differences" not in table
-    (path,) = tmp_path.glob("*/*/seed-1.json")
-    found, written = json.loads(path.read_text()), path.stat().st_mtime_ns
+    path = run_files.path_of(tmp_path, "toy", "validation")
+    (line,), written = run_files.read(path), path.read_bytes()
     retrieval.main(**asked, **common)
-    assert path.stat().st_mtime_ns == written  # a finished run is not repeated
+    assert path.read_bytes() == written  # a finished run is not repeated
     with pytest.raises(SystemExit, match="--validation must not be given with --tune"):
         retrieval.main(**asked, tune=True, **common)
-    other = asked | common | {"out": tmp_path / "other", "budget": "epochs:3", "recipes": ["cosface:lr=0.003"]}
-    retrieval.main(**other)
-    (path,) = other["out"].glob("*/*/seed-1.json")
-    again = json.loads(path.read_text())
-    assert found["validation"] and again["validation"] and found["metrics"] == again["metrics"]
-    assert found["images_seen"] == again["images_seen"] and len(found["loss"]) == found["epochs"] == 3
+    capsys.readouterr()
+    retrieval.main(recipes=["cosface:lr=0.003"], budget="epochs:3", **common)  # on test classes, beside it
+    table = capsys.readouterr().out
+    assert "\ntoy, validation classes: percent" in table and "\ntoy: percent" in table
+    (of_test,) = run_files.read(run_files.path_of(tmp_path, "toy", "test"))
+    assert path.read_bytes() == written
+    assert line["validation"] and not of_test["validation"] and line["metrics"] != of_test["metrics"]
+    again = {"recipes": ["cosface:lr=0.003"], "budget": "epochs:3", "validation": True, "out": tmp_path / "other"}
+    retrieval.main(**(common | again))
+    (again,) = run_files.read(run_files.path_of(tmp_path / "other", "toy", "validation"))
+    assert again["validation"] and again["metrics"] == line["metrics"]
+    assert line["images_seen"] == again["images_seen"] and len(line["loss"]) == line["epochs"] == 3
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_runs_are_read_as_they_were_written(tmp_path):
+    path = run_files.path_of(tmp_path / "new", "my-data", "test")
+    assert run_files.read(path) == []
+    for run in ({"row": "a", "seed": 0}, {"row": "a", "seed": 1, "x": [1.5, None, "±"]}):
+        run_files.append(path, run)
+    runs = run_files.read(path)
+    assert runs == [{"row": "a", "seed": 0}, {"row": "a", "seed": 1, "x": [1.5, None, "±"]}]
+    assert len(path.read_text().splitlines()) == 2
+    assert run_files.paths_of(path.parent, "test") == {"my-data": path} and not run_files.paths_of(
+        path.parent, "tuning"
+    )
+    assert run_files.find(runs, row="a", seed=1) == runs[1] and run_files.find(runs, row="b", seed=1) is None
+
+
+@pytest.mark.parametrize("tail", [b'{"seed": 1, "x"', b'{"seed": 1', b"{", b'{"seed": "\xc2'])
+def test_a_line_that_is_cut_off_is_named_and_written_over(tail, tmp_path, capsys):
+    path = tmp_path / "toy-test.jsonl"
+    run_files.append(path, {"seed": 0})
+    path.write_bytes(path.read_bytes() + tail)
+    assert run_files.read(path) == [{"seed": 0}]
+    assert f"{path}: the last line is cut off and counts as not run" in capsys.readouterr().err
+    run_files.append(path, {"seed": 2})
+    assert path.read_text() == '{"seed": 0}\n{"seed": 2}\n'
+    assert run_files.read(path) == [{"seed": 0}, {"seed": 2}] and not capsys.readouterr().err
+
+
+def test_a_last_line_without_line_break_is_whole(tmp_path, capsys):
+    path = tmp_path / "toy-test.jsonl"
+    path.write_text('{"seed": 0}')
+    assert run_files.read(path) == [{"seed": 0}] and not capsys.readouterr().err
+    run_files.append(path, {"seed": 1})
+    assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n'
+
+
+def test_a_broken_line_in_between_stops(tmp_path):
+    path = tmp_path / "toy-test.jsonl"
+    path.write_text('{"seed": 0}\n<<<<<<< ours\n{"seed": 1}\n')
+    with pytest.raises(SystemExit, match=r"toy-test.jsonl, line 2 must be a run as JSON, got b'<<<<<<< ours'"):
+        run_files.read(path)
+
+
+def test_two_processes_append_to_one_file(tmp_path):
+    path = tmp_path / "toy-test.jsonl"
+    code = "import pathlib, run_files, sys\nfor seed in range(100):\n"
+    code += " run_files.append(pathlib.Path(sys.argv[1]), {'process': sys.argv[2], 'seed': seed, 'long': 5000 * 'x'})"
+    workers = [subprocess.Popen([sys.executable, "-c", code, path, name], cwd=FOLDER) for name in "ab"]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    runs = run_files.read(path)
+    for process in "ab":
+        assert [run["seed"] for run in runs if run["process"] == process] == list(range(100))
+
+
+@linux_only
 def test_workers_end_with_the_process_that_is_killed():
-    code = "import time, multiprocessing as m\nfrom benchmarks.retrieval import quiet\n"
+    code = "import time, multiprocessing as m\nfrom harness import quiet\n"
     code += "if __name__ == '__main__':\n pool = m.get_context('spawn').Pool(1, initializer=quiet)\n"
     code += " pool.apply(time.sleep, (0,))\n print(pool._pool[0].pid, flush=True)\n pool.apply(time.sleep, (60,))"
-    root = Path(retrieval.__file__).parents[1]
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root) as asking:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=FOLDER) as asking:
         number = asking.stdout.readline().strip()
         assert number.isdigit() and is_running(number)
         asking.kill()
@@ -356,77 +482,106 @@ def is_running(process):
 
 
 def test_differences_are_paired_by_seed():
-    metric = retrieval.TUNED_FOR
+    metric = retrieval_tables.TUNED_FOR
     row, baseline = ({seed: {metric: x} for seed, x in enumerate(values)} for values in ((3, 5, 9), (1, 4, 6)))
-    mean, half = retrieval.difference(row | {7: {metric: 99}}, baseline, metric)
+    mean, half = retrieval_tables.difference(row | {7: {metric: 99}}, baseline, metric)
     assert mean == pytest.approx(2)  # of 2, 1, 3
     assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)  # t of 97.5% and 2 degrees of freedom, deviation 1
-    assert retrieval.difference({0: {metric: 1}}, baseline, metric) is None
+    assert retrieval_tables.difference({0: {metric: 1}}, baseline, metric) is None
 
 
 def test_rows_of_recipes_with_settings():
-    row = retrieval.row_of("mhgl:attention=printed,proxy_weight=0.1,pretrained=False")
+    row = row_of("mhgl:attention=printed,proxy_weight=0.1,pretrained=False")
     assert (row.recipe, row.settings) == ("mhgl", {"attention": "printed", "proxy_weight": 0.1, "pretrained": False})
     assert len({json.dumps(trial) for trial in row.trials()}) == 4 and row.class_embeddings is None
-    assert retrieval.row_of("combined:proxy_loss=adaptive_margin").class_embeddings == "given"
+    assert row_of("combined:proxy_loss=adaptive_margin").class_embeddings == "given"
 
 
 def test_questions_compare_rows_that_exist():
-    for pairs in retrieval.QUESTIONS.values():
+    for pairs in QUESTIONS.values():
         for name in (name for pair in pairs for name in pair):
             row, _, later = name.partition(" + ")
-            assert row in retrieval.ROWS and later in ("", "refinement at test time", "mean of 8 neighbours")
+            assert row in ROWS and later in ("", "refinement at test time", "mean of 8 neighbours")
 
 
-def test_tables_of_the_docs_are_those_of_the_results(capsys):
-    """Each number comes from a committed JSON, under the data set's heading, and each row of the results is there."""
-    root = Path(retrieval.__file__).parent
-    shown, data = {}, None
-    folders = [root / "results" / name for name in ("retrieval", "retrieval_validation")]
-    for folder in folders:
-        retrieval.main(out=folder, show_only=True)
-    for line in capsys.readouterr().out.splitlines():
-        data = line.split(":")[0] if line.endswith((" interval", " points")) else data
-        if line.startswith("| "):
-            shown.setdefault(data, []).append(line)
-    page = (root.parent / "docs" / "retrieval.md").read_text()
-    headed = re.findall(r"^##+ ([^\n]+)\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
-    sections = {title.lower().replace("-", ""): text for title, text in headed}
-    assert len(shown) == sum(len(list(folder.iterdir())) for folder in folders)
-    for data, lines in shown.items():
-        assert len(lines) > (8 if "validation" in data else 20)
-        assert [line for line in sections[data].splitlines() if line.startswith("| ")] == lines
+@pytest.mark.parametrize("page", retrieval_tables.PAGES, ids=lambda page: page.name)
+def test_a_page_has_the_tables_that_the_command_writes(page):
+    text = page.read_text(encoding="utf-8")
+    assert retrieval_tables.fill(text, retrieval_tables.all_tables()) == text, "run benchmarks/retrieval_tables.py"
 
 
-def test_table_of_the_readme_is_that_of_the_results():
-    root = Path(retrieval.__file__).parent
-    results = retrieval.collect(root / "results" / "retrieval")["omniglot"]
-    page = (root.parent / "README.md").read_text().split("| row | P@1 | MAP@R |")[1]
-    table = [[cell.strip() for cell in line.split("|")][1:-1] for line in page.splitlines() if line.startswith("| ")]
-    table = [line for line in table if line[0] in retrieval.ROWS]
-    assert len(table) >= 4
-    for row, *cells in table:
-        for cell, metric in zip(cells, retrieval.COMPARED, strict=True):
-            values = [seed[metric] for seed in results[row].values()]
-            assert len(values) == 5 and cell == f"{np.mean(values):.1f} ({np.std(values, ddof=1):.1f})"
+def test_every_table_is_on_a_page():
+    shown = [
+        name for page in retrieval_tables.PAGES for _, name, _ in retrieval_tables.MARKED.findall(page.read_text())
+    ]
+    assert sorted(shown) == sorted(retrieval_tables.all_tables())
+
+
+def test_committed_runs_are_whole_and_there_once(capsys):
+    paths = sorted(retrieval_tables.RESULTS.iterdir())
+    assert len(paths) == 8
+    for path in paths:
+        keys = [(run["row"], run["seed"], run["epochs"], str(run.get("trial"))) for run in run_files.read(path)]
+        assert len(set(keys)) == len(keys) > 10
+        assert {run["data"] for run in run_files.read(path)} == {path.name.split("-")[0]}
+    assert not capsys.readouterr().err
+
+
+def test_tables_of_made_up_runs(tmp_path):
+    rows = {"hybrid": (50.0, 60.0), "multi_similarity": (41.0, 49.0), "zzz:lr=1": (1.0,), "cosface:lr=1": (2.0,)}
+    for row, values in rows.items():
+        for seed, value in enumerate(values):
+            metrics = dict.fromkeys(retrieval_tables.METRICS, value)
+            line = {"row": row, "seed": seed, "settings": {"lr": 0.001, "base": 0.5}, "tuned": {"base": 0.5}}
+            line["metrics"] = {"": metrics, " + mean of 8 neighbours": metrics}
+            run_files.append(run_files.path_of(tmp_path, "toy", "test"), line)
+    tables = {name: cells_of(table) for name, (_, table) in retrieval_tables.tables_of_rows(tmp_path).items()}
+    first, *others = tables["toy-test rows"][2:]
+    assert first == ["multi_similarity", "2", *4 * ["45.0 (5.7)"], "", "lr 0.001, base 0.5"]
+    assert [cells[0] for cells in others] == [
+        "multi_similarity + mean of 8 neighbours",
+        "hybrid",
+        "cosface:lr=1",
+        "zzz:lr=1",
+    ]  # means of neighbours only where a question asks for them
+    interval = "+10.0 ± 12.7"  # of 9 and 11: the t of 97.5% and 1 degree of freedom is 12.7, times 2**0.5 / 2**0.5
+    assert others[1] == ["hybrid", "2", *4 * ["55.0 (7.1)"], interval, "lr 0.001, base 0.5"]
+    assert ["pairs and proxies", "hybrid", "multi_similarity", interval, interval] in tables["toy-test questions"]
+
+
+def test_a_page_is_filled(tmp_path):
+    page, new = tmp_path / "page.md", "| a |\n| - |\n| 1 |"
+    text = (
+        "x\n\n<!-- table one -->\n\n| a |\n\n<!-- end of table -->\n\n<!-- table two -->\n\n\n<!-- end of table -->\n"
+    )
+    filled = retrieval_tables.fill(text, {"one": ("", new), "two": ("", new), "three": ("", "")})
+    assert filled == text.replace("| a |\n", "").replace("-->\n\n\n<", f"-->\n\n{new}\n\n<")
+    with pytest.raises(SystemExit, match="must be one of one, got two"):
+        retrieval_tables.fill(text, {"one": ("", new)})
+    with pytest.raises(SystemExit, match="must be closed behind its table, got that of two"):
+        retrieval_tables.fill(text.replace("<!-- end of table -->", "", 1), {"two": ("", new)})
+    page.write_text("<!-- table omniglot-test summary -->\n\n\n<!-- end of table -->\n")
+    retrieval_tables.main([page])
+    assert "| hybrid                 | 80.2 (1.1) | 53.1 (0.8) |\n" in page.read_text()
 
 
 @pytest.mark.parametrize("row", [*retrieval_causes.MEASURED, "mhgl, normalized attention", "hybrid, two levels"])
 def test_causes_are_measured(row, toy):
     job = {"row": row, "data": str(toy), "class_embeddings": None, "epochs": 2, "validation": False, "seed": 0}
-    name, seed, found = retrieval_causes.measure(job | {"settings": TINY_SETTINGS})
-    assert (name, seed) == (row, 0)
-    assert all(np.isfinite(value) for value in found.values())
-    assert all(0 <= value <= 100 for what, value in found.items() if "percent" in what and "added" not in what)
+    line = retrieval_causes.measure(job | {"settings": TINY_SETTINGS, "given": {}})
+    assert (line["row"], line["seed"], line["epochs"], line["data"]) == (row, 0, 2, "toy")
+    measured = line["measured"]
+    assert all(np.isfinite(value) for value in measured.values())
+    assert all(0 <= value <= 100 for what, value in measured.items() if "percent" in what and "added" not in what)
     if row == "no margin":
-        assert found["margins, mean"] == found["margins, standard deviation"] == 0
+        assert measured["margins, mean"] == measured["margins, standard deviation"] == 0
     if row == "margin from distance":
-        assert found["margins, mean"] > 0 and found["margins, standard deviation"] > 0
+        assert measured["margins, mean"] > 0 and measured["margins, standard deviation"] > 0
     if row == "mhgl":
-        assert found["local: added, of the map's norm, percent"] > 0
-        assert 0 < found["global: entropy of the attention, percent of the largest"] <= 100
+        assert measured["local: added, of the map's norm, percent"] > 0
+        assert 0 < measured["global: entropy of the attention, percent of the largest"] <= 100
     if row.startswith("refiner"):  # 4 classes x 3 samples
-        assert found["that share of the batch, percent"] == pytest.approx(100 * 2 / 12, abs=1e-3)
+        assert measured["that share of the batch, percent"] == pytest.approx(100 * 2 / 12, abs=1e-3)
 
 
 def test_mean_cosine():
@@ -448,30 +603,31 @@ def test_gradients_reach_other_samples_by_messages_only():
     assert own > 0 and others > 0
 
 
-def test_table_of_causes_in_the_docs_is_that_of_the_results(capsys):
-    root = Path(retrieval.__file__).parent
-    retrieval_causes.show(root / "results" / "retrieval_causes")
-    tables = re.findall(r"\n\w+: mean .*\n\n((?:\| .*\n)+)", capsys.readouterr().out)
-    page = (root.parent / "docs" / "retrieval.md").read_text()
-    assert len(tables) == 2 and all(len(table.splitlines()) > 20 and table in page for table in tables)
-
-
-def test_causes_are_written_and_shown(toy, tmp_path, capsys, monkeypatch):
+def test_causes_are_written_resumed_and_shown(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(retrieval_causes, "tuned_settings", lambda results, data, row: {"lr": 0.003})
     options = {"data": str(toy), "seeds": (0,), "budget": "epochs:1", "jobs": 1, "results": tmp_path}
     options |= {"out": tmp_path, "tuned_on": None, "class_embeddings": None, "settings": TINY_ROWS}
     options["rows"] = ("4 heads", "mhgl:levels=global")
     retrieval_causes.main(**options, show_only=False)
-    table = capsys.readouterr().out
-    (found,) = json.loads((tmp_path / "toy-1.json").read_text())["rows"]["4 heads"]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert ["4 heads", "MAP@R of all", f"{found['MAP@R of all']:.1f} (0.0)"] in cells and found["MAP@R of all"] > 0
-    assert sum(line[:1] == ["mhgl:levels=global"] for line in cells) == 6
+    printed, path = capsys.readouterr().out, run_files.path_of(tmp_path, "toy", "causes")
+    measured = run_files.find(run_files.read(path), row="4 heads", seed=0, epochs=1)["measured"]
+    cells = cells_of(printed)
+    assert ["4 heads", "MAP@R of all", f"{measured['MAP@R of all']:.1f} (0.0)"] in cells
+    assert measured["MAP@R of all"] > 0
+    assert sum(line[0] == "mhgl:levels=global" for line in cells) == 6
+    written = path.read_bytes()
+    retrieval_causes.main(**options, show_only=False)
+    assert path.read_bytes() == written and capsys.readouterr().out == printed  # a finished run is not repeated
     retrieval_causes.main(**(options | {"rows": ("mhgl:levels=global,attention=none",)}), show_only=False)
-    longer, written = capsys.readouterr().out, (tmp_path / "toy-1.json").read_text()
-    assert len(longer.splitlines()) == len(table.splitlines()) + 2  # beside what was there
+    longer = capsys.readouterr().out
+    assert len(longer.splitlines()) == len(printed.splitlines()) + 2  # beside what was there
+    retrieval_causes.main(**(options | {"rows": ("4 heads",), "seeds": (0, 1)}), show_only=False)
+    seeds = [run["measured"]["MAP@R of all"] for run in run_files.read(path) if run["row"] == "4 heads"]
+    printed, written = capsys.readouterr().out, path.read_bytes()
+    assert "toy: mean (standard deviation) over 1 to 2 seeds, epochs: 1" in printed
+    assert ["4 heads", "MAP@R of all", f"{np.mean(seeds):.1f} ({np.std(seeds, ddof=1):.1f})"] in cells_of(printed)
     for other, message in (
-        ({"seeds": (1,)}, r"toy-1.json has seeds = \[0\], got \[1\]: choose another --out"),
+        ({"settings": ()}, r"toy-causes.jsonl: row '4 heads', seed 0, epochs 1 is a run with settings = .*, got \{\}"),
         ({"rows": ("4 heads", "cosface")}, "--rows must be of the recipes mhgl, .*, got 'cosface'"),
         (
             {"rows": ("smoothed cross-entropy",)},
@@ -481,8 +637,8 @@ def test_causes_are_written_and_shown(toy, tmp_path, capsys, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=message):
             retrieval_causes.main(**(options | other), show_only=False)
-    assert (tmp_path / "toy-1.json").read_text() == written
+    assert path.read_bytes() == written
     retrieval_causes.main(**options, show_only=True)
-    assert capsys.readouterr().out == longer
+    assert capsys.readouterr().out == printed
     with pytest.raises(SystemExit, match="--data must be given"):
         retrieval_causes.main(**(options | {"data": None}), show_only=False)

@@ -1,0 +1,197 @@
+"""The tables of finished runs, and the pages that show them; run: python benchmarks/retrieval_tables.py.
+
+Writes the tables of docs/retrieval.md and README.md anew from benchmarks/results/retrieval: what stands between
+``<!-- table NAME -->`` and ``<!-- end of table -->``. A test fails where a page differs from that.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import run_files
+from harness import make_parser, markdown_table
+from retrieval_rows import QUESTIONS, ROWS
+from scipy import stats
+
+METRICS = {
+    "precision_at_1": "P@1",
+    "r_precision": "R-precision",
+    "mean_average_precision_at_r": "MAP@R",
+    "NMI": "NMI",
+}
+COMPARED = {"precision_at_1": "P@1", "mean_average_precision_at_r": "MAP@R"}
+TUNED_FOR = "mean_average_precision_at_r"
+BASELINE = "multi_similarity"
+KINDS = {"test": "", "validation": ", validation classes"}
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "retrieval"
+PAGES = (ROOT / "docs" / "retrieval.md", ROOT / "README.md")
+SUMMARY = ("contrastive", "multi_similarity", "proxy_anchor", "hybrid", "4 learners, divergence")  # of the README
+MARKED = re.compile(r"(<!-- table ([^\n]+?) -->\n\n)(?:\|[^\n]*\n)*(\n<!-- end of table -->)")
+
+
+def collect(out, kind="test"):
+    """Return data set -> row -> seed -> run, a run being metrics, and the settings that were chosen for it.
+
+    Of what is computed from a row's embeddings only what a question names.
+    """
+    asked = {row for pairs in QUESTIONS.values() for pair in pairs for row in pair}
+    by_data = {}
+    for data, path in run_files.paths_of(out, kind).items():
+        rows = {}
+        for run in run_files.read(path):
+            chosen = {name: run["settings"][name] for name in ("lr", *run["tuned"])}
+            for suffix, metrics in run["metrics"].items():
+                if not suffix or run["row"] + suffix in asked:
+                    seeds = rows.setdefault(run["row"] + suffix, {})
+                    seeds.setdefault(run["seed"], metrics | {"chosen": chosen})
+        by_data[data] = dict(sorted(rows.items(), key=lambda item: place(item[0])))
+    return by_data
+
+
+def place(row):
+    """Return where a row stands: in the order of ROWS, then those with settings of their own by name."""
+    names, name = list(ROWS), row.split(" + ")[0]
+    return (names.index(name), "") if name in names else (len(names), name)
+
+
+def mean_and_deviation(values, digits=1):
+    return f"{np.mean(values):.{digits}f} ({np.std(values, ddof=min(1, len(values) - 1)):.{digits}f})"
+
+
+def difference(row, baseline, metric):
+    """Return mean and half width of the 95% interval of the difference, paired by seed; None for fewer than two."""
+    seeds = sorted(set(row) & set(baseline))
+    if len(seeds) < 2:
+        return None
+    gaps = np.array([row[seed][metric] - baseline[seed][metric] for seed in seeds])
+    return gaps.mean(), stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
+
+
+def with_interval(gap):
+    return "" if gap is None else f"{gap[0]:+.1f} ± {gap[1]:.1f}"
+
+
+def tables_of_rows(out, baseline=BASELINE):
+    """Return name -> (title, table): the rows of each data set, and the questions that they answer."""
+    tables = {}
+    for kind, described in KINDS.items():
+        for data, rows in collect(out, kind).items():
+            title = f"{data}{described}: percent, mean (standard deviation) over seeds; difference to {baseline}"
+            tables[f"{data}-{kind} rows"] = f"{title}: 95% interval", table_of_rows(rows, baseline)
+            if answered := table_of_questions(rows):
+                title = f"{data}{described}: differences, mean and 95% interval over seeds, in percent points"
+                tables[f"{data}-{kind} questions"] = title, answered
+    return tables
+
+
+def table_of_rows(rows, baseline):
+    lines = []
+    for row, seeds in rows.items():
+        values = [mean_and_deviation([metrics[metric] for metrics in seeds.values()]) for metric in METRICS]
+        gap = difference(seeds, rows.get(baseline, {}), TUNED_FOR) if row != baseline else None
+        chosen = next(iter(seeds.values()))["chosen"]
+        settings = "" if " + " in row else ", ".join(f"{name} {value:g}" for name, value in chosen.items())
+        lines.append([row, str(len(seeds)), *values, with_interval(gap), settings])
+    return markdown_table(["row", "seeds", *METRICS.values(), "MAP@R, difference", "chosen"], lines)
+
+
+def table_of_questions(rows):
+    """Return the table, empty where no question has both of its rows with two seeds."""
+    lines = []
+    for question, pairs in QUESTIONS.items():
+        for row, other in pairs:
+            gaps = [difference(rows.get(row, {}), rows.get(other, {}), metric) for metric in COMPARED]
+            if None not in gaps:
+                lines.append([question, row, other, *map(with_interval, gaps)])
+    return markdown_table(["question", "row", "less", *COMPARED.values()], lines) if lines else ""
+
+
+def tables_of_causes(out):
+    """Return name -> (title, table): what benchmarks/retrieval_causes.py has measured, by data set and epochs."""
+    tables = {}
+    for data, path in run_files.paths_of(out, "causes").items():
+        by_epochs = {}
+        for run in run_files.read(path):
+            rows = by_epochs.setdefault(run["epochs"], {})
+            rows.setdefault(run["row"], {}).setdefault(run["seed"], run["measured"])
+        for epochs, rows in sorted(by_epochs.items()):
+            lines = []
+            for row, seeds in rows.items():
+                for name in next(iter(seeds.values())):
+                    digits = 1 if "percent" in name or "MAP" in name else 2
+                    values = [measured[name] for measured in seeds.values()]
+                    lines.append([row, name, mean_and_deviation(values, digits)])
+            numbers = " to ".join(str(number) for number in sorted({len(seeds) for seeds in rows.values()}))
+            title = f"{data}: mean (standard deviation) over {numbers} seeds, epochs: {epochs}"
+            tables[f"{data}-causes epochs {epochs}"] = title, markdown_table(["row", "measured", "value"], lines)
+    return tables
+
+
+def summary(out):
+    """Return name -> (title, table): a few rows of Omniglot for the README."""
+    rows = collect(out)["omniglot"]
+    lines = [
+        [row, *(mean_and_deviation([metrics[metric] for metrics in rows[row].values()]) for metric in COMPARED)]
+        for row in SUMMARY
+    ]
+    return {"omniglot-test summary": ("omniglot, a few rows", markdown_table(["row", *COMPARED.values()], lines))}
+
+
+def show(tables):
+    for title, table in tables.values():
+        print(f"\n{title}\n\n{table}")
+
+
+def fill(page, tables):
+    """Return the text of a page with the tables in their places."""
+    names = [name for _, name, _ in MARKED.findall(page)]
+    if len(names) != page.count("<!-- table ") or len(names) != page.count("<!-- end of table -->"):
+        raise SystemExit(f"every <!-- table NAME --> must be closed behind its table, got that of {', '.join(names)}")
+    if unknown := set(names) - set(tables):
+        raise SystemExit(f"<!-- table NAME --> must be one of {', '.join(tables)}, got {', '.join(sorted(unknown))}")
+    return MARKED.sub(lambda marked: f"{marked[1]}{tables[marked[2]][1]}\n{marked[3]}", page)
+
+
+def draw(out, path, kind="test"):
+    """Draw MAP@R of every run, a panel for each data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    by_data = collect(out, kind)
+    if not by_data:
+        raise SystemExit(f"--plot needs finished runs, got none under {out}")
+    most = max(len(rows) for rows in by_data.values())
+    figure, axes = plt.subplots(
+        1, len(by_data), figsize=(8 * len(by_data), 0.22 * most + 1.2), layout="constrained", squeeze=False
+    )
+    for axis, (data, rows) in zip(axes[0], by_data.items(), strict=True):
+        for height, seeds in enumerate(rows.values()):
+            values = [metrics[TUNED_FOR] for metrics in seeds.values()]
+            axis.plot(values, [height] * len(values), "o", color="tab:blue", alpha=0.6, markersize=4)
+            axis.plot([np.mean(values)], [height], "k|", markersize=14)
+        axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(f"{data}{KINDS[kind]}: one dot a seed, |: mean")
+        axis.set_xlabel("MAP@R on unseen classes, percent")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def all_tables(out=RESULTS):
+    return tables_of_rows(out) | tables_of_causes(out) | summary(out)
+
+
+def main(pages=PAGES, out=RESULTS):
+    """Write the tables of the pages anew."""
+    tables = all_tables(out)
+    for page in pages:
+        page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    make_parser(__doc__).parse_args()
+    main()
