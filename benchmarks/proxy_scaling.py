@@ -34,7 +34,7 @@ class Floor(torch.nn.Module):
 
     def __init__(self, num_classes, embedding_size, batch_size):
         super().__init__()
-        from pml_ext.streaming.chunks import auto_chunk_size
+        from pml_ext.streaming.proxy_chunks import auto_chunk_size
 
         self.proxies = torch.nn.Parameter(torch.randn(num_classes, embedding_size))
         self.chunk_size = auto_chunk_size(batch_size, embedding_size, self.proxies.device)
