@@ -479,6 +479,7 @@ def test_any_pml_loss_takes_the_whole_vector():
     assert trunk.mask_conv.weight.grad.any()
 
 
+@pytest.mark.compiles
 class TestExport:
     @pytest.fixture
     def trunk(self):

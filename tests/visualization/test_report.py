@@ -18,6 +18,7 @@ import pml_ext.visualization.report
 from pml_ext.datasets import ImageArrays
 from pml_ext.visualization import retrieval_report
 from pml_ext.visualization.thumbnails import encode_thumbnails, load_thumbnails
+from tests.needs import needs
 
 MODULE = sys.modules["pml_ext.visualization.report"]
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
@@ -371,6 +372,7 @@ def noise_report(length, folder, num_points=2000):
     return path, time.perf_counter() - start
 
 
+@pytest.mark.slow
 def test_size_and_time(tmp_path):
     path, seconds = noise_report(2000, tmp_path)
     assert 1e6 < path.stat().st_size < 10e6
@@ -466,7 +468,7 @@ def test_bad_images(report, images, error, message):
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
+    sync_api = needs("playwright.sync_api")
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         pytest.skip("no chromium")
@@ -509,6 +511,7 @@ def column(page, index, table="class-table"):
     return page.eval_on_selector_all(f"#{table} tbody tr", f"rows => rows.map(row => row.cells[{index}].textContent)")
 
 
+@pytest.mark.browser
 def test_browser_sorts(opened):
     page = opened()
     assert page.evaluate("typeof hacked") == "undefined"
@@ -544,6 +547,7 @@ def test_browser_sorts(opened):
     assert shares == sorted(shares) and len(set(shares)) > 1
 
 
+@pytest.mark.browser
 def test_browser_map(opened):
     page = opened()
     data = json.loads(page.locator("#data").text_content())
@@ -598,6 +602,7 @@ def test_browser_map(opened):
     assert page.locator("#map-svg path.chosen").count() == 0
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_browser_widths_and_contrast(opened, width, scheme):
@@ -633,6 +638,7 @@ def test_browser_widths_and_contrast(opened, width, scheme):
     assert poor == []
 
 
+@pytest.mark.browser
 def test_browser_without_scripts(opened):
     page = opened(js=False)
     assert page.locator("#map-svg path").first.is_visible()
