@@ -85,7 +85,7 @@ def messages(made, data):
     nobody = torch.empty(2, 0, dtype=torch.long)
     with torch.inference_mode():
         refined = {"with messages": loss_func.refiner(unit), "without": loss_func.refiner(unit, nobody)}
-        norm, head = next(iter(loss_func.norms.values())), next(iter(loss_func.refined_losses.values()))
+        norm, head = loss_func.norm, loss_func.refined_loss
         right = {name: (head.get_logits(norm(x)).argmax(1) == labels) for name, x in refined.items()}
         raw = loss_func.get_logits(embeddings).argmax(1) == labels
     own, others = gradient_shares(loss_func, embeddings, labels)
@@ -103,7 +103,7 @@ def messages(made, data):
 def gradient_shares(loss_func, embeddings, labels, samples=16):
     """Return the mean norms of gradients of one sample's refined loss: to its own embedding, and to all others."""
     embeddings = embeddings.clone().requires_grad_()
-    norm, head = next(iter(loss_func.norms.values())), next(iter(loss_func.refined_losses.values()))
+    norm, head = loss_func.norm, loss_func.refined_loss
     logits = head.get_logits(norm(loss_func.refine(embeddings)))
     own, others = [], []
     for i in range(min(samples, len(labels))):

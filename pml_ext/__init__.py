@@ -6,6 +6,8 @@ Subpackages load on first use (PEP 562), so that ``import pml_ext`` costs nothin
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pml_ext.version import __version__
+
 if TYPE_CHECKING:
     from pml_ext import (
         class_embeddings,
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     )
     from pml_ext.validation import set_validation
 
-__version__ = "0.1.0"
 __all__ = [
     "__version__",
     "class_embeddings",

@@ -60,9 +60,9 @@ def from_text(
     if not described:
         raise ValueError(f"names must contain a text, got {len(names)} without")
     texts = [template.replace("{}", str(names[i])) for i in described]
-    found = _tfidf(texts) if model == "tfidf" else _encode(texts, model, batch_size, device)
-    rows = torch.full((len(names), found.shape[1]), torch.nan)
-    rows[described] = torch.nn.functional.normalize(found)
+    encoded = _tfidf(texts) if model == "tfidf" else _encode(texts, model, batch_size, device)
+    rows = torch.full((len(names), encoded.shape[1]), torch.nan)
+    rows[described] = torch.nn.functional.normalize(encoded)
     return rows
 
 
@@ -115,7 +115,7 @@ def from_samples(features: Tensor, labels: Tensor, num_classes: int | None = Non
 
 
 def _tfidf(texts: list[str]) -> Tensor:
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.feature_extraction.text import TfidfVectorizer  # on use: scikit-learn
 
     vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), max_features=_NGRAMS, sublinear_tf=True)
     return torch.from_numpy(vectorizer.fit_transform(texts).toarray()).float()
@@ -123,11 +123,11 @@ def _tfidf(texts: list[str]) -> Tensor:
 
 def _encode(texts: list[str], model: str | Path, batch_size: int, device: Any) -> Tensor:
     with comes_with("text", "sentence-transformers", "from_text", ', or use model="tfidf"'):
-        from sentence_transformers import SentenceTransformer
+        from sentence_transformers import SentenceTransformer  # on use: it comes with an extra
     encoder = SentenceTransformer(_model_path(model), device=None if device is None else str(device))
     show = len(texts) > 50 * batch_size
-    found = encoder.encode(texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=show)
-    return torch.from_numpy(found).float()
+    encoded = encoder.encode(texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=show)
+    return torch.from_numpy(encoded).float()
 
 
 def _model_path(model: str | Path) -> str:

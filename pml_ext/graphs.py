@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pml_ext.precision import full_precision, raise_half
-from pml_ext.validation import _check_integers, check_batch, check_count
+from pml_ext.precision import full_precision, upcast_half
+from pml_ext.validation import check_batch, check_count, check_mini_batches
 
 __all__ = ["knn_graph"]
 
@@ -71,39 +71,10 @@ def complete_graph(num_nodes: int, batch: Tensor | None, device: torch.device) -
     return torch.stack([sender, receiver])
 
 
-def check_edge_index(edge_index: Tensor, num_nodes: int) -> None:
-    """Check that edges are ``(2, E)`` integers in 0 to ``num_nodes`` - 1.
-
-    Raises:
-        TypeError: If they are no integers.
-        ValueError: If shape or range are wrong.
-    """
-    _check_integers("edge_index", edge_index)
-    if edge_index.ndim != 2 or len(edge_index) != 2:
-        raise ValueError(f"edge_index must have shape (2, E), got {tuple(edge_index.shape)}")
-    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < num_nodes:
-        found = f"{int(edge_index.min())} to {int(edge_index.max())}"
-        raise ValueError(f"edge_index must lie in 0 to {num_nodes - 1}, got {found}")
-
-
-def check_mini_batches(batch: Tensor, num_nodes: int) -> None:
-    """Check that there is one sorted integer >= 0 for each node.
-
-    Raises:
-        TypeError: If they are no integers.
-        ValueError: If shape, range or order are wrong.
-    """
-    _check_integers("batch", batch)
-    if batch.shape != (num_nodes,):
-        raise ValueError(f"batch must have shape (B,) = ({num_nodes},), got {tuple(batch.shape)}")
-    if num_nodes and (int(batch[0]) < 0 or bool((batch[1:] < batch[:-1]).any())):
-        raise ValueError("batch must be sorted and >= 0, got numbers that are not")
-
-
 def unit_embeddings(embeddings: Tensor) -> Tensor:
     """Return rows of length 1, float32 or better."""
     with full_precision(embeddings.device):
-        return torch.nn.functional.normalize(raise_half(embeddings.detach()))
+        return torch.nn.functional.normalize(upcast_half(embeddings.detach()))
 
 
 def similarity_chunks(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pml_ext.graphs import similarity_chunks, unit_embeddings
+from pml_ext.modes import in_mode
 from pml_ext.precision import full_precision
-from pml_ext.trunks.modes import in_mode
 from pml_ext.validation import check_batch, check_count
 
 __all__ = ["neighbor_groups", "refine_with_neighbors"]

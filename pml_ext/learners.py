@@ -1,16 +1,16 @@
 """The slices of an ensemble's embedding: one (B, M * d) tensor holds M learners' vectors side by side."""
 
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pml_ext.precision import raise_half
+from pml_ext.pml_internals import element_term
+from pml_ext.precision import upcast_half
+from pml_ext.types import LossDict
 from pml_ext.validation import check_count, check_settings
 
 __all__ = ["learner_similarity", "split_learners"]
-
-PairReduction = Literal["sum", "mean"]
 
 
 def split_learners(embeddings: Tensor, num_learners: int, name: str = "embeddings") -> Tensor:
@@ -66,27 +66,39 @@ def learner_similarity(embeddings: Tensor, num_learners: int) -> float:
         >>> learner_similarity(torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 0.0, 0.0, 1.0]]), num_learners=2)
         0.5
     """
-    cosines = _learner_cosines(raise_half(embeddings), num_learners)
+    cosines = _learner_cosines(upcast_half(embeddings), num_learners)
     pairs = len(cosines) * num_learners * (num_learners - 1) // 2
     return cosines.triu(1).sum().item() / max(pairs, 1)
 
 
-def divergence(embeddings: Tensor, num_learners: int, margin: float, reduction_over_pairs: PairReduction) -> Tensor:
-    """Return the hinge of each sample, ``(B,)``."""
-    cosines = _learner_cosines(embeddings, num_learners)
-    # |p - q|^2 = 2 - 2 cos of unit vectors; each pair once
-    losses = (margin - 2 + 2 * cosines).relu().triu(1).sum((1, 2))
-    if reduction_over_pairs == "mean":
-        losses = losses / max(num_learners * (num_learners - 1) // 2, 1)
-    return losses
+class Divergence:
+    r"""What the loss and the regularizer of divergence share.
 
+    Args:
+        num_learners: M >= 1.
+        margin: $m$ > 0.
+        **kwargs: Of the base class.
 
-def check_divergence_settings(
-    num_learners: int, margin: float, reduction_over_pairs: str = "sum", margin_name: str = "margin"
-) -> None:
-    """Raise a ValueError that names what breaks a rule."""
-    check_count("num_learners", num_learners)
-    if reduction_over_pairs not in get_args(PairReduction):
-        known = ", ".join(get_args(PairReduction))
-        raise ValueError(f"reduction_over_pairs must be one of {known}, got {reduction_over_pairs!r}")
-    check_settings({margin_name: margin})
+    Raises:
+        ValueError: If an argument breaks a rule.
+    """
+
+    collect_stats: bool
+
+    def __init__(self, num_learners: int, margin: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_count("num_learners", num_learners)
+        check_settings({"margin": margin})
+        self.num_learners = num_learners
+        self.margin = margin
+        recorded: Any = self
+        recorded.record("num_learners", "margin", statistics=["learner_similarity"])
+
+    def divergence_terms(self, embeddings: Tensor) -> LossDict:
+        r"""Return $\sum_{p < q} [m - \lVert b_p - b_q \rVert^2]_+$ of each sample, for the reducer."""
+        cosines = _learner_cosines(embeddings, self.num_learners)
+        squared_distances = 2 - 2 * cosines  # of unit vectors
+        losses = (self.margin - squared_distances).relu().triu(1).sum((1, 2))  # each pair once
+        if self.collect_stats:
+            self.learner_similarity = learner_similarity(embeddings, self.num_learners)
+        return {"loss": element_term(losses)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def raise_half(x: Tensor) -> Tensor:
+def upcast_half(x: Tensor) -> Tensor:
     """Return float32 for float16, bfloat16 and smaller; float32 and float64 as they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pml_ext.pml_internals import is_batch_itself
 from pml_ext.types import Indices
 
 _RENUMBER = (
@@ -118,15 +119,14 @@ def check_batch(
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or a value breaks a rule; the message names argument, rule and value.
     """
-    _check_embeddings("embeddings", embeddings, embedding_size)
+    check_embeddings("embeddings", embeddings, embedding_size)
     _check_labels("labels", labels, len(embeddings))
     floats, integers = [embeddings], [] if labels is None or not len(labels) else [("labels", labels, num_classes)]
     num_refs = len(embeddings)
-    if ref_emb is None:
-        if ref_labels is not None:
-            raise ValueError("ref_labels must come with ref_emb, got ref_labels alone")
-    elif ref_emb is not embeddings or (ref_labels is not None and ref_labels is not labels):
-        _check_embeddings("ref_emb", ref_emb, embeddings.shape[1])
+    if ref_emb is None and ref_labels is not None:
+        raise ValueError("ref_labels must come with ref_emb, got ref_labels alone")
+    if ref_emb is not None and not is_batch_itself(embeddings, labels, ref_emb, ref_labels):
+        check_embeddings("ref_emb", ref_emb, embeddings.shape[1])
         if ref_emb.device != embeddings.device:
             raise ValueError(
                 f"ref_emb must be on the device of embeddings, {embeddings.device}, got {ref_emb.device}: "
@@ -164,7 +164,56 @@ def check_indices_tuple(indices_tuple: Indices, num_anchors: int, num_refs: int)
         _check_range(name, x, limit)
 
 
-def _check_embeddings(name: str, x: Tensor, width: int | None) -> None:
+def check_edge_index(edge_index: Tensor, num_nodes: int) -> None:
+    """Check that edges are ``(2, E)`` integers in 0 to ``num_nodes`` - 1.
+
+    Raises:
+        TypeError: If they are no integers.
+        ValueError: If shape or range are wrong.
+    """
+    check_integers("edge_index", edge_index)
+    if edge_index.ndim != 2 or len(edge_index) != 2:
+        raise ValueError(f"edge_index must have shape (2, E), got {tuple(edge_index.shape)}")
+    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < num_nodes:
+        extremes = f"{int(edge_index.min())} to {int(edge_index.max())}"
+        raise ValueError(f"edge_index must lie in 0 to {num_nodes - 1}, got {extremes}")
+
+
+def check_mini_batches(batch: Tensor, num_nodes: int) -> None:
+    """Check that there is one sorted integer >= 0 for each node.
+
+    Raises:
+        TypeError: If they are no integers.
+        ValueError: If shape, range or order are wrong.
+    """
+    check_integers("batch", batch)
+    if batch.shape != (num_nodes,):
+        raise ValueError(f"batch must have shape (B,) = ({num_nodes},), got {tuple(batch.shape)}")
+    if num_nodes and (int(batch[0]) < 0 or bool((batch[1:] < batch[:-1]).any())):
+        raise ValueError("batch must be sorted and >= 0, got numbers that are not")
+
+
+def check_enqueue_mask(enqueue_mask: Tensor, length: int) -> None:
+    """Check that a mask says of each row of a batch whether it enters a memory.
+
+    Raises:
+        TypeError: If it is no bool tensor.
+        ValueError: If the shape is another.
+    """
+    rule = f"a bool tensor of shape ({length},)"
+    if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
+        raise TypeError(f"enqueue_mask must be {rule}, got {getattr(enqueue_mask, 'dtype', enqueue_mask)}")
+    if enqueue_mask.shape != (length,):
+        raise ValueError(f"enqueue_mask must be {rule}, got shape {tuple(enqueue_mask.shape)}")
+
+
+def check_embeddings(name: str, x: Tensor, width: int | None = None) -> None:
+    """Check that embeddings are floating point, of two dimensions and of a width.
+
+    Raises:
+        TypeError: If they are no tensor of floating point.
+        ValueError: If the shape is another.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -175,16 +224,32 @@ def _check_embeddings(name: str, x: Tensor, width: int | None) -> None:
         raise ValueError(f"{name} must have shape (batch_size, embedding_size){size}, got {tuple(x.shape)}{advice}")
 
 
-def _check_integers(name: str, x: Tensor) -> None:
+def check_integers(name: str, x: Tensor) -> None:
+    """Check that something is a tensor of integers.
+
+    Raises:
+        TypeError: If it is not.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
 
 
+def check_lengths(embeddings: Tensor, labels: Tensor | None) -> None:
+    """Check that there is one label for each embedding.
+
+    Raises:
+        ValueError: If not.
+    """
+    if labels is not None and labels.shape != embeddings.shape[:1]:
+        rule = f"(batch_size,) = ({len(embeddings)},)"
+        raise ValueError(f"labels must have shape {rule}, one for each embedding, got {tuple(labels.shape)}")
+
+
 def _check_labels(name: str, labels: Tensor | None, length: int) -> None:
     if labels is not None:
-        _check_integers(name, labels)
+        check_integers(name, labels)
         if labels.shape != (length,):
             columns = labels.shape[1] if labels.ndim == 2 and len(labels) == length else 0
             advice = {0: "", 1: f": {name}.squeeze(1)"}.get(columns, f": of one-hot {name}, {name}.argmax(1)")
@@ -203,7 +268,7 @@ def _check_indices_form(
         name = f"indices_tuple[{i}]"
         if isinstance(x, Tensor) and not x.numel():
             continue  # torch.tensor([]) is a float tensor, and a usual way to say "none"
-        _check_integers(name, x)
+        check_integers(name, x)
         if x.ndim != 1:
             raise ValueError(f"{name} must be 1-D, got shape {tuple(x.shape)}")
         checks.append((name, x, limit))

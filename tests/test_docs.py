@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import difflib
 import doctest
 import importlib.util
 import inspect
@@ -24,6 +25,8 @@ from PIL import Image
 
 import pml_ext
 from examples import train
+from pml_ext import losses
+from tests.contract.cases import CASES
 from tests.datasets.test_in_shop import make_in_shop
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +44,7 @@ FENCE = re.compile(
 )
 LANGUAGES = {"bash", "diff", "markdown", "python", "text"}
 SNIPPET = " { .python }"  # of a page, not run: the code is a file that has tests of its own
+SNIPPET_LINE = "--8<-- "
 NOT_RUN = re.compile(r"<!-- not run:(?P<reason>.*?)-->")
 OURS = re.compile(r"(pml_ext|pytorch_metric_learning)(\.\w+)+")
 
@@ -59,8 +63,8 @@ class Block(NamedTuple):
 def blocks(page):
     """Yield the blocks of a page."""
     text = PAGES[page]
-    found = list(FENCE.finditer(text))
-    for block, after in zip_longest(found, found[1:]):
+    fenced = list(FENCE.finditer(text))
+    for block, after in zip_longest(fenced, fenced[1:]):
         before = re.search(NOT_RUN.pattern + r"\s*\Z", text[: block.start()])
         printed = None
         if after is not None and after["language"] == "text" and not text[block.end() : after.start()].strip():
@@ -70,6 +74,13 @@ def blocks(page):
         yield Block(page, line, block["language"], code, before["reason"].strip() if before else None, printed)
 
 
+PROPOSALS = {  # a block of Markdown is a page by itself, which is pasted somewhere else
+    f"{block.page}, line {block.line}": block.code
+    for page in PAGES
+    for block in blocks(page)
+    if block.language == "markdown" and not block.code.startswith(SNIPPET_LINE)
+}
+PAGES |= PROPOSALS
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
@@ -78,17 +89,10 @@ def without_code(text):
     return re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))
 
 
-def find_fences(text):
-    """Return what looks like the beginning or end of a block."""
-    return re.findall(r"^[\s>]*(?:`{3}|~{3}).*", text, re.MULTILINE)
-
-
 def test_no_block_escapes():
-    """Each is found as a block, and its language is one that a test here, or the page itself, knows."""
-    escaped = {page: find_fences(FENCE.sub("", text)) for page, text in PAGES.items()}
-    assert not any(escaped.values()), {page: lines for page, lines in escaped.items() if lines}
-    for text in ("~~~python\nx\n~~~\n", "> ```python\n> x\n> ```\n", "```python\nx\n ```\n"):
-        assert find_fences(FENCE.sub("", text))
+    """Each is read as a block, and its language is one that a test here, or the page itself, knows."""
+    for page, text in PAGES.items():
+        assert not re.findall(r"^[\s>]*(?:`{3}|~{3}).*", FENCE.sub("", text), re.MULTILINE), page
     for block in BLOCKS:
         if block.language == SNIPPET:
             assert block.page == "docs/contributing_back.md"
@@ -158,12 +162,12 @@ def test_what_is_not_run_has_a_reason():
 def resolve(dotted):
     """Return what a dotted name stands for; pkgutil.resolve_name prefers a module to a function of its name."""
     root, *names = dotted.split(".")
-    found = import_module(root)
+    value = import_module(root)
     for name in names:
-        if not hasattr(found, name):
-            import_module(f"{found.__name__}.{name}")
-        found = getattr(found, name)
-    return found
+        if not hasattr(value, name):
+            import_module(f"{value.__name__}.{name}")
+        value = getattr(value, name)
+    return value
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "diff"], ids=lambda b: f"{b.page}:{b.line}")
@@ -188,13 +192,13 @@ def test_diffs_name_what_exists(block):
 
 def commands():
     """Return the commands of bash blocks and of inline code, each as (page, words)."""
-    found = [
+    lines = [
         (b.page, line) for b in BLOCKS if b.language == "bash" for line in b.code.replace("\\\n", " ").splitlines()
     ]
     for page, text in PAGES.items():
         inline = re.findall(r"`((?:python|torchrun|pip) [^`]+)`", FENCE.sub("", text))
-        found += [(page, line.replace("\n", " ")) for line in inline]
-    split = [(page, shlex.split(part, comments=True)) for page, line in found for part in line.split("&&")]
+        lines += [(page, line.replace("\n", " ")) for line in inline]
+    split = [(page, shlex.split(part, comments=True)) for page, line in lines for part in line.split("&&")]
     return [(page, words) for page, words in split if words]
 
 
@@ -207,7 +211,7 @@ def script_of(words):
     return None if words[0] not in ("python", "torchrun") or place is None else (words[place], words[place + 1 :])
 
 
-SCRIPTS = sorted({(name, *rest) for _, words in commands() if (found := script_of(words)) for name, rest in [found]})
+SCRIPTS = sorted({(name, *rest) for _, words in commands() for name, rest in filter(None, [script_of(words)])})
 
 
 class ParsedError(BaseException):
@@ -290,13 +294,81 @@ def test_every_public_name_has_one_entry():
 
 def test_the_api_page_lists_every_public_name_once():
     lines = [line for line in PAGES["docs/api.md"].splitlines() if line.startswith(("-", "*"))]
-    found = [re.fullmatch(r"- \[`([\w.]+)`\]\[([\w.]+)\]: \S.*\.", line) for line in lines]
-    assert all(found), lines[found.index(None)]
-    assert all(target.endswith(f".{shown}") for shown, target in (match.groups() for match in found))
-    assert Counter(match[2] for match in found) == Counter(public_names())
+    entries = [re.fullmatch(r"- \[`(\w+)`\]\([\w/.]*#([\w.]+)\): \S.*\.", line) for line in lines]
+    assert all(entries), lines[entries.index(None)]
+    assert all(target.endswith(f".{shown}") for shown, target in (entry.groups() for entry in entries))
+    assert Counter(entry[2] for entry in entries) == Counter(public_names())
 
 
-# (d) links and pictures
+@pytest.fixture(scope="module")
+def write_api():
+    """The script docs/write_api.py as a module."""
+    spec = importlib.util.spec_from_file_location("write_api", DOCS / "write_api.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["api.md", "losses.md"])
+def test_what_is_generated_is_up_to_date(name, write_api):
+    differs = difflib.unified_diff(PAGES[f"docs/{name}"].splitlines(), write_api.RENDERERS[name]().splitlines(), n=0)
+    assert not list(differs), "run: python docs/write_api.py"
+
+
+def test_a_name_without_page_is_described_on_the_api_page(write_api, monkeypatch):
+    assert "\n::: pml_ext.losses.HybridLoss\n" not in write_api.render_api()
+    pages = write_api.described_on()
+    del pages["pml_ext.losses.HybridLoss"]
+    monkeypatch.setattr(write_api, "described_on", lambda: pages)
+    assert "- [`HybridLoss`](#pml_ext.losses.HybridLoss): " in write_api.render_api()
+    assert "\n::: pml_ext.losses.HybridLoss\n" in write_api.render_api()
+    assert "| [`HybridLoss`](api.md#pml_ext.losses.HybridLoss) |" in write_api.render_losses()
+
+
+def test_a_public_name_needs_a_docstring(write_api, monkeypatch):
+    monkeypatch.setattr(losses.HybridLoss, "__doc__", None)
+    with pytest.raises(ValueError, match=r"pml_ext\.losses\.HybridLoss must have a docstring, got none"):
+        write_api.render_losses()
+
+
+def test_the_table_of_losses_says_which_have_parameters():
+    rows = re.findall(r"^\| \[`(\w+)`\].* \| ([\w ]+) \|$", PAGES["docs/losses.md"], re.MULTILINE)
+    assert [name for name, _ in rows] == losses.__all__
+    said = dict(rows)
+    for name, case in CASES.items():
+        if said.get(name) in ("yes", "no"):
+            assert (said[name] == "yes") == any(p.requires_grad for p in case.make().parameters()), name
+    assert {"yes", "no", "as its loss"} == set(said.values())
+
+
+# (d) proposals to PML
+
+
+def rows_of(text):
+    """Return the rows of the tables in a text that hold a figure, spaces between cells aside."""
+    lines = [re.sub(r" *\| *", "|", line) for line in text.splitlines() if line.startswith("|")]
+    return {line for line in lines if re.search(r"\d", line)}
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_proposals_are_complete(proposal):
+    """Each has all parts, one block that runs and prints, and measurements that other pages show."""
+    text = PROPOSALS[proposal]
+    titles = re.findall(r"^(#+) (.*)", FENCE.sub("", text), re.MULTILINE)
+    assert [level for level, _ in titles] == ["#", "##", "##", "##", "##", "##"]
+    assert [title for _, title in titles[1:]] == ["Problem", "Interface", "Formula", "Measurements", "Size"]
+    assert [block.printed is not None for block in blocks(proposal) if block.language == "python"] == [True]
+    elsewhere = set().union(*(rows_of(PAGES[page]) for page in PAGES if "contributing_back" not in page))
+    assert rows_of(text) <= elsewhere
+    assert rows_of(text) or "\nNone: " in text
+
+
+def test_every_numbered_section_is_a_proposal():
+    numbers = re.findall(r"^## (\d+)\. ", FENCE.sub("", PAGES["docs/contributing_back.md"]), re.MULTILINE)
+    assert [int(number) for number in numbers] == list(range(1, len(PROPOSALS) + 1)) != []
+
+
+# (e) links and pictures
 
 
 def links(page):

@@ -44,9 +44,9 @@ def run_unittest(source):
 
 
 def test_its_tests_pass():
-    found = run_unittest(SOURCE)
-    assert found.returncode == 0, found.stderr
-    assert "Ran 8 tests" in found.stderr
+    run = run_unittest(SOURCE)
+    assert run.returncode == 0, run.stderr
+    assert "Ran 8 tests" in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_its_tests_pass():
         ("- 2 + 2 * cosines", "- 2 + cosines"),
         ("torch.where(norms > 0, inverse, torch.zeros_like(norms))", "inverse"),
         ("c_f.indices_tuple_not_supported(indices_tuple)", "pass"),
-        ("max(self.num_pairs, 1)", "1"),
+        ("max(num_compared, 1)", "num_compared"),
     ],
 )
 def test_its_tests_notice_a_mistake(right, wrong, tmp_path):
@@ -67,17 +67,16 @@ def test_its_tests_notice_a_mistake(right, wrong, tmp_path):
     assert "FAILED" in run_unittest(broken).stderr
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("reducer", [None, reducers.SumReducer(), reducers.ThresholdReducer(low=0.5)])
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_equals_ours(upstream, reduction, reducer, dtype, tol):
+def test_equals_ours(upstream, reducer, dtype, tol):
     generator = torch.Generator().manual_seed(0)
     values, grads = [], []
     start = torch.randn(16, 12, generator=generator, dtype=dtype)
     start[0, :3] = 0
     for make in (upstream, DivergenceLoss):
         emb = start.clone().requires_grad_()
-        loss_func = make(4, 1.5, reduction, reducer=reducer, collect_stats=True)
+        loss_func = make(4, 1.5, reducer=reducer, collect_stats=True)
         loss = loss_func(emb, torch.arange(16))
         values += [torch.stack([loss.detach(), torch.tensor(loss_func.learner_similarity, dtype=dtype)])]
         grads += torch.autograd.grad(loss, emb)
@@ -97,11 +96,11 @@ def test_equals_ours(upstream, reduction, reducer, dtype, tol):
 )
 def test_style_is_that_of_pml(tool, arguments):
     pytest.importorskip(tool)
-    found = subprocess.run(
+    checked = subprocess.run(
         [sys.executable, "-m", tool, *arguments, "src", "tests"],
         cwd=UPSTREAM,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert checked.returncode == 0, checked.stdout + checked.stderr

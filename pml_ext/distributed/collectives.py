@@ -37,9 +37,9 @@ def gather_numbers(numbers: Sequence[int], group: Group) -> list[list[int]]:
         RuntimeError: If a rank does not answer in time.
     """
     own = torch.tensor(numbers, dtype=torch.int64, device=_device(group))
-    found = torch.empty(world_size(group) * len(own), dtype=torch.int64, device=own.device)
-    _named("all_gather of the sizes of the batches", lambda: dist.all_gather_into_tensor(found, own, group=group))
-    return found.view(-1, len(own)).tolist()
+    gathered = torch.empty(world_size(group) * len(own), dtype=torch.int64, device=own.device)
+    _named("all_gather of the sizes of the batches", lambda: dist.all_gather_into_tensor(gathered, own, group=group))
+    return gathered.view(-1, len(own)).tolist()
 
 
 def gather_rows(x: Tensor, sizes: Sequence[int], group: Group, name: str) -> list[Tensor]:
@@ -58,9 +58,9 @@ def gather_rows(x: Tensor, sizes: Sequence[int], group: Group, name: str) -> lis
     padded = torch.zeros(most, *x.shape[1:], dtype=x.dtype, device=_device(group))
     padded[: len(x)] = x.detach()
     sent = padded.view(torch.uint8).flatten()  # bytes: not every backend knows every dtype
-    found = torch.empty(len(sizes) * len(sent), dtype=torch.uint8, device=sent.device)
-    _named(f"all_gather of {name}", lambda: dist.all_gather_into_tensor(found, sent, group=group))
-    rows = found.view(x.dtype).view(len(sizes), most, *x.shape[1:]).to(x.device)
+    gathered = torch.empty(len(sizes) * len(sent), dtype=torch.uint8, device=sent.device)
+    _named(f"all_gather of {name}", lambda: dist.all_gather_into_tensor(gathered, sent, group=group))
+    rows = gathered.view(x.dtype).view(len(sizes), most, *x.shape[1:]).to(x.device)
     return [part[:size] for part, size in zip(rows, sizes, strict=True)]
 
 

@@ -46,6 +46,40 @@ class Gathered(NamedTuple):
         return torch.cat([rows[self.rank], *others])
 
 
+class _Told(NamedTuple):
+    """What ranks tell each other before they exchange rows, as integers."""
+
+    failed: int  # 1 where the input of this rank is bad
+    seed: int
+    given: int  # one bit for each thing that must be given on all ranks or on none
+
+
+class _PartShape(NamedTuple):
+    """What ranks tell each other about a part, as integers; all 0 where there is none."""
+
+    length: int = 0
+    width: int = 0
+    dtype: int = 0  # position in _DTYPES + 1, 0: another
+    labels: int = 0  # 1: without, 2: with labels
+
+    @classmethod
+    def of(cls, part: Part) -> "_PartShape":
+        dtype = part.embeddings.dtype
+        code = 1 + _DTYPES.index(dtype) if dtype in _DTYPES else 0
+        length, width = part.embeddings.shape
+        return cls(length, width, code, 1 if part.labels is None else 2)
+
+    def kind(self) -> tuple[int, int, int]:
+        """Return what must be the same on all ranks."""
+        return self.width, self.dtype, self.labels
+
+    def describe(self) -> str:
+        if not self.labels:
+            return "none"
+        dtype = _DTYPES[self.dtype - 1] if self.dtype else "another dtype"
+        return f"width {self.width}, {dtype}, {'labels' if self.labels == 2 else 'no labels'}"
+
+
 class ScaleGradient(torch.autograd.Function):
     """Multiply the gradient by a number."""
 
@@ -78,23 +112,27 @@ def agree(
         ValueError: If this or another rank was given bad input, or ranks differ in width, dtype or arguments.
     """
     given = given or {}
-    numbers = [0 if error is None else 1, seed, sum(2**i for i, here in enumerate(given.values()) if here)]
-    for part in parts:
-        numbers += _describe(part, error)
-    found = gather_numbers(numbers, group)
-    _raise_everywhere(error, [row[0] for row in found])
-    for rank, row in enumerate(found):
+    told = _Told(error is not None, seed, sum(2**i for i, here in enumerate(given.values()) if here))
+    shapes = [_PartShape() if part is None or error is not None else _PartShape.of(part) for part in parts]
+    rows = gather_numbers([*told, *(number for shape in shapes for number in shape)], group)
+    all_told = [_Told(*row[: len(told)]) for row in rows]
+    _raise_everywhere(error, [theirs.failed for theirs in all_told])
+    for rank, theirs in enumerate(all_told):
         for i, name in enumerate(given):
-            if (row[2] ^ numbers[2]) >> i & 1:
+            if (theirs.given ^ told.given) >> i & 1:
                 raise ValueError(f"{name} on all ranks or on none, got another choice on rank {rank}")
-        for i, name in enumerate(("embeddings", "ref_emb")[: len(parts)]):
-            own, theirs = numbers[4 + 4 * i : 7 + 4 * i], row[4 + 4 * i : 7 + 4 * i]
-            if own != theirs:
+    sizes = []
+    for i, (name, shape) in enumerate(zip(("embeddings", "ref_emb"), shapes, strict=False)):
+        start = len(told) + i * len(shape)
+        all_shapes = [_PartShape(*row[start : start + len(shape)]) for row in rows]
+        for rank, their_shape in enumerate(all_shapes):
+            if their_shape.kind() != shape.kind():
                 raise ValueError(
                     f"{name} must have one width and dtype on all ranks, and labels on all or none, got "
-                    f"{_name(own)} here and {_name(theirs)} on rank {rank}"
+                    f"{shape.describe()} here and {their_shape.describe()} on rank {rank}"
                 )
-    return [[row[3 + 4 * i] for row in found] for i in range(len(parts))], found[0][1]
+        sizes.append([their_shape.length for their_shape in all_shapes])
+    return sizes, all_told[0].seed
 
 
 def confirm(error: Exception | None, number: int, group: Group) -> list[int]:
@@ -106,9 +144,9 @@ def confirm(error: Exception | None, number: int, group: Group) -> list[int]:
     Raises:
         ValueError: If something has gone wrong on another rank; on that rank, what it is.
     """
-    found = gather_numbers([0 if error is None else 1, number], group)
-    _raise_everywhere(error, [row[0] for row in found])
-    return [row[1] for row in found]
+    told = gather_numbers([0 if error is None else 1, number], group)
+    _raise_everywhere(error, [failed for failed, _ in told])
+    return [theirs for _, theirs in told]
 
 
 def _raise_everywhere(error: Exception | None, failed: list[int]) -> None:
@@ -142,19 +180,3 @@ def checksum(indices_tuple: Indices) -> int:
             mixed = mixed ^ (mixed >> 29)
         total = (total * 31 + int(mixed.sum())) % 2**62
     return total
-
-
-def _describe(part: Part | None, error: Exception | None) -> list[int]:
-    if part is None or error is not None:
-        return [0, 0, 0, 0]
-    dtype = part.embeddings.dtype
-    code = 1 + _DTYPES.index(dtype) if dtype in _DTYPES else 0
-    return [len(part.embeddings), part.embeddings.shape[1], code, 1 if part.labels is None else 2]
-
-
-def _name(numbers: list[int]) -> str:
-    width, code, labels = numbers
-    if not labels:
-        return "none"
-    dtype = _DTYPES[code - 1] if code else "another dtype"
-    return f"width {width}, {dtype}, {'labels' if labels == 2 else 'no labels'}"

@@ -4,9 +4,8 @@ import zlib
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import CrossBatchMemory
-from pytorch_metric_learning.utils import distributed as pml_dist
-from torch import Tensor
+from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pml_ext.distributed.collectives import (
@@ -21,15 +20,15 @@ from pml_ext.distributed.collectives import (
     world_size,
 )
 from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, confirm, gather
-from pml_ext.distributed.miner_wrapper import convert, input_error
+from pml_ext.distributed.miner_wrapper import convert, input_error, without_itself
 from pml_ext.distributed.sharding import whole_batch
-from pml_ext.losses.cross_batch_memory import check_enqueue_mask
-from pml_ext.streaming.first_derivative import first_derivative_only
+from pml_ext.pml_internals import is_batch_itself
+from pml_ext.streaming.gradients import first_derivative_only
 from pml_ext.types import Indices
-from pml_ext.validation import check_indices_tuple, validation_enabled
+from pml_ext.validation import check_enqueue_mask, check_indices_tuple, validation_enabled
 
 
-class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
+class DistributedLossWrapper(nn.Module):
     r"""Compute a loss on the batch of all ranks, as one process would that has it all.
 
     A drop-in for PML's class, right for every loss of PML and of this package. The model belongs into
@@ -64,8 +63,8 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
 
     Raises:
         TypeError: If ``loss`` is not a PML loss.
-        ValueError: If this or another rank is given bad input, ranks differ in width or dtype, or what was mined
-            differs between ranks.
+        ValueError: If ``loss`` is a ``CrossBatchMemory`` and ``efficient`` is True; this or another rank is given bad
+            input, ranks differ in width or dtype, or what was mined differs between ranks.
         RuntimeError: If a rank does not answer within the process group's timeout. The message names the collective.
 
     Examples:
@@ -80,7 +79,13 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
     """
 
     def __init__(self, loss: Any, efficient: bool = False, process_group: Group = None) -> None:
-        super().__init__(loss, efficient)
+        super().__init__()
+        if not isinstance(loss, BaseMetricLossFunction | CrossBatchMemory):
+            raise TypeError(f"loss must be a BaseMetricLossFunction or CrossBatchMemory, got {type(loss).__name__}")
+        if efficient and isinstance(loss, CrossBatchMemory):
+            raise ValueError("efficient must be False for CrossBatchMemory, which is not supported with it, got True")
+        self.loss = loss
+        self.efficient = efficient
         self.process_group = process_group
         self.synchronized = False
         self._synchronize()
@@ -115,7 +120,7 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
                     return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
                 return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         self._synchronize()
-        if ref_emb is embeddings and (ref_labels is None or ref_labels is labels):
+        if is_batch_itself(embeddings, labels, ref_emb, ref_labels):
             ref_emb = ref_labels = None
         parts = [Part(embeddings, labels), None if ref_emb is None else Part(ref_emb, ref_labels)]
         given = {
@@ -156,18 +161,16 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
             ref_rows, ref_labels = (batch if refs is None else refs).own_first()
             own = (ref_rows if refs is None else batch.own_first()[0])[: len(part.embeddings)]
             labels = None if part.labels is None else part.labels.to(own.device)
-            if indices_tuple is None and len(own):
-                indices_tuple = pml_dist.get_indices_tuple(labels, ref_labels)
-            elif indices_tuple is None:  # PML's function knows no empty batch
-                indices_tuple = (torch.empty(0, dtype=torch.int64, device=own.device),) * 4
+            if indices_tuple is None:
+                indices_tuple = _all_pairs(labels, ref_labels)
             arguments = (own, labels, indices_tuple, ref_rows, ref_labels)
             loss = torch.func.functional_call(self.loss, dict(zip(parameters, shared, strict=True)), arguments)
         except Exception as failed:
             error = failed
         confirm(error, 0, self.process_group)
         assert loss is not None
-        others = all_reduce(loss, self.process_group, "the losses") - loss.detach()
-        return loss + others + zero.to(loss)
+        total = all_reduce(loss, self.process_group, "the losses")
+        return total + (loss - loss.detach()) + zero.to(loss)  # in this order all ranks have the same value, to the bit
 
     def _same_on_all_ranks(self, indices_tuple: Indices, batch: Gathered, refs: Gathered) -> Indices:
         """Return a tuple with its rows in rank order, if all ranks have the same."""
@@ -192,8 +195,8 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
             return
         tensors = [*self.loss.parameters(), *self.loss.buffers()]
         shapes = repr([(tuple(x.shape), str(x.dtype)) for x in tensors])
-        found = gather_numbers([zlib.crc32(shapes.encode())], self.process_group)
-        if len({row[0] for row in found}) > 1:
+        checksums = gather_numbers([zlib.crc32(shapes.encode())], self.process_group)
+        if len({row[0] for row in checksums}) > 1:
             raise ValueError(
                 f"loss must have parameters of the same shapes on all ranks (num_classes?), got {shapes} here"
             )
@@ -225,8 +228,8 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
         if error is None and enqueue_mask is not None:
             try:
                 check_enqueue_mask(enqueue_mask, len(embeddings))
-            except (TypeError, ValueError) as found:
-                return found
+            except (TypeError, ValueError) as mask_error:
+                return mask_error
         return error
 
     def _gather_mask(self, enqueue_mask: Tensor | None, batch: Gathered) -> Tensor | None:
@@ -234,6 +237,19 @@ class DistributedLossWrapper(pml_dist.DistributedLossWrapper):
             return None
         mask = enqueue_mask.to(batch.embeddings.device)
         return torch.cat(gather_rows(mask, batch.sizes, self.process_group, "enqueue_mask"))
+
+
+def _all_pairs(labels: Tensor | None, ref_labels: Tensor | None) -> Indices:
+    """Return all positive and negative pairs but those of a row with itself; own rows come first in the references.
+
+    Raises:
+        ValueError: If there are no labels.
+    """
+    if labels is None or ref_labels is None:
+        raise ValueError("labels must be given with efficient=True unless indices_tuple is, got None")
+    same = labels[:, None] == ref_labels
+    (a1, p), (a2, n) = same.nonzero(as_tuple=True), (~same).nonzero(as_tuple=True)
+    return without_itself((a1, p, a2, n))
 
 
 class _SumGradients(torch.autograd.Function):

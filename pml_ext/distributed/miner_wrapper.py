@@ -3,9 +3,8 @@
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils import distributed as pml_dist
-from torch import Tensor
+from pytorch_metric_learning.miners import BaseMiner
+from torch import Tensor, nn
 
 from pml_ext.distributed.collectives import Group, draw_seed, shared_random_state, world_size
 from pml_ext.distributed.gathered_batch import Gathered, Part, agree, gather
@@ -13,7 +12,7 @@ from pml_ext.types import Indices
 from pml_ext.validation import check_batch, validation_enabled
 
 
-class DistributedMinerWrapper(pml_dist.DistributedMinerWrapper):
+class DistributedMinerWrapper(nn.Module):
     """Mine in the batch of all ranks.
 
     PML's class, with these changes: all ranks mine in the rows in rank order and under one random state, and so find
@@ -44,7 +43,11 @@ class DistributedMinerWrapper(pml_dist.DistributedMinerWrapper):
     """
 
     def __init__(self, miner: Any, efficient: bool = False, process_group: Group = None) -> None:
-        super().__init__(miner, efficient)
+        super().__init__()
+        if not isinstance(miner, BaseMiner):
+            raise TypeError(f"miner must be a BaseMiner, got {type(miner).__name__}")
+        self.miner = miner
+        self.efficient = efficient
         self.process_group = process_group
 
     def forward(
@@ -64,8 +67,8 @@ class DistributedMinerWrapper(pml_dist.DistributedMinerWrapper):
         with shared_random_state(seed, embeddings.device):
             if self.efficient:
                 ref_rows, ref_row_labels = refs.own_first()
-                labels = c_f.to_device(labels, embeddings)
-                return pml_dist.get_indices_tuple(labels, ref_row_labels, embeddings, ref_rows, self.miner)
+                labels = labels.to(embeddings.device)
+                return without_itself(self.miner(embeddings, labels, ref_rows, ref_row_labels))
             if parts[1] is None:
                 mined = self.miner(batch.embeddings, batch.labels)
             else:
@@ -94,6 +97,18 @@ def input_error(
     except (TypeError, ValueError) as error:
         return error
     return None
+
+
+def without_itself(indices_tuple: Indices) -> Indices:
+    """Return pairs or triplets without those in which a row is its own positive; own rows come first in the references.
+
+    A row is never its own negative.
+    """
+    anchors, positives, *rest = indices_tuple
+    keep = anchors != positives
+    if len(indices_tuple) == 3:
+        return anchors[keep], positives[keep], rest[0][keep]
+    return anchors[keep], positives[keep], rest[0], rest[1]
 
 
 def convert(indices_tuple: Indices, batch: Gathered, refs: Gathered, direction: str) -> Indices:

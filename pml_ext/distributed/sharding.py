@@ -1,6 +1,6 @@
 """Classes split over ranks: who has which, tensors of them, and what ranks exchange."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as SplitAlong
 
 from pml_ext.distributed.collectives import Group, all_reduce, draw_seed, gather_numbers, ranks_of, seed_generators
-from pml_ext.streaming.first_derivative import first_derivative_only
-from pml_ext.streaming.shard import Shard
+from pml_ext.streaming.gradients import first_derivative_only
+from pml_ext.streaming.proxy_chunks import Shard
 
 _ranks_with_this_batch: ContextVar[tuple[int, ...] | None] = ContextVar("pml_ext_ranks_with_this_batch", default=None)
 
@@ -36,6 +36,10 @@ class ClassShards:
     Args:
         num_classes: How many there are in all.
         process_group: A process group, or a device mesh of one dimension.
+
+    Attributes:
+        first: The first class of this rank.
+        stop: Its last one + 1.
 
     Raises:
         TypeError: If ``process_group`` is neither.
@@ -65,8 +69,23 @@ class ClassShards:
         """The ranks; not kept here, or gloo's threads would outlive ``destroy_process_group``."""
         return self.mesh.get_group()
 
-    def shard(self) -> Shard:
-        """Return what the walks over proxies want to know."""
+    def of_this_batch(self) -> Shard:
+        """Return what the walks over proxies want to know.
+
+        Raises:
+            RuntimeError: If the batch is not that of all ranks.
+        """
+        ranks, own = _ranks_with_this_batch.get(), ranks_of(self.group)
+        if ranks is None:
+            raise RuntimeError(
+                "a loss with process_group must be called through pml_ext.distributed.DistributedLossWrapper with "
+                "efficient=False, which gives all ranks the whole batch"
+            )
+        if not set(own) <= set(ranks):
+            raise RuntimeError(
+                f"process_group of the loss must lie within that of DistributedLossWrapper, ranks {list(ranks)}, got "
+                f"{list(own)}"
+            )
         name = "what the shards of the classes have found"
         total, largest = (partial(all_reduce, group=self.group, name=name, op=op) for op in ("sum", "max"))
         return Shard(self.first, self.num_classes, total, largest)
@@ -78,59 +97,41 @@ class ClassShards:
             local, self.mesh, [SplitAlong(dim)], run_check=False, shape=torch.Size(whole), stride=stride
         )
 
+    def own_part(self, x: Tensor, dim: int = 0) -> DTensor:
+        """Return a tensor that each rank has whole as one of which each keeps its classes' part along ``dim``."""
+        return self.distribute(x.narrow(dim, self.first, self.stop - self.first).clone(), tuple(x.shape), dim)
+
+    def draw(self, embedding_size: int, init: Callable[[Tensor], Any]) -> nn.Parameter:
+        """Return proxies, initialised with the widths of the whole and other numbers on each rank.
+
+        Raises:
+            ValueError: If ranks differ in their sizes.
+        """
+        shape = self.num_classes, embedding_size
+        parameter = nn.Parameter(self.distribute(torch.empty(self.stop - self.first, embedding_size), shape))
+        told = gather_numbers([draw_seed(), *shape], self.group)
+        if any(row[1:] != told[0][1:] for row in told):
+            raise ValueError(
+                f"num_classes and embedding_size must be the same on all ranks, got {[row[1:] for row in told]}"
+            )
+        devices = [parameter.device] if parameter.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            seed_generators(told[0][0] * 1009 + self.rank, parameter.device)
+            init(parameter)
+        return parameter
+
+    def sum_gradients(self, x: Tensor) -> Tensor:
+        """Return a tensor that all ranks have, whose gradient is the sum of what the ranks' classes give."""
+        summed: Tensor = _SumGradient.apply(x, self.group)
+        return summed
+
+    def sum_values(self, x: Tensor) -> Tensor:
+        """Return the sum over ranks; each rank's part gets the gradient of the sum."""
+        total: Tensor = _SumValue.apply(x, self.group)
+        return total
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ClassShards":
         return self  # groups are not copied
-
-
-def shard_of(shards: ClassShards) -> Shard:
-    """Return what the walks want to know.
-
-    Raises:
-        RuntimeError: If the batch is not that of all ranks.
-    """
-    ranks = _ranks_with_this_batch.get()
-    if ranks is None:
-        raise RuntimeError(
-            "a loss with process_group must be called through pml_ext.distributed.DistributedLossWrapper with "
-            "efficient=False, which gives all ranks the whole batch"
-        )
-    if not set(ranks_of(shards.group)) <= set(ranks):
-        raise RuntimeError(
-            f"process_group of the loss must lie within that of DistributedLossWrapper, ranks {list(ranks)}, got "
-            f"{list(ranks_of(shards.group))}"
-        )
-    return shards.shard()
-
-
-def local_part(x: Any) -> Any:
-    """Return this rank's part of a tensor of all ranks; anything else as it is."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def sum_gradients(x: Tensor, shards: ClassShards) -> Tensor:
-    """Return a tensor that all ranks have, whose gradient is the sum of what the ranks' classes give."""
-    summed: Tensor = _SumGradient.apply(x, shards.group)
-    return summed
-
-
-def sum_values(x: Tensor, shards: ClassShards) -> Tensor:
-    """Return the sum over ranks; each rank's part gets the gradient of the sum."""
-    total: Tensor = _SumValue.apply(x, shards.group)
-    return total
-
-
-def draw(parameter: nn.Parameter, init: Any, shards: ClassShards) -> None:
-    """Initialise this rank's rows of a parameter, with the widths of the whole and other numbers on each rank."""
-    devices = [parameter.device] if parameter.device.type == "cuda" else []
-    found = gather_numbers([draw_seed(), *parameter.shape], shards.group)
-    if any(row[1:] != found[0][1:] for row in found):
-        raise ValueError(
-            f"num_classes and embedding_size must be the same on all ranks, got {[row[1:] for row in found]}"
-        )
-    with torch.random.fork_rng(devices):
-        seed_generators(found[0][0] * 1009 + shards.rank, parameter.device)
-        with torch.no_grad():
-            init(parameter)
 
 
 class _SumGradient(torch.autograd.Function):

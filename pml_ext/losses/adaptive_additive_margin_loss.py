@@ -3,13 +3,12 @@
 from typing import Any, Literal, get_args
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_ext.losses.base_proxy_loss import BaseProxyLoss
-from pml_ext.streaming.class_distances import ClassMetric, prepare_distances, prepare_embeddings
-from pml_ext.streaming.class_margins import ClassMargins, Kind
+from pml_ext.losses.sample_weights import sample_weights
+from pml_ext.pml_internals import element_term
+from pml_ext.streaming.class_margins import ClassMargins, ClassMetric, Kind, prepare_distances, prepare_embeddings
 from pml_ext.streaming.margin_softmax import margin_softmax_loss
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import check_batch, check_settings
@@ -116,40 +115,38 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         self.scale = scale
         described = None
         if class_embeddings is not None:
-            class_embeddings = _checked("class_embeddings", class_embeddings, num_classes)
-            class_embeddings, described = prepare_embeddings(class_embeddings, class_metric, normalize)
+            class_embeddings, described = prepare_embeddings(class_embeddings, num_classes, class_metric, normalize)
         elif class_distances is not None:
-            class_distances = _checked("class_distances", class_distances, num_classes)
-            class_distances, described = prepare_distances(class_distances, normalize)
+            class_distances, described = prepare_distances(class_distances, num_classes, normalize)
         if described is not None and num_classes > 1 and not described.any():
             name = "class_distances" if class_embeddings is None else "class_embeddings"
             raise ValueError(f"{name} must describe a class, got rows of zeros or NaN only")
         self.register_buffer("class_embeddings", self._own_part(class_embeddings, 0))
         self.register_buffer("class_distances", self._own_part(class_distances, 1))  # columns: those of all rows
         self.register_buffer("class_is_described", self._own_part(described, 0))
-        self.add_to_recordable_attributes(list_of_names=["margin_scale", "base_margin", "scale"], is_stat=False)
+        self.record("margin_scale", "base_margin", "scale")
 
     def compute_loss(
         self,
         embeddings: Tensor,
         labels: Tensor,
         indices_tuple: Indices | None,
-        ref_emb: Tensor,
+        ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        c_f.labels_required(labels)
-        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         if self._can_stream(embeddings):
             class_margins = self._class_margins(embeddings.device)
             settings = {"scale": self.scale, "margin": self.base_margin, "class_margins": class_margins}
             losses = self._streamed(margin_softmax_loss, embeddings, labels, **settings)
-        else:
-            losses = self._dense(embeddings, labels)
+        else:  # the equation itself: for any distance, derivative and transform
+            logits = self._logits(embeddings)
+            logits = logits + self.scale * self._margins(labels, logits.dtype)
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         if indices_tuple is not None:
-            losses = losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
-        loss_dict = {"loss": self.element_losses(losses)}
-        self._regularize_proxies(loss_dict, embeddings)
-        return loss_dict
+            losses = losses * sample_weights(indices_tuple, len(labels), losses.dtype)
+        terms = {"loss": element_term(losses)}
+        self._regularize_proxies(terms, embeddings)
+        return terms
 
     @torch.no_grad()
     def get_margins(self, labels: Tensor) -> Tensor:
@@ -170,14 +167,8 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         """Return what belongs to this rank's classes, as a tensor of all ranks where classes are split."""
         if x is None or self.shards is None:
             return x
-        length = self.shards.stop - self.shards.first
-        own: Tensor = self.shards.distribute(x.narrow(dim, self.shards.first, length).clone(), tuple(x.shape), dim)
+        own: Tensor = self.shards.own_part(x, dim)
         return own
-
-    def _dense(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        logits = self._logits(embeddings)
-        logits = logits + self.scale * self._margins(labels, logits.dtype)
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         return super()._logits(embeddings) * (self.scale if self.distance.is_inverted else -self.scale)
@@ -204,30 +195,3 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         if class_margins is not None:
             class_margins.of(labels, dtype).add_to(margins, 0)
         return margins.scatter_(1, labels[:, None], 0.0)
-
-
-def _checked(name: str, x: Any, num_classes: int) -> Tensor:
-    """Return a description of classes as float32 or float64."""
-    try:
-        x = torch.as_tensor(x).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers, got {type(x).__name__}") from error
-    if x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must have a floating point or integer dtype, got {x.dtype}")
-    x = x.clone() if x.dtype == torch.float64 else x.float().clone()
-    square = name == "class_distances"
-    if x.ndim != 2 or len(x) != num_classes or not x.shape[1] or (square and x.shape[1] != num_classes):
-        width = num_classes if square else "E"
-        raise ValueError(f"{name} must have shape ({num_classes}, {width}), got {tuple(x.shape)}")
-    if x.isinf().any():
-        raise ValueError(f"{name} must be finite, or NaN for a class without description, got an infinite value")
-    if square:
-        known = x.nan_to_num(nan=0.0)
-        tolerance = 1e-4 * known.max().item()  # for rounding, as in 1 - T @ T.T
-        if known.min() < -tolerance:
-            raise ValueError(f"{name} must be >= 0, got {known.min().item()}")
-        x.clamp_min_(0.0)
-        diagonal = known.diagonal().abs().max().item()
-        if diagonal > tolerance:
-            raise ValueError(f"{name} must be zero on the diagonal (distances, not similarities), got {diagonal}")
-    return x

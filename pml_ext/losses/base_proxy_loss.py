@@ -5,18 +5,18 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.logits import LogitsMixin
 from pml_ext.losses.similarity import can_stream, distance_matrix, is_plain
-from pml_ext.precision import full_precision, raise_half
-from pml_ext.streaming.chunks import check_chunk_size
+from pml_ext.pml_internals import RegularizedWeights
+from pml_ext.streaming.proxy_chunks import check_chunk_size
 from pml_ext.types import LossDict
-from pml_ext.validation import check_batch, check_count, validation_wanted
+from pml_ext.validation import check_count
 
 
-class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
+class BaseProxyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
     """Proxies as a parameter ``proxies``, ``(num_classes, embedding_size)``, that is moved where used and never cast.
 
     Raises:
@@ -41,22 +41,8 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
             self.proxies = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
             self.weight_init_func(self.proxies)
         else:
-            from pml_ext.distributed.sharding import draw
-
-            rows = torch.empty(self.shards.stop - self.shards.first, embedding_size)
-            self.proxies = torch.nn.Parameter(self.shards.distribute(rows, (num_classes, embedding_size)))
-            draw(self.proxies, self.weight_init_func, self.shards)
-        self.add_to_recordable_attributes(list_of_names=["num_classes", "embedding_size"], is_stat=False)
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Return the similarities (or distances) to all proxies, ``(B, num_classes)``, float32 or better.
-
-        Losses that are a softmax multiply them by their scale.
-        """
-        if validation_wanted():
-            check_batch(embeddings, embedding_size=self.embedding_size)
-        with full_precision(embeddings.device):
-            return self._logits(raise_half(embeddings))
+            self.proxies = self.shards.draw(embedding_size, self.weight_init_func)
+        self.record("num_classes", "embedding_size")
 
     def _class_shards(self, num_classes: int, process_group: Any) -> Any:
         """Return which classes this rank has.
@@ -64,7 +50,7 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
         Raises:
             ValueError: If the loss has what needs all proxies in one place.
         """
-        from pml_ext.distributed.sharding import ClassShards  # here, or every import of losses would load DTensor
+        from pml_ext.distributed.sharding import ClassShards  # on use: DTensor takes a second to import
 
         if self.weight_regularizer is not None:
             raise ValueError("weight_regularizer must not be given with process_group, which splits the proxies")
@@ -76,6 +62,7 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
         return ClassShards(num_classes, process_group)
 
     def _logits(self, embeddings: Tensor) -> Tensor:
+        """Return the similarities (or distances) to all proxies, ``(B, num_classes)``."""
         if self.shards is not None:
             raise NotImplementedError("get_logits needs all proxies in one place: load the state into an unsplit loss")
         proxies = self._proxies_for(embeddings)
@@ -92,18 +79,17 @@ class BaseProxyLoss(WeightRegularizerMixin, BaseLoss):
         """Call one of the functions of ``pml_ext.streaming``."""
         if torch.compiler.is_compiling():  # a call that is not looked into, instead of a loop that is unrolled
             walk = torch.compiler.disable(walk)  # type: ignore[no-untyped-call]
-        proxies, shard = self.proxies, None
+        proxies: Any = self.proxies
+        shard = None
         if self.shards is not None:
-            from pml_ext.distributed.sharding import local_part, shard_of, sum_gradients
-
-            shard = shard_of(self.shards)
-            proxies, embeddings = local_part(proxies), sum_gradients(embeddings, self.shards)
+            shard = self.shards.of_this_batch()
+            proxies, embeddings = proxies.to_local(), self.shards.sum_gradients(embeddings)
         settings = {"normalize": self.distance.normalize_embeddings, "chunk_size": self.chunk_size, "shard": shard}
         return walk(embeddings, proxies.to(embeddings.device), labels, **settings, **kwargs)
 
-    def _regularize_proxies(self, loss_dict: LossDict, embeddings: Tensor) -> None:
+    def _regularize_proxies(self, terms: LossDict, embeddings: Tensor) -> None:
         if self.weight_regularizer is not None:  # or proxies would be moved for nothing
-            self.add_weight_regularization_to_loss_dict(loss_dict, self._proxies_for(embeddings))
+            self.regularize_weights(terms, self._proxies_for(embeddings))
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()

@@ -4,16 +4,15 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning import losses
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_ext.losses.children import compared_losses
 from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.losses.hybrid_loss import HybridLoss
 from pml_ext.losses.optimizer_watch import OptimizerWatch
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import Indices
-from pml_ext.validation import already_valid, check_batch, check_indices_tuple, validation_wanted
+from pml_ext.validation import already_valid, check_batch, check_enqueue_mask, check_indices_tuple, validation_wanted
 
 
 class CrossBatchMemory(losses.CrossBatchMemory):
@@ -93,16 +92,17 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         With a mask, the rows that enter are not compared, only compared with. ``indices_tuple`` adds pairs or triplets
         to those that are found here; its positives and negatives index the memory.
         """
-        c_f.labels_required(labels)
+        if labels is None:
+            raise ValueError("labels are required for this loss function, got None")
         if validation_wanted():
             self._check(embeddings, labels, indices_tuple, enqueue_mask)
             self._optimizer_watch.look(self)
         if not len(embeddings):
-            return (raise_half(embeddings) * 0).sum()
+            return (upcast_half(embeddings) * 0).sum()
         with already_valid(), full_precision(embeddings.device):
             # by name: torch.compile fails on super() inside of with
             forward: Any = losses.CrossBatchMemory.forward
-            loss: Tensor = forward(self, raise_half(embeddings), labels.long(), indices_tuple, enqueue_mask)
+            loss: Tensor = forward(self, upcast_half(embeddings), labels.long(), indices_tuple, enqueue_mask)
         return loss
 
     def _check(
@@ -135,17 +135,3 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", torch.tensor([0, 0]))  # PML's state dict has no position
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def check_enqueue_mask(enqueue_mask: Tensor, length: int) -> None:
-    """Check that a mask says of each row of a batch whether it enters the memory.
-
-    Raises:
-        TypeError: If it is no bool tensor.
-        ValueError: If the shape is another.
-    """
-    rule = f"a bool tensor of shape ({length},)"
-    if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
-        raise TypeError(f"enqueue_mask must be {rule}, got {getattr(enqueue_mask, 'dtype', enqueue_mask)}")
-    if enqueue_mask.shape != (length,):
-        raise ValueError(f"enqueue_mask must be {rule}, got shape {tuple(enqueue_mask.shape)}")

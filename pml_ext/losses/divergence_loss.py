@@ -1,16 +1,13 @@
 """Keep the learners of an ensemble different (ABE)."""
 
-from typing import Any
-
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from pml_ext.learners import PairReduction, check_divergence_settings, divergence, learner_similarity
+from pml_ext.learners import Divergence
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.types import Indices, LossDict
 
 
-class DivergenceLoss(BaseLoss):
+class DivergenceLoss(Divergence, BaseLoss):
     r"""Push the learners' vectors of one image apart, with a hinge.
 
     $$\ell_i = \sum_{p < q} [m - \lVert b_p(x_i) - b_q(x_i) \rVert^2]_+$$
@@ -23,7 +20,6 @@ class DivergenceLoss(BaseLoss):
         num_learners: M >= 1, the number of slices that an embedding consists of. With 1 there is no pair: loss 0.
         margin: $m$ > 0, a squared distance of unit vectors, 0 to 4. With 1, learners are pushed while their cosine is
             above 0.5.
-        reduction_over_pairs: "sum" over the M (M - 1) / 2 pairs of a sample, or their "mean".
         **kwargs: Passed to PML's ``BaseMetricLossFunction``. With ``collect_stats``, ``learner_similarity`` is the mean
             cosine between two learners of one sample. ``distance`` is not used.
 
@@ -45,31 +41,14 @@ class DivergenceLoss(BaseLoss):
         pair counts once, and the reducer averages over the batch.
     """
 
-    def __init__(
-        self,
-        num_learners: int,
-        margin: float = 1.0,
-        reduction_over_pairs: PairReduction = "sum",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        check_divergence_settings(num_learners, margin, reduction_over_pairs)
-        self.num_learners = num_learners
-        self.margin = margin
-        self.reduction_over_pairs = reduction_over_pairs
-        self.add_to_recordable_attributes(list_of_names=["num_learners", "margin"], is_stat=False)
-        self.add_to_recordable_attributes(name="learner_similarity", is_stat=True)
+    needs_labels = False
 
     def compute_loss(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
         indices_tuple: Indices | None,
-        ref_emb: Tensor,
+        ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        losses = divergence(embeddings, self.num_learners, self.margin, self.reduction_over_pairs)
-        if self.collect_stats:
-            self.learner_similarity = learner_similarity(embeddings, self.num_learners)
-        return {"loss": self.element_losses(losses)}
+        return self.divergence_terms(embeddings)

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import BaseMetricLossFunction, ContrastiveLoss
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 
-from pml_ext.learners import check_divergence_settings, split_learners
+from pml_ext.learners import split_learners
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.children import agreed_size, check_child, check_weights, mine
 from pml_ext.losses.divergence_loss import DivergenceLoss
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.losses.logits import LogitsMixin, logits_of
+from pml_ext.pml_internals import reduced_term
 from pml_ext.reducers import BatchAverageReducer
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, check_batch, validation_wanted
+from pml_ext.validation import already_valid, check_count, check_settings
 
 
-class EnsembleLoss(BaseLoss):
+class EnsembleLoss(LogitsMixin, BaseLoss):
     r"""Train M learners, whose vectors lie side by side in one embedding, and keep them different.
 
     $$L = \sum_{m} L_m(b_m) + \lambda \, L_\text{div}(b_1, \ldots, b_M)$$
@@ -86,6 +86,10 @@ class EnsembleLoss(BaseLoss):
         learners, weight 1 and margin 1 are the paper's.
     """
 
+    sub_losses = ("learner_loss", "divergence_loss")
+    needs_labels = False  # or the learners' loss asks for them
+    takes_refs = True
+
     def __init__(
         self,
         loss: BaseMetricLossFunction | Sequence[BaseMetricLossFunction] | Callable[[], BaseMetricLossFunction],
@@ -95,7 +99,8 @@ class EnsembleLoss(BaseLoss):
         miner: Callable[..., Indices] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_divergence_settings(num_learners, divergence_margin, margin_name="divergence_margin")
+        check_count("num_learners", num_learners)
+        check_settings({"divergence_margin": divergence_margin})
         check_weights(divergence_weight=divergence_weight)
         if miner is not None and not callable(miner):
             raise TypeError(f"miner must be callable, got {type(miner).__name__}")
@@ -110,9 +115,8 @@ class EnsembleLoss(BaseLoss):
         self.embedding_size = slice_size and num_learners * slice_size
         self.divergence_weight = divergence_weight
         self.miner = miner
-        self.add_to_recordable_attributes(list_of_names=["num_learners", "divergence_weight"], is_stat=False)
-        stats = [f"learner_{m}_loss" for m in range(num_learners)]
-        self.add_to_recordable_attributes(list_of_names=[*stats, "learner_similarity"], is_stat=True)
+        of_learners = [f"learner_{m}_loss" for m in range(num_learners)]
+        self.record("num_learners", "divergence_weight", statistics=[*of_learners, "learner_similarity"])
 
     @classmethod
     def paper(cls, num_learners: int = 8, **kwargs: Any) -> "EnsembleLoss":
@@ -134,21 +138,20 @@ class EnsembleLoss(BaseLoss):
         embeddings: Tensor,
         labels: Tensor | None,
         indices_tuple: Indices | None,
-        ref_emb: Tensor,
+        ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
         slices = split_learners(embeddings, self.num_learners).unbind(1)
         refs: Sequence[Tensor | None] = [None] * self.num_learners
-        if ref_emb is embeddings:
-            ref_labels = None
-        else:
+        if ref_emb is not None:
             refs = split_learners(ref_emb, self.num_learners, "ref_emb").unbind(1)
         values = []
         with already_valid():
             for m, (own, ref) in enumerate(zip(slices, refs, strict=True)):
                 mined = indices_tuple
                 if mined is None and self.miner is not None:
-                    c_f.labels_required(labels)
+                    if labels is None:
+                        raise ValueError("labels are required where the loss mines, got None")
                     mined = mine(self.miner, own, labels, ref, ref_labels)
                 values.append(self._loss_of(m)(own, labels, mined, ref, ref_labels))
             divergence = self.divergence(embeddings)
@@ -157,26 +160,14 @@ class EnsembleLoss(BaseLoss):
             for m, value in enumerate(values):
                 setattr(self, f"learner_{m}_loss", value.item())
         return {
-            "learner_loss": self.reduced_loss(torch.stack(values).sum()),
-            "divergence_loss": self.reduced_loss(self.divergence_weight * divergence),
+            "learner_loss": reduced_term(torch.stack(values).sum()),
+            "divergence_loss": reduced_term(self.divergence_weight * divergence),
         }
 
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Return the mean of the learners' logits, ``(B, num_classes)``.
-
-        With a distance in ``ProxyAnchorLoss``, distances: small is near.
-
-        Raises:
-            TypeError: If a learner's loss has no ``get_logits``.
-        """
-        for name, child in self.losses.items():
-            if not hasattr(child, "get_logits"):
-                raise TypeError(f"losses[{name!r}] must have get_logits, {type(child).__name__} has not")
-        if validation_wanted():
-            check_batch(embeddings, embedding_size=self.embedding_size)
-        with full_precision(embeddings.device), already_valid():
-            slices = split_learners(raise_half(embeddings), self.num_learners).unbind(1)
-            logits = [self._loss_of(m).get_logits(own) for m, own in enumerate(slices)]  # type: ignore[operator]
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        """Return the mean of the learners' logits."""
+        slices = split_learners(embeddings, self.num_learners).unbind(1)
+        logits = [logits_of(self._loss_of(m), own, "loss") for m, own in enumerate(slices)]
         return torch.stack(logits).mean(0)
 
     def compares_with_refs(self) -> dict[str, nn.Module]:
@@ -185,9 +176,6 @@ class EnsembleLoss(BaseLoss):
 
     def _loss_of(self, m: int) -> nn.Module:
         return self.losses["shared" if "shared" in self.losses else f"learner_{m}"]
-
-    def _sub_loss_names(self) -> list[str]:
-        return ["learner_loss", "divergence_loss"]
 
 
 def _one_for_each(loss: Any, num_learners: int) -> dict[str, BaseMetricLossFunction]:

@@ -6,21 +6,21 @@ from typing import Any, Literal
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.children import agreed_size, check_child, check_weights, mine
+from pml_ext.losses.logits import LogitsMixin, logits_of
 from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.pml_internals import reduced_term
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, check_batch, validation_wanted
+from pml_ext.validation import already_valid
 
 _PROXY_ARGUMENTS = ("weight_init_func", "weight_regularizer", "weight_reg_weight", "process_group")
 
 
-class HybridLoss(BaseLoss):
+class HybridLoss(LogitsMixin, BaseLoss):
     r"""Pair loss, rich in sample-to-sample relations, plus proxy loss, fast to converge.
 
     $$L = w_\text{pair} L_\text{pair} + w_\text{proxy} L_\text{proxy}$$
@@ -66,6 +66,9 @@ class HybridLoss(BaseLoss):
         data sets, see docs/benchmarks.md.
     """
 
+    sub_losses = ("pair_loss", "proxy_loss")
+    takes_refs = True
+
     def __init__(
         self,
         num_classes: int | None = None,
@@ -107,8 +110,7 @@ class HybridLoss(BaseLoss):
         self.pair_weight = pair_weight
         self.proxy_weight = proxy_weight
         self.miner = miner
-        self.add_to_recordable_attributes(list_of_names=["pair_weight", "proxy_weight"], is_stat=False)
-        self.add_to_recordable_attributes(list_of_names=["pair_loss_value", "proxy_loss_value"], is_stat=True)
+        self.record("pair_weight", "proxy_weight", statistics=["pair_loss_value", "proxy_loss_value"])
 
     @classmethod
     def paper(
@@ -137,7 +139,7 @@ class HybridLoss(BaseLoss):
         if fixed:
             raise ValueError(f"{', '.join(fixed)} must not be given, the paper fixes them: use HybridLoss itself")
         if kwargs.get("proxy_loss") is None:
-            kwargs.setdefault("weight_init_func", c_f.TorchInitWrapper(torch.nn.init.normal_))
+            kwargs.setdefault("weight_init_func", torch.nn.init.normal_)
         common = {name: kwargs[name] for name in ("distance", "collect_stats") if name in kwargs}
         pair_loss = MultiSimilarityLoss(alpha=2, beta=50, base=1.0, negative_sign=negative_sign, **common)
         return cls(num_classes, embedding_size, pair_loss, pair_weight=1.0, proxy_weight=0.03, **kwargs)
@@ -147,10 +149,9 @@ class HybridLoss(BaseLoss):
         embeddings: Tensor,
         labels: Tensor,
         indices_tuple: Indices | None,
-        ref_emb: Tensor,
+        ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        c_f.labels_required(labels)
         if indices_tuple is None and self.miner is not None:
             indices_tuple = mine(self.miner, embeddings, labels, ref_emb, ref_labels)
         with already_valid():
@@ -159,25 +160,13 @@ class HybridLoss(BaseLoss):
         if self.collect_stats:
             self.pair_loss_value, self.proxy_loss_value = pair.item(), proxy.item()
         return {
-            "pair_loss": self.reduced_loss(self.pair_weight * pair),
-            "proxy_loss": self.reduced_loss(self.proxy_weight * proxy),
+            "pair_loss": reduced_term(self.pair_weight * pair),
+            "proxy_loss": reduced_term(self.proxy_weight * proxy),
         }
 
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Return the proxy loss's logits, ``(B, num_classes)``.
-
-        With a distance in ``ProxyAnchorLoss``, distances: small is near.
-
-        Raises:
-            TypeError: If the proxy loss has no ``get_logits``.
-        """
-        if not hasattr(self.proxy_loss, "get_logits"):
-            raise TypeError(f"proxy_loss must have get_logits, {type(self.proxy_loss).__name__} has not")
-        if validation_wanted():
-            check_batch(embeddings, embedding_size=self.embedding_size)
-        with full_precision(embeddings.device), already_valid():
-            logits: Tensor = self.proxy_loss.get_logits(raise_half(embeddings))
-        return logits
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        """Return the proxy loss's logits."""
+        return logits_of(self.proxy_loss, embeddings, "proxy_loss")
 
     def compares_with_refs(self) -> dict[str, BaseMetricLossFunction]:
         """Return the children that see ``ref_emb``, by name."""
@@ -185,6 +174,3 @@ class HybridLoss(BaseLoss):
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
-
-    def _sub_loss_names(self) -> list[str]:
-        return ["pair_loss", "proxy_loss"]

@@ -1,21 +1,30 @@
 """Classify embeddings before and after the samples of a batch have exchanged messages (IBC)."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.children import agreed_size, check_child, check_weights
 from pml_ext.losses.label_smoothing_cross_entropy_loss import LabelSmoothingCrossEntropyLoss
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.losses.logits import LogitsMixin, logits_of
+from pml_ext.pml_internals import reduced_term
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import already_valid, check_batch, check_count, validation_wanted
 
+_OLD_NAMES = {
+    "norms.layer_0.": "norm.",
+    "refined_losses.layer_0.": "refined_loss.",
+    "refined_losses.shared.": "refined_loss.",
+}
+"""Parts of names in state dicts of version 0.1.0 to today's."""
 
-class IntraBatchLoss(BaseLoss):
+
+class IntraBatchLoss(LogitsMixin, BaseLoss):
     r"""Let the embeddings of a batch exchange messages before they are classified, and classify them raw as well.
 
     $$L = w_r \, \mathrm{LS}\big(W_r \, \mathrm{BN}(R(\hat{X})) / T\big) + w_0 \, \mathrm{LS}\big((W_0 X + b) / T\big)$$
@@ -46,14 +55,13 @@ class IntraBatchLoss(BaseLoss):
 
     Attributes:
         refiner: $R$, or None.
-        norms: The batch norms, one for each output of the refiner; none with ``loss``.
-        refined_losses: The losses of the refined embeddings, one for each output; or ``loss``, which all outputs share.
+        norm: The batch norm on the refined embeddings; none with ``loss``.
+        refined_loss: The loss of the refined embeddings, or None.
         raw_loss: The raw loss, or None.
 
     Shape:
         - embeddings: ``(B, D)``, floating point. labels: ``(B,)``, integers in 0 to C - 1.
         - output: scalar. To the reducer: ``refined_loss`` and ``raw_loss``, weighted, reduction type "already_reduced".
-          A refiner with output "every" has one loss for each layer, of which the mean is taken.
 
     In training, a batch of one sample is normalised with the running statistics. In eval mode the loss is
     deterministic: no dropout, running statistics.
@@ -77,6 +85,9 @@ class IntraBatchLoss(BaseLoss):
         Seidenschwarz, Elezi, Leal-Taixe: "Learning Intra-Batch Connections for Deep Metric Learning", ICML 2021, and
         the authors' code. Temperature 0.2, one layer and two heads are those for CUB.
     """
+
+    sub_losses = ("refined_loss", "raw_loss")
+    needs_labels = False  # or the losses inside ask for them
 
     def __init__(
         self,
@@ -111,16 +122,23 @@ class IntraBatchLoss(BaseLoss):
         settings: dict[str, Any] = {"temperature": temperature, "label_smoothing": label_smoothing}
         self.refined_weight, self.raw_weight = refined_weight, raw_weight
         self.refiner: nn.Module | None = None
-        self.norms, self.refined_losses = nn.ModuleDict(), nn.ModuleDict()
+        self.norm: nn.Module | None = None
+        self.refined_loss: nn.Module | None = None
         if refined_weight:
             self.refiner = _default_refiner(embedding_size) if refiner is None else refiner
-            self._check_refiner(embedding_size)
+            width = _out_features(self.refiner, embedding_size)
             if loss is None:
-                self._build_classifiers(_known(num_classes), settings)
+                norm = nn.BatchNorm1d(width)
+                norm.bias.requires_grad_(False)
+                small = partial(nn.init.normal_, std=0.001)
+                self.norm = norm
+                self.refined_loss = LabelSmoothingCrossEntropyLoss(
+                    _known(num_classes), width, bias=False, weight_init_func=small, **settings
+                )
             else:
                 check_child("loss", loss)
-                agreed_size("embedding_size", self._out_features(), {"loss": loss})
-                self.refined_losses["shared"] = loss
+                agreed_size("embedding_size", width, {"loss": loss})
+                self.refined_loss = loss
         if raw_weight and raw_loss is None:
             raw_loss = LabelSmoothingCrossEntropyLoss(_known(num_classes), embedding_size, **settings)
         if raw_loss is not None:
@@ -130,37 +148,38 @@ class IntraBatchLoss(BaseLoss):
         children = {name: child for name, child in (("loss", loss), ("raw_loss", raw_loss)) if child is not None}
         self.num_classes = agreed_size("num_classes", num_classes, children)
         self.embedding_size = embedding_size
-        self.add_to_recordable_attributes(list_of_names=["refined_weight", "raw_weight"], is_stat=False)
-        self.add_to_recordable_attributes(list_of_names=["refined_loss_value", "raw_loss_value"], is_stat=True)
+        self.record("refined_weight", "raw_weight", statistics=["refined_loss_value", "raw_loss_value"])
 
     def compute_loss(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
         indices_tuple: Indices | None,
-        ref_emb: Tensor,
+        ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        found = {"refined_loss": embeddings.sum() * 0, "raw_loss": embeddings.sum() * 0}
+        values = {"refined_loss": embeddings.sum() * 0, "raw_loss": embeddings.sum() * 0}
         if not len(embeddings):  # batch norm cannot take that; a gradient for each parameter all the same
-            found["raw_loss"] = found["raw_loss"] + sum((p.sum() * 0 for p in self.parameters()), torch.zeros(()))
+            values["raw_loss"] = values["raw_loss"] + sum((p.sum() * 0 for p in self.parameters()), torch.zeros(()))
         else:
             with already_valid():
-                if self.refiner is not None:
-                    refined = self._refined_loss(embeddings, labels, indices_tuple)
-                    found["refined_loss"] = self.refined_weight * refined
+                if self.refiner is not None and self.refined_loss is not None:
+                    refined = self.refine(embeddings)
+                    if self.norm is not None:
+                        refined = _normalize(self.norm, refined)
+                    values["refined_loss"] = self.refined_weight * self.refined_loss(refined, labels, indices_tuple)
                 if self.raw_loss is not None:
-                    found["raw_loss"] = self.raw_weight * self.raw_loss(embeddings, labels, indices_tuple)
+                    values["raw_loss"] = self.raw_weight * self.raw_loss(embeddings, labels, indices_tuple)
         if self.collect_stats:
             for name, weight in (("refined_loss", self.refined_weight), ("raw_loss", self.raw_weight)):
-                setattr(self, f"{name}_value", found[name].item() / weight if weight else 0.0)
-        return {name: self.reduced_loss(value) for name, value in found.items()}
+                setattr(self, f"{name}_value", values[name].item() / weight if weight else 0.0)
+        return {name: reduced_term(value) for name, value in values.items()}
 
-    def refine(self, embeddings: Tensor) -> Tensor | list[Tensor]:
+    def refine(self, embeddings: Tensor) -> Tensor:
         """Return the refined embeddings of a batch, as the refiner gives them.
 
         Raises:
+            TypeError: If the refiner returns something else than a tensor.
             ValueError: If ``refined_weight`` is 0, or the embeddings break a rule.
         """
         if self.refiner is None:
@@ -179,20 +198,15 @@ class IntraBatchLoss(BaseLoss):
                 f"got a refiner of {parameter.dtype}"
             )
         with full_precision(embeddings.device):
-            unit = nn.functional.normalize(raise_half(embeddings))
-            refined: Tensor | list[Tensor] = self.refiner(unit.to(raise_half(parameter).dtype))
+            unit = nn.functional.normalize(upcast_half(embeddings))
+            refined = self.refiner(unit.to(upcast_half(parameter).dtype))
+        if not isinstance(refined, Tensor):
+            raise TypeError(f"refiner must return one tensor, got {type(refined).__name__}")
         return refined
 
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Return the logits of the raw classifier, ``(B, num_classes)``: they do not depend on the batch.
-
-        Raises:
-            TypeError: If there is no raw loss, or it has no ``get_logits``.
-        """
-        if not hasattr(self.raw_loss, "get_logits"):
-            raise TypeError(f"raw_loss must have get_logits, {type(self.raw_loss).__name__} has not")
-        logits: Tensor = self.raw_loss.get_logits(embeddings)  # type: ignore[union-attr]
-        return logits
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        """Return the logits of the raw classifier: they do not depend on the batch."""
+        return logits_of(self.raw_loss, embeddings, "raw_loss")
 
     def load_released(self, state_dict: dict[str, Tensor]) -> None:
         """Load the authors' released weights of refiner, batch norm and classifier (their ``GNNReID``).
@@ -202,60 +216,36 @@ class IntraBatchLoss(BaseLoss):
         Raises:
             RuntimeError: If names or shapes do not fit.
         """
-        from pml_ext.trunks import rename_ibc_weights
+        from pml_ext.trunks import rename_ibc_weights  # on use: timm and torch-geometric
 
         renamed = {f"refiner.{name}": x for name, x in rename_ibc_weights(state_dict).items()}
         for name, x in state_dict.items():
-            part, *rest = name.split(".")
-            if part == "bottleneck":
-                renamed[f"norms.layer_{rest[0]}.{rest[1]}"] = x
-            elif part == "fc":
-                renamed[f"refined_losses.layer_{rest[0]}.{rest[1]}"] = x
+            if name.startswith(("bottleneck.", "fc.")):  # those of other layers keep their names, and are refused
+                renamed[name.replace("bottleneck.0.", "norm.").replace("fc.0.", "refined_loss.")] = x
         own = {name: x for name, x in self.state_dict().items() if name.startswith("raw_loss.")}
         self.load_state_dict(own | renamed)
 
-    def _refined_loss(self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Indices | None) -> Tensor:
-        refined = self.refine(embeddings)
-        outputs = refined if isinstance(refined, list | tuple) else [refined]
-        losses = []
-        for i, x in enumerate(outputs):
-            name = f"layer_{i}"
-            if name in self.norms:
-                x = _normalize(self.norms[name], x)
-            loss_func = self.refined_losses["shared" if "shared" in self.refined_losses else name]
-            losses.append(loss_func(x, labels, indices_tuple))
-        return torch.stack(losses).mean()
-
-    def _build_classifiers(self, num_classes: int, settings: dict[str, Any]) -> None:
-        width = self._out_features()
-        for i in range(getattr(self.refiner, "num_layers", 1) if getattr(self.refiner, "output", "") == "every" else 1):
-            norm = nn.BatchNorm1d(width)
-            norm.bias.requires_grad_(False)
-            self.norms[f"layer_{i}"] = norm
-            small = c_f.TorchInitWrapper(nn.init.normal_, std=0.001)
-            self.refined_losses[f"layer_{i}"] = LabelSmoothingCrossEntropyLoss(
-                num_classes, width, bias=False, weight_init_func=small, **settings
-            )
-
-    def _out_features(self) -> int:
-        width: int = self.refiner.out_features  # type: ignore[union-attr, assignment]
-        return width
-
-    def _check_refiner(self, embedding_size: int) -> None:
-        if not isinstance(getattr(self.refiner, "out_features", None), int):
-            raise ValueError(f"refiner must have out_features, {type(self.refiner).__name__} has not")
-        width = getattr(self.refiner, "in_features", embedding_size)
-        if width != embedding_size:
-            raise ValueError(f"refiner must take embeddings of embedding_size = {embedding_size}, got one for {width}")
-
-    def _sub_loss_names(self) -> list[str]:
-        return ["refined_loss", "raw_loss"]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for old, new in _OLD_NAMES.items():
+            for name in [name for name in state_dict if name.startswith(prefix + old)]:
+                state_dict[prefix + new + name.removeprefix(prefix + old)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _default_refiner(embedding_size: int) -> nn.Module:
-    from pml_ext.trunks import IntraBatchRefiner  # here, or every import of losses would load timm and torch-geometric
+    from pml_ext.trunks import IntraBatchRefiner  # on use: timm and torch-geometric
 
     return IntraBatchRefiner(embedding_size, heads=2 if embedding_size % 2 == 0 else 1)
+
+
+def _out_features(refiner: nn.Module, embedding_size: int) -> int:
+    width = getattr(refiner, "out_features", None)
+    if not isinstance(width, int):
+        raise ValueError(f"refiner must have out_features, {type(refiner).__name__} has not")
+    taken = getattr(refiner, "in_features", embedding_size)
+    if taken != embedding_size:
+        raise ValueError(f"refiner must take embeddings of embedding_size = {embedding_size}, got one for {taken}")
+    return width
 
 
 def _known(num_classes: int | None) -> int:

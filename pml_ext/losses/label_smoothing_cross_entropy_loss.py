@@ -1,20 +1,21 @@
 """A linear classifier's cross-entropy with temperature and label smoothing."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses.mixins import WeightRegularizerMixin
-from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.losses.logits import LogitsMixin
+from pml_ext.losses.sample_weights import sample_weights
+from pml_ext.pml_internals import RegularizedWeights, element_term
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_batch, check_count, check_settings, validation_wanted
+from pml_ext.validation import check_count, check_settings
 
 
-class LabelSmoothingCrossEntropyLoss(WeightRegularizerMixin, BaseLoss):
+class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
     r"""Classify embeddings by a linear map.
 
     $$\ell_i = -w_i \sum_c t_{ic} \log \mathrm{softmax}_c\big((W x_i + b) / T\big), \qquad
@@ -79,8 +80,7 @@ class LabelSmoothingCrossEntropyLoss(WeightRegularizerMixin, BaseLoss):
         self.weight = torch.nn.Parameter(torch.empty(num_classes, embedding_size))
         self.bias = torch.nn.Parameter(torch.empty(num_classes)) if bias else None
         self.reset_parameters()
-        names = ["num_classes", "embedding_size", "temperature", "label_smoothing"]
-        self.add_to_recordable_attributes(list_of_names=names, is_stat=False)
+        self.record("num_classes", "embedding_size", "temperature", "label_smoothing")
 
     def reset_parameters(self) -> None:
         """Draw the weight by ``weight_init_func``; the bias becomes zero."""
@@ -94,34 +94,26 @@ class LabelSmoothingCrossEntropyLoss(WeightRegularizerMixin, BaseLoss):
         embeddings: Tensor,
         labels: Tensor,
         indices_tuple: Indices | None,
-        ref_emb: Tensor,
+        ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        c_f.labels_required(labels)
-        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         logits = self._logits(embeddings)
         losses = torch.nn.functional.cross_entropy(
             logits, labels, reduction="none", label_smoothing=self.label_smoothing
         )
         if indices_tuple is not None:
-            losses = losses * lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
-        loss_dict: LossDict = {"loss": self.element_losses(losses)}
+            losses = losses * sample_weights(indices_tuple, len(labels), losses.dtype)
+        terms: LossDict = {"loss": element_term(losses)}
         if self.weight_regularizer is not None:
-            self.add_weight_regularization_to_loss_dict(loss_dict, self.weight.to(logits.device, logits.dtype))
-        return loss_dict
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Return the logits divided by the temperature, ``(B, num_classes)``, float32 or better."""
-        if validation_wanted():
-            check_batch(embeddings, embedding_size=self.embedding_size)
-        with full_precision(embeddings.device):
-            return self._logits(raise_half(embeddings))
+            self.regularize_weights(terms, self.weight.to(logits.device, logits.dtype))
+        return terms
 
     def _logits(self, embeddings: Tensor) -> Tensor:
+        """Return the logits divided by the temperature."""
         dtype = torch.promote_types(self.weight.dtype, embeddings.dtype)  # moved where used, and never cast
         weight = self.weight.to(embeddings.device, dtype)
         bias = None if self.bias is None else self.bias.to(embeddings.device, dtype)
         return torch.nn.functional.linear(embeddings.to(dtype), weight, bias) / self.temperature
 
-    def get_default_weight_init_func(self) -> c_f.TorchInitWrapper:
-        return c_f.TorchInitWrapper(torch.nn.init.kaiming_uniform_, a=5**0.5)
+    def get_default_weight_init_func(self) -> Callable[[Tensor], Tensor]:
+        return partial(torch.nn.init.kaiming_uniform_, a=5**0.5)

@@ -1,15 +1,15 @@
 """Multi-Similarity loss on masks instead of lists of pairs."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.losses.log_sum_exp import Term, sum_log1p_sum_exp
+from pml_ext.losses.log_sum_exp import log1p_sum_exp
 from pml_ext.losses.similarity import distance_matrix
+from pml_ext.pml_internals import element_term, reduced_term
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import check_settings, validation_enabled
 
@@ -51,6 +51,9 @@ class MultiSimilarityLoss(BaseLoss):
         its pair mining: PML's ``MultiSimilarityMiner`` does that. "printed": Ebrahimpour et al., WACV 2022, Eq. 6.
     """
 
+    needs_labels = False  # or indices_tuple
+    takes_refs = True
+
     def __init__(
         self,
         alpha: float = 2,
@@ -67,34 +70,34 @@ class MultiSimilarityLoss(BaseLoss):
         self.beta = beta
         self.base = base
         self.negative_sign = negative_sign
-        self.add_to_recordable_attributes(list_of_names=["alpha", "beta", "base"], is_stat=False)
+        self.record("alpha", "beta", "base")
 
     def compute_loss(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
         indices_tuple: Indices | None,
-        ref_emb: Tensor,
+        ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        c_f.labels_or_indices_tuple_required(labels, indices_tuple)
-        if not len(embeddings) or not len(ref_emb):
-            return self.zero_losses()
-        within_batch = ref_emb is embeddings
-        mat = distance_matrix(self.distance, embeddings, None if within_batch else ref_emb)  # (B, R)
-        if indices_tuple is None:
-            not_negative: Tensor = labels[:, None] == ref_labels  # type: ignore[index, assignment]
-            not_positive = ~not_negative
-            if within_batch:
-                not_positive.fill_diagonal_(True)
+        if labels is None and indices_tuple is None:
+            raise ValueError("labels or indices_tuple must be given, got None for both")
+        if not len(embeddings) or (ref_emb is not None and not len(ref_emb)):
+            return {"loss": reduced_term(embeddings.sum() * 0)}
+        similarity = distance_matrix(self.distance, embeddings, ref_emb)  # (B, R)
+        base = self.base
+        if not self.distance.is_inverted:  # a distance is a negative similarity, and so is its base
+            similarity, base = -similarity, -base
+        if indices_tuple is not None:
+            positive, negative = _masks_from_indices(indices_tuple, similarity)
         else:
-            not_positive, not_negative = _masks_from_indices(indices_tuple, mat)
-        sign = -1 if self.distance.is_inverted else 1  # a negative's similarity counts up, its distance down
-        negative_base = self.base if self.negative_sign == "minus" else -self.base
-        alpha, beta = sign * self.alpha, -sign * self.beta
-        positives = Term(not_positive, alpha, -alpha * self.base, weight=1 / self.alpha)
-        negatives = Term(not_negative, beta, -beta * negative_base, weight=1 / self.beta)
-        return {"loss": self.element_losses(sum_log1p_sum_exp(mat, [positives, negatives]))}
+            assert labels is not None
+            positive = labels[:, None].eq(labels if ref_labels is None else ref_labels)
+            negative = ~positive
+            if ref_emb is None:
+                positive.fill_diagonal_(False)
+        settings = _Settings(self.alpha, self.beta, base, base if self.negative_sign == "minus" else -base)
+        return {"loss": element_term(_pair_losses(similarity, positive, negative, settings))}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, negative_sign={self.negative_sign!r}"
@@ -103,13 +106,73 @@ class MultiSimilarityLoss(BaseLoss):
         return CosineSimilarity()
 
 
+class _Settings(NamedTuple):
+    alpha: float
+    beta: float
+    positive_base: float
+    negative_base: float
+
+
+def _exponents(similarity: Tensor, s: _Settings) -> tuple[Tensor, Tensor]:
+    return (similarity - s.positive_base).mul_(-s.alpha), (similarity - s.negative_base).mul_(s.beta)
+
+
+def _pair_losses(similarity: Tensor, positive: Tensor, negative: Tensor, s: _Settings) -> Tensor:
+    """Return the equation's value for each anchor, ``(B,)``."""
+    if similarity.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        losses: Tensor = _PairLosses.apply(similarity, positive, negative, s)[0]  # the same, in fewer passes
+        return losses
+    of_positives, of_negatives = _exponents(similarity, s)
+    return log1p_sum_exp(of_positives, positive, 1) / s.alpha + log1p_sum_exp(of_negatives, negative, 1) / s.beta
+
+
+class _PairLosses(torch.autograd.Function):
+    r"""The value with its derivative, a softmax of each sum: $e^x / (1 + \sum e^x)$, less that of the positives."""
+
+    @staticmethod
+    def forward(similarity: Tensor, positive: Tensor, negative: Tensor, s: _Settings) -> tuple[Tensor, Tensor]:
+        of_positives, of_negatives = _exponents(similarity, s)
+        pos, pos_softmax = _log1p_sum_exp_(of_positives, positive)
+        neg, neg_softmax = _log1p_sum_exp_(of_negatives, negative)
+        return pos.div_(s.alpha).add_(neg, alpha=1 / s.beta), neg_softmax.sub_(pos_softmax)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        similarity, positive, negative, ctx.settings = inputs
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(similarity, positive, negative, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        similarity, positive, negative, derivative = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: a derivative that can be differentiated again
+            derivative = torch.zeros_like(similarity)
+            of_both = zip(_exponents(similarity, ctx.settings), (positive, negative), (-1, 1), strict=True)
+            for exponents, keep, sign in of_both:
+                log_total = log1p_sum_exp(exponents, keep, 1)[:, None]
+                derivative = derivative + sign * (exponents.masked_fill(~keep, -torch.inf) - log_total).exp()
+        return derivative * grad[:, None], None, None, None
+
+
+def _log1p_sum_exp_(exponents: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(1 + sum of exp(x)) of each row, and exp(x) / (1 + sum of exp(x)) in the memory of the exponents."""
+    x = exponents.masked_fill_(~keep, -torch.inf)
+    largest = x.amax(1, keepdim=True).clamp_min_(0)  # of 0 and the exponents, since 1 = exp(0)
+    total = x.sub_(largest).exp_().sum(1, keepdim=True).add_((-largest).exp_())
+    softmax = x.div_(total)
+    return total.log_().add_(largest).squeeze(1), softmax
+
+
 def _masks_from_indices(indices_tuple: Indices, mat: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what is not a positive pair and what is not a negative one, two bool masks like ``mat``."""
+    """Return which pairs are positive and which negative, two bool masks like ``mat``."""
     a1, p, a2, n = indices_tuple if len(indices_tuple) == 4 else (*indices_tuple[:2], *indices_tuple[::2])
-    not_positive, not_negative = (torch.ones(mat.shape, dtype=torch.bool, device=mat.device) for _ in range(2))
-    not_positive[a1, p] = False
-    not_negative[a2, n] = False
-    if validation_enabled() and not (not_positive | not_negative).all():
-        pair = tuple((~not_positive & ~not_negative).nonzero()[0].tolist())
+    positive, negative = (torch.zeros(mat.shape, dtype=torch.bool, device=mat.device) for _ in range(2))
+    positive[a1, p] = True
+    negative[a2, n] = True
+    if validation_enabled() and (positive & negative).any():
+        pair = tuple((positive & negative).nonzero()[0].tolist())
         raise ValueError(f"indices_tuple must hold a pair as positive or as negative, got {pair} as both")
-    return not_positive, not_negative
+    return positive, negative

@@ -1,15 +1,17 @@
 """Proxy-Anchor loss whose proxies keep their dtype."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from pytorch_metric_learning.reducers import DivisorReducer
-from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from pml_ext.losses.base_proxy_loss import BaseProxyLoss
-from pml_ext.losses.log_sum_exp import class_log1p_sum_exp
+from pml_ext.losses.log_sum_exp import log1p_sum_exp
+from pml_ext.losses.sample_weights import sample_weights
+from pml_ext.pml_internals import element_term, reduced_term
 from pml_ext.streaming.proxy_anchor import proxy_anchor_loss
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import check_settings
@@ -65,6 +67,8 @@ class ProxyAnchorLoss(BaseProxyLoss):
         are PML's addition.
     """
 
+    sub_losses = ("pos_loss", "neg_loss")
+
     def __init__(
         self,
         num_classes: int,
@@ -79,21 +83,19 @@ class ProxyAnchorLoss(BaseProxyLoss):
         check_settings(positive={"alpha": alpha}, finite={"margin": margin})
         self.margin = margin
         self.alpha = alpha
-        self.add_to_recordable_attributes(list_of_names=["alpha", "margin"], is_stat=False)
+        self.record("alpha", "margin")
 
     def compute_loss(
         self,
         embeddings: Tensor,
         labels: Tensor,
         indices_tuple: Indices | None,
-        ref_emb: Tensor,
+        ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        c_f.labels_required(labels)
-        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         shift = None
         if indices_tuple is not None:
-            shift = lmu.convert_to_weights(indices_tuple, labels, dtype=embeddings.dtype) - 1
+            shift = sample_weights(indices_tuple, len(labels), embeddings.dtype) - 1
         streamed = self._can_stream(embeddings)
         reduced = streamed and self._divides_only()
         if streamed:
@@ -103,38 +105,33 @@ class ProxyAnchorLoss(BaseProxyLoss):
                 raise ValueError(f"a loss with process_group must have a {what}")
             parts = self._streamed(proxy_anchor_loss, embeddings, labels, **settings)
             if self.shards is not None:
-                parts = self._sum_of_shards(*parts)
+                parts = self.shards.sum_values(torch.stack(parts)).unbind()
         else:
-            sign = -1 if self.distance.is_inverted else 1  # a similarity above the margin is good, a distance below it
-            alpha = sign * self.alpha
-            parts = class_log1p_sum_exp(self._logits(embeddings), labels, alpha, -alpha * self.margin, shift)
-        loss_dict: LossDict = {}
-        for name, losses in zip(("pos_loss", "neg_loss"), parts, strict=True):
-            if reduced:
-                loss_dict[name] = self.reduced_loss(losses)
-            else:
-                divisor = len(torch.unique(labels)) if name == "pos_loss" else self.num_classes
-                classes = self.element_labels(labels)
-                loss_dict[name] = {
-                    "losses": losses,
-                    "indices": classes,
-                    "reduction_type": "element",
-                    "divisor": divisor,
-                }
-        self._regularize_proxies(loss_dict, embeddings)
-        return loss_dict
+            parts = self._dense(embeddings, labels, shift)
+        if reduced:
+            terms = {name: reduced_term(part) for name, part in zip(self.sub_losses, parts, strict=True)}
+        else:
+            present = len(torch.unique(labels))
+            terms = {"pos_loss": element_term(parts[0], present), "neg_loss": element_term(parts[1], self.num_classes)}
+        self._regularize_proxies(terms, embeddings)
+        return terms
 
-    def _sum_of_shards(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        from pml_ext.distributed.sharding import sum_values
-
-        return tuple(sum_values(torch.stack(parts), self.shards).unbind())  # type: ignore[arg-type]
+    def _dense(self, embeddings: Tensor, labels: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return both parts of each class, ``(C,)``, by the equation: for any distance, derivative and transform."""
+        sign = 1 if self.distance.is_inverted else -1  # a distance is a negative similarity, and so is its margin
+        similarity, margin = sign * self._logits(embeddings), sign * self.margin  # (B, C)
+        positive, negative = -self.alpha * (similarity - margin), self.alpha * (similarity + margin)
+        if shift is not None:
+            positive, negative = positive + shift[:, None], negative + shift[:, None]
+        own = labels[:, None] == torch.arange(self.num_classes, device=labels.device)
+        return log1p_sum_exp(positive, own, 0), log1p_sum_exp(negative, ~own, 0)
 
     def _divides_only(self) -> bool:
         """Whether reducing is dividing by the divisor, which the walk does: then it also computes the gradients."""
         by_name = getattr(self.reducer, "reducers", {})
         return not self.collect_stats and all(
             name in by_name and type(by_name[name]) is DivisorReducer and not by_name[name].collect_stats
-            for name in self._sub_loss_names()
+            for name in self.sub_losses
         )
 
     def element_labels(self, labels: Tensor | None) -> Tensor:
@@ -144,8 +141,5 @@ class ProxyAnchorLoss(BaseProxyLoss):
     def get_default_reducer(self) -> DivisorReducer:
         return DivisorReducer()
 
-    def get_default_weight_init_func(self) -> c_f.TorchInitWrapper:
-        return c_f.TorchInitWrapper(torch.nn.init.kaiming_normal_, mode="fan_out")
-
-    def _sub_loss_names(self) -> list[str]:
-        return ["pos_loss", "neg_loss"]
+    def get_default_weight_init_func(self) -> Callable[[Tensor], Tensor]:
+        return partial(torch.nn.init.kaiming_normal_, mode="fan_out")

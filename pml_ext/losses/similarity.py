@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
-from pytorch_metric_learning.distances.base_distance import BaseDistance
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity
 from torch import Tensor
 
-from pml_ext.streaming.chunks import auto_chunk_size
-from pml_ext.streaming.norms import inverse_norm, through_norm
+from pml_ext.streaming.gradients import inverse_norm, through_norm
+from pml_ext.streaming.proxy_chunks import auto_chunk_size
 
 
 def distance_matrix(distance: BaseDistance, query: Tensor, ref: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import Tensor, nn
 
+from pml_ext.modes import in_mode
 from pml_ext.recipes.adaptive_margin import ADAPTIVE_MARGIN
 from pml_ext.recipes.attention_ensemble import ATTENTION_ENSEMBLE
 from pml_ext.recipes.baselines import BASELINES
@@ -22,7 +23,6 @@ from pml_ext.recipes.settings import Settings, settle
 from pml_ext.recipes.trainer import Trainer
 from pml_ext.recipes.transforms import Transforms, make_transforms
 from pml_ext.trunks import freeze_batch_norm, param_groups
-from pml_ext.trunks.modes import in_mode
 from pml_ext.types import Indices
 from pml_ext.validation import check_count
 
@@ -34,6 +34,7 @@ RECIPES: dict[str, Method] = {
     "combined": COMBINED,
     **BASELINES,
 }
+"""The recipes by name, with their settings."""
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "RAdam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
@@ -200,7 +201,7 @@ def recipe(
 
 def _with_rate(groups: list[dict[str, Any]], loss: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Take the parameters of an IntraBatchLoss's refiner out of their groups, into some of their own."""
-    parts = [getattr(loss, name, None) for name in ("refiner", "norms", "refined_losses")]
+    parts = [getattr(loss, name, None) for name in ("refiner", "norm", "refined_loss")]
     own = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
     found = []
     for group in groups:

@@ -9,9 +9,10 @@ from pytorch_metric_learning.utils.inference import FaissKMeans
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pml_ext.trunks.modes import in_mode
+from pml_ext.modes import in_mode
 
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+"""Names of the metrics that are computed by default."""
 
 
 @torch.no_grad()  # not inference_mode: what is returned may be trained on

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from pml_ext.precision import raise_half
+from pml_ext.pml_internals import ModuleWithRecords
+from pml_ext.precision import upcast_half
 from pml_ext.trunks import GlobalPool2d, SecondOrderAttention
 from pml_ext.trunks.global_local_trunk import SOLAR_REDUCTIONS
 from pml_ext.trunks.global_pool import PoolType
@@ -60,5 +60,5 @@ class PooledTrunk(ModuleWithRecords):
         embeddings: Tensor = self.linear(self.pool(self.attention(self.backbone(images))))
         if self.num_learners == 1:
             return embeddings
-        slices = raise_half(embeddings).reshape(len(embeddings), self.num_learners, -1)
+        slices = upcast_half(embeddings).reshape(len(embeddings), self.num_learners, -1)
         return nn.functional.normalize(slices, dim=2).flatten(1).to(embeddings.dtype)

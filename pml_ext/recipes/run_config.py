@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pml_ext import __version__
+from pml_ext.version import __version__
 
 if TYPE_CHECKING:
     from pml_ext.recipes.building import Recipe

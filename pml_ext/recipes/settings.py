@@ -9,6 +9,7 @@ Numbers = dict[str, tuple[Any, str]]
 
 PAPER_PRESETS = ("paper:cub", "paper:cars", "paper:sop", "paper:inshop")
 PRESETS = ("small", *PAPER_PRESETS)
+"""Names of the presets."""
 
 OURS, PAPER, CODE, PROXY_ANCHOR = "our choice", "paper", "authors' code", "Proxy-Anchor's code"
 _USUAL = "ours: usual in the field"

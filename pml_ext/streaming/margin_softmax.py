@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from pml_ext.precision import full_precision
-from pml_ext.streaming.chunks import Chunk, ProxyChunks, check_chunk_size, unit_rows, write_gradient
 from pml_ext.streaming.class_margins import BatchMargins, ClassMargins
-from pml_ext.streaming.first_derivative import first_derivative_only
-from pml_ext.streaming.norms import through_norm
-from pml_ext.streaming.shard import Shard, local_labels, rows_here
+from pml_ext.streaming.gradients import first_derivative_only, through_norm, unit_rows
+from pml_ext.streaming.proxy_chunks import Chunk, ProxyChunks, Shard, check_chunk_size, rows_here, write_gradient
 
 _LOG2_E = math.log2(math.e)
 
@@ -71,78 +69,11 @@ def margin_softmax_loss(
         return losses
 
 
-class _MarginSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: _Settings) -> Tensor:
-        walk = _Walk(embeddings, proxies, labels, settings)
-        largest = walk.own_logits.clone()  # so far
-        total = torch.zeros_like(largest)
-        for chunk in walk.chunks:
-            block = walk.logits(chunk)
-            if chunk.samples is not None:
-                block[chunk.samples, chunk.columns] = -torch.inf
-            before, largest = largest, torch.maximum(largest, block.amax(1, keepdim=True))
-            total.mul_((before - largest).exp2_()).add_(block.sub_(largest).exp2_().sum(1, keepdim=True))
-        if settings.shard is not None:
-            before, largest = largest, settings.shard.max(largest)
-            total = settings.shard.sum(total.mul_((before - largest).exp2_()))
-        others = total.log2_().add_(largest)  # (B, 1)
-        difference = (others - walk.own_logits) / _LOG2_E
-        losses = torch.logaddexp(difference, torch.zeros_like(difference)).squeeze(1)
-        ctx.save_for_backward(embeddings, proxies, labels, losses, walk.own_logits)
-        ctx.settings = settings
-        ctx.margins = None if settings.shard is None else walk.margins  # of a shard they had to be asked for
-        return losses.clone()  # trainers scale the loss in place
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        embeddings, proxies, labels, losses, own_logits = ctx.saved_tensors
-        with torch.no_grad(), full_precision(embeddings.device):
-            grads = _gradients(
-                embeddings, proxies, labels, losses, own_logits, ctx.margins, ctx.settings, grad, ctx.needs_input_grad
-            )
-        return (*first_derivative_only("margin softmax", grads, (embeddings, proxies, grad)), None, None)
-
-
-def _gradients(
-    embeddings: Tensor,
-    proxies: Tensor,
-    labels: Tensor,
-    losses: Tensor,
-    own_logits: Tensor,
-    margins: BatchMargins | None,
-    settings: _Settings,
-    upstream: Tensor,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None]:
-    walk = _Walk(embeddings, proxies, labels, settings, own_logits, margins)
-    log_total = walk.own_logits + losses[:, None] * _LOG2_E
-    own_slopes = torch.expm1(-losses)  # own probability - 1, exact where that is close to 1
-    slopes = (settings.scale * upstream)[:, None]
-    weighted = walk.unit * slopes
-    emb_grad = torch.zeros_like(embeddings) if needs[0] else None
-    proxy_grad = torch.empty_like(proxies, dtype=embeddings.dtype) if needs[1] else None
-    buffer = embeddings.new_empty(walk.chunks.size, embeddings.shape[1])
-    for chunk in walk.chunks:
-        block = walk.logits(chunk).sub_(log_total).exp2_()
-        if chunk.samples is not None:
-            block[chunk.samples, chunk.columns] = own_slopes[chunk.samples]
-        if emb_grad is not None:
-            emb_grad.addmm_(block, chunk.rows)
-        if proxy_grad is not None:
-            write_gradient(torch.mm(block.T, weighted, out=buffer[: len(chunk.rows)]), chunk, proxy_grad)
-    if emb_grad is not None:
-        emb_grad *= slopes
-        if walk.inverse is not None:
-            emb_grad = through_norm(emb_grad, walk.unit, walk.inverse)
-    return emb_grad, None if proxy_grad is None else proxy_grad.to(proxies.dtype)
-
-
-class _Walk:
-    """What both walks compute: logits to base 2, whose exponentials are several times faster, and as exact.
+class _Logits:
+    """The logits of both walks, to base 2, whose exponentials are several times faster, and as exact.
 
     Attributes:
-        own_logits: ``(B, 1)``, less the margin that all other classes have.
+        own: $s (c_{i y_i} - m)$, ``(B, 1)``: less the margin that all other classes have.
     """
 
     def __init__(
@@ -151,29 +82,92 @@ class _Walk:
         proxies: Tensor,
         labels: Tensor,
         settings: _Settings,
-        own_logits: Tensor | None = None,
+        own: Tensor | None = None,
         margins: BatchMargins | None = None,
     ) -> None:
-        scale = settings.scale * _LOG2_E
+        scale, shard = settings.scale * _LOG2_E, settings.shard
         self.unit, self.inverse = unit_rows(embeddings, settings.normalize)
         self.scaled = self.unit * scale
-        shard = settings.shard
-        if own_logits is None:
-            own, _ = unit_rows(rows_here(proxies, labels, shard).to(embeddings.dtype), settings.normalize)
-            own_logits = (self.scaled * own).sum(1, keepdim=True)
-            own_logits = (own_logits if shard is None else shard.sum(own_logits)) - scale * settings.margin
-        self.own_logits = own_logits
+        if own is None:
+            own_proxies, _ = unit_rows(rows_here(proxies, labels, shard).to(embeddings.dtype), settings.normalize)
+            own = (self.scaled * own_proxies).sum(1, keepdim=True)
+            own = (own if shard is None else shard.sum(own)) - scale * settings.margin
+        self.own = own
         if margins is None and settings.class_margins is not None:
             margins = settings.class_margins.of(labels, embeddings.dtype, scale, shard)
         self.margins = margins
-        here = local_labels(labels, shard)
-        self.chunks = ProxyChunks(
-            proxies, here, settings.normalize, embeddings.dtype, settings.chunk_size, all_here=shard is None
-        )
+        self.chunks = ProxyChunks(proxies, labels, settings.normalize, embeddings.dtype, settings.chunk_size, shard)
 
-    def logits(self, chunk: Chunk) -> Tensor:
-        """Return the logits of a chunk, ``(B, n)``, in memory that the next chunk will use."""
+    def of(self, chunk: Chunk) -> Tensor:
+        """Return $s (c_{ij} + m_{y_i j})$ of a chunk, ``(B, n)``, in memory that the next chunk will use."""
         block = torch.mm(self.scaled, chunk.rows.T, out=self.chunks.block(chunk))
         if self.margins is not None:
             self.margins.add_to(block, chunk.start)
         return block
+
+
+def _losses(logits: _Logits, shard: Shard | None) -> Tensor:
+    """Return $L_i$, ``(B,)``: the first walk."""
+    largest = logits.own.clone()  # so far
+    total = torch.zeros_like(largest)
+    for chunk in logits.chunks:
+        block = logits.of(chunk)
+        if chunk.samples is not None:
+            block[chunk.samples, chunk.columns] = -torch.inf
+        before, largest = largest, torch.maximum(largest, block.amax(1, keepdim=True))
+        total.mul_((before - largest).exp2_()).add_(block.sub_(largest).exp2_().sum(1, keepdim=True))
+    if shard is not None:
+        before, largest = largest, shard.max(largest)
+        total = shard.sum(total.mul_((before - largest).exp2_()))
+    others = total.log2_().add_(largest)  # (B, 1)
+    difference = (others - logits.own) / _LOG2_E
+    return torch.logaddexp(difference, torch.zeros_like(difference)).squeeze(1)
+
+
+def _gradients(
+    logits: _Logits, proxies: Tensor, losses: Tensor, scale: float, upstream: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients by embeddings and proxies: the second walk.
+
+    $dL_i / dc_{ij}$ is $s$ times the probability of class j, less 1 for the own class.
+    """
+    unit = logits.unit
+    log_total = logits.own + losses[:, None] * _LOG2_E
+    own_slopes = torch.expm1(-losses)  # own probability - 1, exact where that is close to 1
+    slopes = (scale * upstream)[:, None]
+    weighted = unit * slopes
+    emb_grad = torch.zeros_like(unit) if needs[0] else None
+    proxy_grad = torch.empty_like(proxies, dtype=unit.dtype) if needs[1] else None
+    buffer = unit.new_empty(logits.chunks.size, unit.shape[1])
+    for chunk in logits.chunks:
+        block = logits.of(chunk).sub_(log_total).exp2_()  # probabilities
+        if chunk.samples is not None:
+            block[chunk.samples, chunk.columns] = own_slopes[chunk.samples]
+        if emb_grad is not None:
+            emb_grad.addmm_(block, chunk.rows)
+        if proxy_grad is not None:
+            write_gradient(torch.mm(block.T, weighted, out=buffer[: len(chunk.rows)]), chunk, proxy_grad)
+    if emb_grad is not None:
+        emb_grad *= slopes
+        if logits.inverse is not None:
+            emb_grad = through_norm(emb_grad, unit, logits.inverse)
+    return emb_grad, None if proxy_grad is None else proxy_grad.to(proxies.dtype)
+
+
+class _MarginSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: _Settings) -> Tensor:
+        logits = _Logits(embeddings, proxies, labels, settings)
+        losses = _losses(logits, settings.shard)
+        ctx.save_for_backward(embeddings, proxies, labels, losses, logits.own)
+        ctx.settings = settings
+        ctx.margins = None if settings.shard is None else logits.margins  # of a shard they had to be asked for
+        return losses.clone()  # trainers scale the loss in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        embeddings, proxies, labels, losses, own = ctx.saved_tensors
+        with torch.no_grad(), full_precision(embeddings.device):
+            logits = _Logits(embeddings, proxies, labels, ctx.settings, own, ctx.margins)
+            grads = _gradients(logits, proxies, losses, ctx.settings.scale, grad, ctx.needs_input_grad)
+        return (*first_derivative_only("margin softmax", grads, (embeddings, proxies, grad)), None, None)

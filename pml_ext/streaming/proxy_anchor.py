@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from pml_ext.precision import full_precision
-from pml_ext.streaming.chunks import ProxyChunks, check_chunk_size, unit_rows, write_gradient
-from pml_ext.streaming.first_derivative import first_derivative_only
-from pml_ext.streaming.norms import through_norm
-from pml_ext.streaming.shard import Shard, local_labels
+from pml_ext.streaming.gradients import first_derivative_only, through_norm, unit_rows
+from pml_ext.streaming.proxy_chunks import ProxyChunks, Shard, check_chunk_size, write_gradient
 
 _LOG2_E = math.log2(math.e)
 
@@ -78,6 +76,81 @@ def proxy_anchor_loss(
         return pos, neg
 
 
+def _walk(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    shift: Tensor | None,
+    settings: _Settings,
+    upstream: tuple[Tensor, Tensor] | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Return $P_c$, $N_c$ and, given the gradients by them, ``()`` or ``(C,)``, those by embeddings and proxies."""
+    alpha, margin, normalize, _, chunk_size, shard = settings
+    unit, inverse = unit_rows(embeddings, normalize)
+    scaled = unit * (alpha * _LOG2_E)  # exponentials to base 2 are several times faster, and as exact
+    constant = alpha * margin * _LOG2_E
+    # Cosines are bounded, so their exponentials are, unless alpha is large: then the largest need not be subtracted.
+    bounded = normalize and shift is None and alpha * (1 + abs(margin)) * _LOG2_E < 100
+    shift = None if shift is None else shift[:, None] * _LOG2_E
+    pos, neg = embeddings.new_zeros(len(proxies)), embeddings.new_empty(len(proxies))
+    emb_grad = torch.zeros_like(embeddings) if upstream is not None and needs[0] else None
+    proxy_grad = None  # in the walk's dtype: before it is scaled, float16 could not hold it
+    if upstream is not None and needs[1]:
+        proxy_grad = torch.empty_like(proxies, dtype=embeddings.dtype)
+    chunks = ProxyChunks(proxies, labels, normalize, embeddings.dtype, chunk_size, shard)
+    buffer = embeddings.new_empty(chunks.size if proxy_grad is not None else 0, embeddings.shape[1])
+    for chunk in chunks:
+        classes = slice(chunk.start, chunk.stop)
+
+        # P_c = log(1 + sum of exp(-alpha (s - margin) + shift)) over own samples, with its slopes by the exponents
+        block = torch.mm(scaled, chunk.rows.T, out=chunks.block(chunk))  # alpha s, (B, n)
+        if chunk.samples is not None:
+            own = chunk.samples, chunk.columns
+            exponents = constant - block[own]
+            if shift is not None:
+                exponents += shift[chunk.samples, 0]
+            pos[classes], own_slopes = _sum_own(exponents, chunk.columns, pos[classes])
+            block[own] = -torch.inf
+
+        # N_c = log(1 + sum of exp(alpha (s + margin) + shift)) over all others
+        if shift is not None:
+            block += shift
+        if bounded:  # exp(alpha * margin) is left out of the block
+            missing = math.exp(alpha * margin)
+            rest = block.exp2_().sum(0).mul_(missing)  # the sum, with its 1, is 1 + rest
+            torch.log1p(rest, out=neg[classes])
+        else:
+            missing = 1.0
+            largest = (block.amax(0) + constant).clamp_min_(0)  # of the exponents and 0, since 1 = exp(0)
+            rest = block.sub_(largest - constant).exp2_().sum(0).add_((largest * (-1 / _LOG2_E)).expm1_())
+            torch.add(rest.log1p(), largest, alpha=1 / _LOG2_E, out=neg[classes])
+        if upstream is None:
+            continue
+
+        # dN_c / ds = alpha exp(...) / (1 + sum), dP_c / ds likewise with -alpha, each times the gradient from above
+        pos_grad, neg_grad = (x if x.ndim == 0 else x[classes] for x in upstream)
+        block *= alpha * missing * neg_grad / (1 + rest)
+        if chunk.samples is not None:
+            block[own] = own_slopes * (-alpha * (pos_grad if pos_grad.ndim == 0 else pos_grad[chunk.columns]))
+        if emb_grad is not None:
+            emb_grad.addmm_(block, chunk.rows)
+        if proxy_grad is not None:
+            write_gradient(torch.mm(block.T, unit, out=buffer[: len(chunk.rows)]), chunk, proxy_grad)
+    if emb_grad is not None and inverse is not None:
+        emb_grad = through_norm(emb_grad, unit, inverse)
+    return pos, neg, (emb_grad, proxy_grad)
+
+
+def _sum_own(exponents: Tensor, columns: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(1 + sum of 2^exponents) of each column, ``(n,)``, and its slopes by ln(2) exponents, ``(m,)``."""
+    largest = zeros.scatter_reduce(0, columns, exponents, "amax")
+    exponentials = (exponents - largest[columns]).exp2_()
+    largest = largest / _LOG2_E
+    rest = zeros.index_add(0, columns, exponentials).add_(largest.neg().expm1_())
+    return largest + rest.log1p(), exponentials / (1 + rest)[columns]
+
+
 class _ProxyAnchor(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -126,73 +199,3 @@ class _ProxyAnchor(torch.autograd.Function):
             grads = grads[0], None if grads[1] is None else grads[1].to(proxies.dtype)
         inputs = (embeddings, proxies, *(x for x in (pos_grad, neg_grad) if x is not None))
         return (*first_derivative_only("Proxy-Anchor", grads, inputs), None, None, None, None)
-
-
-def _walk(
-    embeddings: Tensor,
-    proxies: Tensor,
-    labels: Tensor,
-    shift: Tensor | None,
-    settings: _Settings,
-    upstream: tuple[Tensor, Tensor] | None,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Return $P_c$, $N_c$ and, given the gradients by them, ``()`` or ``(C,)``, those by embeddings and proxies."""
-    alpha, margin, normalize, _, chunk_size, shard = settings
-    labels = local_labels(labels, shard)
-    unit, inverse = unit_rows(embeddings, normalize)
-    scaled = unit * (alpha * _LOG2_E)  # exponentials to base 2 are several times faster, and as exact
-    constant = alpha * margin * _LOG2_E
-    # Cosines are bounded, so their exponentials are, unless alpha is large: then the largest need not be subtracted.
-    bounded = normalize and shift is None and alpha * (1 + abs(margin)) * _LOG2_E < 100
-    shift = None if shift is None else shift[:, None] * _LOG2_E
-    pos, neg = embeddings.new_zeros(len(proxies)), embeddings.new_empty(len(proxies))
-    emb_grad = torch.zeros_like(embeddings) if upstream is not None and needs[0] else None
-    proxy_grad = None  # in the walk's dtype: before it is scaled, float16 could not hold it
-    if upstream is not None and needs[1]:
-        proxy_grad = torch.empty_like(proxies, dtype=embeddings.dtype)
-    chunks = ProxyChunks(proxies, labels, normalize, embeddings.dtype, chunk_size, all_here=shard is None)
-    buffer = embeddings.new_empty(chunks.size if proxy_grad is not None else 0, embeddings.shape[1])
-    for chunk in chunks:
-        classes = slice(chunk.start, chunk.stop)
-        block = torch.mm(scaled, chunk.rows.T, out=chunks.block(chunk))
-        if chunk.samples is not None:
-            own = chunk.samples, chunk.columns
-            exponents = constant - block[own]
-            if shift is not None:
-                exponents += shift[chunk.samples, 0]
-            pos[classes], slopes = _sum_own(exponents, chunk.columns, pos[classes])
-            block[own] = -torch.inf
-        if shift is not None:
-            block += shift
-        if bounded:  # exp(alpha * margin) is left out of the block
-            missing = math.exp(alpha * margin)
-            rest = block.exp2_().sum(0).mul_(missing)  # the sum, with its 1, is 1 + rest
-            torch.log1p(rest, out=neg[classes])
-        else:
-            missing = 1.0
-            largest = (block.amax(0) + constant).clamp_min_(0)  # of the exponents and 0, since 1 = exp(0)
-            rest = block.sub_(largest - constant).exp2_().sum(0).add_((largest * (-1 / _LOG2_E)).expm1_())
-            torch.add(rest.log1p(), largest, alpha=1 / _LOG2_E, out=neg[classes])
-        if upstream is None:
-            continue
-        pos_grad, neg_grad = (x if x.ndim == 0 else x[classes] for x in upstream)
-        block *= alpha * missing * neg_grad / (1 + rest)
-        if chunk.samples is not None:
-            block[own] = slopes * (-alpha * (pos_grad if pos_grad.ndim == 0 else pos_grad[chunk.columns]))
-        if emb_grad is not None:
-            emb_grad.addmm_(block, chunk.rows)
-        if proxy_grad is not None:
-            write_gradient(torch.mm(block.T, unit, out=buffer[: len(chunk.rows)]), chunk, proxy_grad)
-    if emb_grad is not None and inverse is not None:
-        emb_grad = through_norm(emb_grad, unit, inverse)
-    return pos, neg, (emb_grad, proxy_grad)
-
-
-def _sum_own(exponents: Tensor, columns: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log(1 + sum of 2^exponents) of each column, ``(n,)``, and its slopes by ln(2) exponents, ``(m,)``."""
-    largest = zeros.scatter_reduce(0, columns, exponents, "amax")
-    exponentials = (exponents - largest[columns]).exp2_()
-    largest = largest / _LOG2_E
-    rest = zeros.index_add(0, columns, exponentials).add_(largest.neg().expm1_())
-    return largest + rest.log1p(), exponentials / (1 + rest)[columns]

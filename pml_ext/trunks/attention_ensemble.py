@@ -7,15 +7,15 @@ from typing import Any, Literal, get_args
 
 import timm
 import torch
-from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from pml_ext.learners import learner_similarity
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.modes import in_mode
+from pml_ext.pml_internals import ModuleWithRecords
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
 from pml_ext.trunks.model_names import check_model_name
-from pml_ext.trunks.modes import in_mode
 from pml_ext.trunks.stage_copy import copy_stage
 from pml_ext.validation import check_count
 
@@ -121,8 +121,7 @@ class AttentionEnsemble(ModuleWithRecords):
         self.num_learners = num_learners
         self.out_features = embedding_size
         self.checkpoint = checkpoint
-        self.add_to_recordable_attributes(list_of_names=["num_learners", "out_features"], is_stat=False)
-        self.add_to_recordable_attributes(name="learner_similarity", is_stat=True)
+        self.record("num_learners", "out_features", statistics=["learner_similarity"])
 
     @classmethod
     def from_backbone(
@@ -220,7 +219,7 @@ class AttentionEnsemble(ModuleWithRecords):
         learners = self.linear(self._run_head(masked))
         learners = learners.reshape(images.shape[0], self.num_learners, learners.shape[1])  # (B, M, d)
         with full_precision(images.device):  # in float16 the norm of a row of zeros would give NaN
-            learners = nn.functional.normalize(raise_half(learners), dim=2).to(learners.dtype)
+            learners = nn.functional.normalize(upcast_half(learners), dim=2).to(learners.dtype)
         embeddings: Tensor = learners.flatten(1)
         if self.collect_stats:
             self.learner_similarity = learner_similarity(embeddings, self.num_learners)

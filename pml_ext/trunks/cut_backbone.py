@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from pml_ext.trunks.modes import in_mode
+from pml_ext.modes import in_mode
 
 
 def cut_backbone(model: nn.Module, split: str) -> tuple[fx.GraphModule, fx.GraphModule]:

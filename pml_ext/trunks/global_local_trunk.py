@@ -4,10 +4,10 @@ from typing import Any, get_args
 
 import timm
 import torch
-from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.pml_internals import ModuleWithRecords
+from pml_ext.precision import full_precision, upcast_half
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
 from pml_ext.trunks.model_names import check_model_name, count_levels
 from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style
@@ -98,7 +98,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
         ]
         self.local_head, self.global_head = heads
         self.local_level, self.global_level = local_level, global_level
-        self.add_to_recordable_attributes(list_of_names=["out_features", "local_level", "global_level"], is_stat=False)
+        self.record("out_features", "local_level", "global_level")
 
     def forward(self, images: Tensor, return_branches: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return the embeddings.
@@ -111,7 +111,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
         maps = self.feature_maps(images)
         halves = [head(features) for head, features in zip((self.local_head, self.global_head), maps, strict=True)]
         with full_precision(images.device):  # in float16 the norm of a row of zeros would give NaN
-            embeddings = nn.functional.normalize(raise_half(torch.cat(halves, 1))).to(halves[0].dtype)
+            embeddings = nn.functional.normalize(upcast_half(torch.cat(halves, 1))).to(halves[0].dtype)
         if return_branches:
             local, glob = embeddings.chunk(2, 1)
             return local, glob

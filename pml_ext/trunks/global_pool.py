@@ -3,10 +3,10 @@
 from typing import Any, Literal, get_args
 
 import torch
-from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from pml_ext.precision import full_precision, raise_half
+from pml_ext.pml_internals import ModuleWithRecords
+from pml_ext.precision import full_precision, upcast_half
 
 PoolType = Literal["avg", "max", "avg+max", "gem"]
 
@@ -51,7 +51,7 @@ class GlobalPool2d(ModuleWithRecords):
         self.pool_type = pool_type
         self.eps = eps
         self.p = nn.Parameter(torch.full((1,), float(p))) if pool_type == "gem" else None
-        self.add_to_recordable_attributes(name="eps", is_stat=False)
+        self.record("eps")
 
     def forward(self, features: Tensor) -> Tensor:
         if features.ndim != 4 or not features.shape[2] * features.shape[3]:
@@ -64,7 +64,7 @@ class GlobalPool2d(ModuleWithRecords):
             return features.mean((2, 3)) + features.amax((2, 3))
         assert self.p is not None
         with full_precision(features.device):  # powers overflow half precision
-            x = raise_half(features)
+            x = upcast_half(features)
             p = self.p.to(x.dtype)
             return x.clamp_min(self.eps).pow(p).mean((2, 3)).pow(1 / p).to(features.dtype)
 

@@ -3,13 +3,13 @@
 from typing import Literal, get_args
 
 import torch
-from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from pml_ext.graphs import check_edge_index, check_mini_batches, complete_graph
+from pml_ext.graphs import complete_graph
+from pml_ext.modes import in_mode
+from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.trunks.attention_layer import Attention, AttentionLayer, DotAttention
-from pml_ext.trunks.modes import in_mode
-from pml_ext.validation import _check_embeddings, check_count
+from pml_ext.validation import check_count, check_edge_index, check_embeddings, check_mini_batches
 
 Output = Literal["last", "cat", "every"]
 
@@ -120,8 +120,7 @@ class IntraBatchRefiner(ModuleWithRecords):
         self.layers = nn.ModuleList(
             AttentionLayer(embedding_size, heads, attention, dropout, null_message) for _ in range(num_layers)
         )
-        self.add_to_recordable_attributes(list_of_names=["in_features", "num_layers", "heads"], is_stat=False)
-        self.add_to_recordable_attributes(list_of_names=["self_weight", "null_weight"], is_stat=True)
+        self.record("in_features", "num_layers", "heads", statistics=["self_weight", "null_weight"])
 
     def reset_parameters(self) -> None:
         """Draw all parameters afresh."""
@@ -183,7 +182,7 @@ class IntraBatchRefiner(ModuleWithRecords):
             self.null_weight = 1 - weights.sum(2).mean().item()
 
     def _check(self, embeddings: Tensor, edge_index: Tensor | None, batch: Tensor | None) -> None:
-        _check_embeddings("embeddings", embeddings, self.in_features)
+        check_embeddings("embeddings", embeddings, self.in_features)
         if edge_index is not None:
             check_edge_index(edge_index, len(embeddings))
         if batch is not None:

@@ -4,8 +4,9 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
-from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
+
+from pml_ext.pml_internals import ModuleWithRecords
 
 Style = Literal["printed", "solar", "normalized"]
 
@@ -100,10 +101,7 @@ class SecondOrderAttention(ModuleWithRecords):
             norm = nn.BatchNorm2d(in_features)
             nn.init.zeros_(norm.weight)
             self.norm = norm
-        self.add_to_recordable_attributes(
-            list_of_names=["in_features", "reduction", "zeta", "attention_scale"], is_stat=False
-        )
-        self.add_to_recordable_attributes(name="attention_entropy", is_stat=True)
+        self.record("in_features", "reduction", "zeta", "attention_scale", statistics=["attention_entropy"])
 
     def forward(self, features: Tensor) -> Tensor:
         self._check(features)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, fx, nn
 
-from pml_ext.trunks.modes import in_mode
+from pml_ext.modes import in_mode
 
 
 @torch.no_grad()

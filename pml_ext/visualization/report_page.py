@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import NamedTuple
 
-from pml_ext import __version__
+from pml_ext.version import __version__
 
 MAX_CLASS_ROWS = 2000
 _MAX_NAMES = 200  # of left-out classes

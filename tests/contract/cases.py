@@ -113,8 +113,7 @@ CASES = {
         lambda **kw: make_intra_batch_loss(loss=HybridLoss(NUM_CLASSES, SIZE), **kw),
         OF_LOSSES | PROXIES_ALONE | IN_CHUNKS,
         without_pairs=lambda loss_func, emb: (
-            0.03 * loss_func.refined_losses["shared"].proxy_loss(loss_func.refine(emb), LABELS)
-            + loss_func.raw_loss(emb, LABELS)
+            0.03 * loss_func.refined_loss.proxy_loss(loss_func.refine(emb), LABELS) + loss_func.raw_loss(emb, LABELS)
         ),
     ),
 }

@@ -130,7 +130,7 @@ def others(rank, world, rows, splits):
     # every rank draws its own parameters; those of the first rank hold
     torch.manual_seed(100 + rank)
     loss_func = IntraBatchLoss(NUM_CLASSES, SIZE)
-    loss_func.norms["layer_0"].running_mean.normal_()
+    loss_func.norm.running_mean.normal_()
     DistributedLossWrapper(loss_func)
     gathered["broadcast"] = {name: x.clone() for name, x in loss_func.state_dict().items()}
     torch.manual_seed(100)
@@ -382,7 +382,7 @@ def test_parameters_and_buffers_are_those_of_the_first_rank(gathered):
             assert torch.equal(x, gathered[0]["broadcast"][name])
             if "running_mean" not in name:
                 assert torch.equal(x, one["first rank's"][name]), name
-    assert gathered[0]["broadcast"]["norms.layer_0.running_mean"].any()
+    assert gathered[0]["broadcast"]["norm.running_mean"].any()
 
 
 @pytest.mark.parametrize("key", [("miner", "hard"), ("miner", "random"), ("refs", True), ("refs", False)], ids=str)

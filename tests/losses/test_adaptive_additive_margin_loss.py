@@ -16,7 +16,7 @@ from pytorch_metric_learning.reducers import (
 )
 
 from pml_ext.losses import AdaptiveAdditiveMarginLoss
-from pml_ext.streaming import class_distances as class_distances_module
+from pml_ext.streaming import class_margins as class_margins_module
 
 NUM_CLASSES, SIZE = 6, 5
 EMB = torch.randn(9, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -232,12 +232,12 @@ def test_numpy_and_integer_descriptions():
 def test_largest_distance_by_sample(monkeypatch):
     """Above the limit it is that of a sample, the same in every call; below it is exact, whatever the chunks."""
     text = torch.randn(40, 3, dtype=torch.float64)
-    rows, _ = class_distances_module.prepare_embeddings(text, "euclidean", True)
+    rows, _ = class_margins_module.prepare_embeddings(text, 40, "euclidean", True)
     assert torch.cdist(rows, rows).max().item() == pytest.approx(1)
-    monkeypatch.setattr(class_distances_module, "_ROWS", 7)
-    torch.testing.assert_close(class_distances_module.prepare_embeddings(text, "euclidean", True)[0], rows)
-    monkeypatch.setattr(class_distances_module, "_MOST_EXACT", 10)
-    sampled, same = (class_distances_module.prepare_embeddings(text, "euclidean", True)[0] for _ in range(2))
+    monkeypatch.setattr(class_margins_module, "_ROWS", 7)
+    torch.testing.assert_close(class_margins_module.prepare_embeddings(text, 40, "euclidean", True)[0], rows)
+    monkeypatch.setattr(class_margins_module, "_MOST_EXACT", 10)
+    sampled, same = (class_margins_module.prepare_embeddings(text, 40, "euclidean", True)[0] for _ in range(2))
     assert torch.equal(sampled, same)
     assert 1 < torch.cdist(sampled, sampled).max() < 5
 

@@ -15,23 +15,22 @@ EMB[3, D : 2 * D] = -2 * EMB[3, :D]  # opposite ones
 LABELS = torch.arange(7) // 2
 
 
-def reference(emb, margin, mean):
+def reference(emb, margin):
     """The formula with loops; shares no code with the package and uses no torch."""
     losses = []
     for row in emb.reshape(len(emb), M, D):
         unit = [b / np.linalg.norm(b) for b in row]
         hinges = [max(0.0, margin - np.sum((unit[p] - unit[q]) ** 2)) for q in range(M) for p in range(q)]
-        losses.append(np.mean(hinges) if mean else np.sum(hinges))
+        losses.append(np.sum(hinges))
     return np.mean(losses)
 
 
 @pytest.mark.parametrize("margin", [0.5, 1.0, 3.5])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("make", [DivergenceLoss, DivergenceRegularizer])
-def test_matches_reference(make, reduction, margin, device):
-    expected = reference(EMB.numpy(), margin, reduction == "mean")
+def test_matches_reference(make, margin, device):
+    expected = reference(EMB.numpy(), margin)
     assert expected > 0
-    actual = make(M, margin, reduction).to(device)(EMB.to(device))
+    actual = make(M, margin).to(device)(EMB.to(device))
     assert actual.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -50,10 +49,9 @@ def test_hand_computed(second, expected):
     assert DivergenceLoss(num_learners=2)(emb).item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_gradcheck(reduction):
+def test_gradcheck():
     emb = torch.cat([EMB[:1], EMB[2:]]).requires_grad_()  # the hinge has a kink nowhere near
-    loss_func = DivergenceLoss(M, margin=1.9, reduction_over_pairs=reduction)
+    loss_func = DivergenceLoss(M, margin=1.9)
     assert torch.autograd.grad(loss_func(emb), emb)[0].any()
     assert torch.autograd.gradcheck(loss_func, emb)
     assert torch.autograd.gradgradcheck(loss_func, emb)
@@ -94,10 +92,9 @@ def test_slices_of_zeros_get_no_gradient(make):
 
 def test_one_learner_has_no_pair():
     emb = EMB.clone().requires_grad_()
-    for reduction in ("sum", "mean"):
-        loss = DivergenceLoss(1, reduction_over_pairs=reduction)(emb)
-        assert loss == 0
-        loss.backward()
+    loss = DivergenceLoss(1)(emb)
+    assert loss == 0
+    loss.backward()
     assert not emb.grad.any()
 
 
@@ -147,7 +144,6 @@ def test_learners_are_compared_in_one_product():
         ({"num_learners": 2.0}, r"num_learners must be an integer >= 1, got 2\.0"),
         ({"margin": 0.0}, r"margin must be > 0 and finite, got 0\.0"),
         ({"margin": float("nan")}, "margin must be > 0 and finite, got nan"),
-        ({"reduction_over_pairs": "max"}, "reduction_over_pairs must be one of sum, mean, got 'max'"),
     ],
 )
 def test_bad_arguments(make, kwargs, message):

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -33,10 +34,10 @@ def make(refined_by=None, **kwargs):
         kwargs["refiner"] = refiner() if refined_by is None else refined_by
     loss_func = IntraBatchLoss(NUM_CLASSES, SIZE, **kwargs).double()
     with torch.no_grad():
-        for p in loss_func.refined_losses.parameters():
+        for p in loss_func.refined_loss.parameters() if loss_func.refined_loss is not None else ():
             p.mul_(100)  # the start is so small that nothing would show
-        for norm in loss_func.norms.values():
-            norm.weight.normal_()
+        if loss_func.norm is not None:
+            loss_func.norm.weight.normal_()
     return loss_func
 
 
@@ -49,8 +50,8 @@ def test_value_from_its_parts():
     loss_func = make(temperature=0.3)
     refined = loss_func.refiner(EMB / EMB.norm(dim=1, keepdim=True))
     mean, var = refined.mean(0), refined.var(0, unbiased=False)
-    normal = (refined - mean) / (var + 1e-5).sqrt() * loss_func.norms["layer_0"].weight
-    logits = normal @ loss_func.refined_losses["layer_0"].weight.T
+    normal = (refined - mean) / (var + 1e-5).sqrt() * loss_func.norm.weight
+    logits = normal @ loss_func.refined_loss.weight.T
     raw = EMB @ loss_func.raw_loss.weight.T + loss_func.raw_loss.bias
     torch.testing.assert_close(loss_func(EMB, LABELS), smoothed(logits / 0.3) + smoothed(raw / 0.3))
     torch.testing.assert_close(loss_func.refine(EMB), refined)
@@ -100,7 +101,7 @@ def test_parts_that_are_off_are_not_there():
 
 def test_bias_of_the_batch_norm_stays_zero():
     loss_func = make()
-    norm = loss_func.norms["layer_0"]
+    norm = loss_func.norm
     assert not norm.bias.requires_grad
     optimizer = torch.optim.Adam(loss_func.parameters(), lr=0.1)
     for _ in range(3):
@@ -112,25 +113,20 @@ def test_bias_of_the_batch_norm_stays_zero():
 
 def test_start_of_the_classifier():
     loss_func = IntraBatchLoss(200, 64)
-    classifier = loss_func.refined_losses["layer_0"]
+    classifier = loss_func.refined_loss
     assert classifier.weight.std().item() == pytest.approx(0.001, rel=0.05)
     assert classifier.bias is None
     assert loss_func.refiner.heads == 2
     assert loss_func.refiner.num_layers == 1
 
 
-@pytest.mark.parametrize("output", ["last", "cat", "every"])
+@pytest.mark.parametrize("output", ["last", "cat"])
 def test_outputs_of_the_refiner(output):
     loss_func = make(refiner(num_layers=3, output=output), raw_weight=0)
     refined = loss_func.refine(EMB)
-    outputs = refined if output == "every" else [refined]
-    names = [f"layer_{i}" for i in range(3 if output == "every" else 1)]
-    assert list(loss_func.norms) == list(loss_func.refined_losses) == names
-    expected = []
-    for name, x in zip(names, outputs, strict=True):
-        normal = nn.functional.batch_norm(x, None, None, loss_func.norms[name].weight, training=True)
-        expected.append(smoothed(normal @ loss_func.refined_losses[name].weight.T / 0.2))
-    torch.testing.assert_close(loss_func(EMB, LABELS), sum(expected) / len(expected))
+    assert refined.shape[1] == (3 * SIZE if output == "cat" else SIZE)
+    normal = nn.functional.batch_norm(refined, None, None, loss_func.norm.weight, training=True)
+    torch.testing.assert_close(loss_func(EMB, LABELS), smoothed(normal @ loss_func.refined_loss.weight.T / 0.2))
 
 
 def inner_losses(size=SIZE):
@@ -143,19 +139,15 @@ def inner_losses(size=SIZE):
     }
 
 
-@pytest.mark.parametrize("output", ["last", "cat", "every"])
+@pytest.mark.parametrize("output", ["last", "cat"])
 @pytest.mark.parametrize("name", inner_losses())
 def test_any_loss_on_refined_embeddings(name, output):
     size = 2 * SIZE if output == "cat" else SIZE
     loss_func = make(refiner(num_layers=2, output=output), loss=inner_losses(size)[name](), raw_weight=0)
-    inner = loss_func.refined_losses["shared"]
-    refined = loss_func.refine(EMB)
-    outputs = refined if output == "every" else [refined]
-    expected = sum(inner(x, LABELS) for x in outputs) / len(outputs)
-    torch.testing.assert_close(loss_func(EMB, LABELS), expected)
+    torch.testing.assert_close(loss_func(EMB, LABELS), loss_func.refined_loss(loss_func.refine(EMB), LABELS))
     loss_func(EMB, LABELS).backward()
     assert all(p.grad is not None for p in loss_func.parameters())
-    assert not loss_func.norms
+    assert loss_func.norm is None
 
 
 def test_any_loss_on_raw_embeddings():
@@ -175,14 +167,14 @@ def test_ensembles_of_it():
         assert a.ndim == 1 or not torch.equal(a, b)
     for child in (first, second):
         assert child.refiner.layers[0].attend.query.weight.abs().max() > 0.27  # (6 / 64)^0.5 = 0.31; Linear's: 0.18
-        assert child.refined_losses["layer_0"].weight.std() < 0.002
+        assert child.refined_loss.weight.std() < 0.002
     assert loss_func(torch.randn(9, 64), LABELS) > 0
 
 
 def test_miner_reaches_both_parts():
     loss_func = make(loss=LabelSmoothingCrossEntropyLoss(NUM_CLASSES, SIZE))
     mined = miners.BatchHardMiner()(EMB, LABELS)
-    expected = loss_func.refined_losses["shared"](loss_func.refine(EMB), LABELS, mined)
+    expected = loss_func.refined_loss(loss_func.refine(EMB), LABELS, mined)
     expected = expected + loss_func.raw_loss(EMB, LABELS, mined)
     torch.testing.assert_close(loss_func(EMB, LABELS, mined), expected)
 
@@ -193,8 +185,8 @@ def test_eval_is_deterministic():
     loss_func.eval()
     loss = loss_func(EMB, LABELS)
     assert loss == loss_func(EMB, LABELS) > 0
-    norm = loss_func.norms["layer_0"]
-    logits = norm(loss_func.refine(EMB)) @ loss_func.refined_losses["layer_0"].weight.T
+    norm = loss_func.norm
+    logits = norm(loss_func.refine(EMB)) @ loss_func.refined_loss.weight.T
     expected = smoothed(logits / 0.2) + smoothed(loss_func.get_logits(EMB))
     torch.testing.assert_close(loss, expected)
 
@@ -203,11 +195,11 @@ def test_eval_is_deterministic():
 def test_batch_of_one(null_message):
     """Running statistics stand in for those of the batch, and are not changed."""
     loss_func = make(refiner(null_message=null_message)).train()
-    before = copy.deepcopy(loss_func.norms.state_dict())
+    before = copy.deepcopy(loss_func.norm.state_dict())
     loss = loss_func(EMB[:1], LABELS[:1])
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in loss_func.parameters() if p.requires_grad)
-    assert all(torch.equal(x, before[name]) for name, x in loss_func.norms.state_dict().items())
+    assert all(torch.equal(x, before[name]) for name, x in loss_func.norm.state_dict().items())
     torch.testing.assert_close(loss_func.eval()(EMB[:1], LABELS[:1]), loss)
 
 
@@ -238,11 +230,16 @@ def test_refiner_without_parameters_and_double_embeddings():
         out_features = SIZE
 
         def forward(self, embeddings):
-            return (embeddings + embeddings.mean(0),)
+            return embeddings + embeddings.mean(0)
+
+    class Several(Mean):
+        def forward(self, embeddings):
+            return [embeddings, embeddings]
 
     loss = IntraBatchLoss(NUM_CLASSES, SIZE, Mean())(EMB, LABELS)
     assert loss > 0
-    assert list(IntraBatchLoss(NUM_CLASSES, SIZE, Mean()).norms) == ["layer_0"]
+    with pytest.raises(TypeError, match="refiner must return one tensor, got list"):
+        IntraBatchLoss(NUM_CLASSES, SIZE, Several())(EMB, LABELS)
 
 
 def test_half_parameters_are_refused():
@@ -254,25 +251,24 @@ def test_odd_width():
     assert IntraBatchLoss(NUM_CLASSES, 7)(EMB[:, :7], LABELS) > 0
 
 
-@pytest.mark.parametrize("output", ["last", "every"])
-def test_released_weights(output):
+def test_released_weights():
     """Random weights under the authors' names."""
-    donor = make(refiner(num_layers=2, output=output))
+    donor = make(refiner(num_layers=2))
     released = {}
     for name, x in donor.state_dict().items():
         if name.startswith("refiner."):
             name = name.removeprefix("refiner.")
             for theirs, ours in _IBC_NAMES.items():
                 name = name.replace(ours, theirs)
-        elif name.startswith("norms.layer_"):
-            name = "bottleneck." + name.removeprefix("norms.layer_")
-        elif name.startswith("refined_losses.layer_"):
-            name = "fc." + name.removeprefix("refined_losses.layer_")
+        elif name.startswith("norm."):
+            name = "bottleneck.0." + name.removeprefix("norm.")
+        elif name.startswith("refined_loss."):
+            name = "fc.0." + name.removeprefix("refined_loss.")
         else:
             continue
         released[name] = x
     assert {"bottleneck.0.running_mean", "fc.0.weight", "dim_red.bias"} <= set(released)
-    other = IntraBatchLoss(NUM_CLASSES, SIZE, refiner(num_layers=2, output=output)).double()
+    other = IntraBatchLoss(NUM_CLASSES, SIZE, refiner(num_layers=2)).double()
     raw = other.raw_loss.weight.clone()
     other.load_released(released)
     assert torch.equal(other.raw_loss.weight, raw)
@@ -280,6 +276,25 @@ def test_released_weights(output):
     torch.testing.assert_close(other(EMB, LABELS), donor(EMB, LABELS))
     with pytest.raises(RuntimeError, match=r"refiner\.layers\.0\.norm1\.weight"):
         other.load_released({k: x for k, x in released.items() if "layers.0.norm1.weight" not in k})
+    with pytest.raises(RuntimeError, match=r"fc\.1\.weight"):  # of a classifier for another layer
+        other.load_released(released | {"fc.1.weight": released["fc.0.weight"]})
+
+
+@pytest.mark.parametrize("inner", [None, "shared"])
+def test_state_dicts_of_the_first_version(inner):
+    kwargs = {} if inner is None else {"loss": HybridLoss(NUM_CLASSES, SIZE)}
+    donor = make(**kwargs)
+    old_part = "layer_0" if inner is None else inner
+    old = {
+        re.sub(r"^refined_loss\.", f"refined_losses.{old_part}.", re.sub(r"^norm\.", "norms.layer_0.", name)): x
+        for name, x in donor.state_dict().items()
+    }
+    assert old.keys() != donor.state_dict().keys()
+    torch.manual_seed(1)
+    other = IntraBatchLoss(NUM_CLASSES, SIZE, refiner(), **kwargs).double()
+    wrapped = nn.ModuleDict({"metric_loss": other})
+    wrapped.load_state_dict({f"metric_loss.{name}": x for name, x in old.items()})
+    torch.testing.assert_close(other(EMB, LABELS), donor(EMB, LABELS))
 
 
 def test_statistics():

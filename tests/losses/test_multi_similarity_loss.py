@@ -188,7 +188,7 @@ def test_bad_arguments(kwargs, message):
 
 
 def test_bad_pairs():
-    with pytest.raises(ValueError, match="labels and indices_tuple cannot both be None"):
+    with pytest.raises(ValueError, match="labels or indices_tuple must be given, got None for both"):
         MultiSimilarityLoss()(EMB)
     both = tuple(torch.tensor([i]) for i in (0, 1, 0, 1))
     with pytest.raises(ValueError, match=r"a pair as positive or as negative, got \(0, 1\) as both"):

@@ -171,7 +171,7 @@ def test_the_refiner_of_a_combination_learns_at_its_own_rate():
     made = tiny("combined", refiner_lr=0.5, proxy_lr=0.25, lr=0.125)
     rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
     assert {rates[id(p)] for p in made.loss.refiner.parameters()} == {0.5}
-    assert {rates[id(p)] for p in made.loss.refined_losses.parameters()} == {0.5}
+    assert {rates[id(p)] for p in made.loss.refined_loss.parameters()} == {0.5}
     assert {rates[id(p)] for p in made.loss.raw_loss.parameters()} == {0.25}
     assert {rates[id(p)] for p in made.trunk.parameters()} == {0.125}
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torchvision.models import googlenet
 
+from pml_ext.modes import in_mode
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
-from pml_ext.trunks.modes import in_mode
 
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 CUTS = {

@@ -18,14 +18,13 @@ def make_embeddings(dtype):
     return embeddings.to(TEST_DEVICE).type(dtype)
 
 
-def loss_of_one_sample(embedding, margin, reduction_over_pairs):
+def loss_of_one_sample(embedding, margin):
     learners = [x / torch.norm(x) for x in embedding.double().split(SIZE)]
-    hinges = []
+    total = 0
     for i in range(NUM_LEARNERS):
         for j in range(i):
-            hinges.append(max(0, margin - torch.sum((learners[i] - learners[j]) ** 2)))
-    total = sum(hinges)
-    return total if reduction_over_pairs == "sum" else total / len(hinges)
+            total += max(0, margin - torch.sum((learners[i] - learners[j]) ** 2))
+    return total
 
 
 class TestDivergenceLoss(unittest.TestCase):
@@ -33,31 +32,23 @@ class TestDivergenceLoss(unittest.TestCase):
         for dtype in TEST_DTYPES:
             rtol = 1e-2 if dtype == torch.float16 else 1e-5
             for margin in [0.5, 1, 3.5]:
-                for reduction_over_pairs in ["sum", "mean"]:
-                    loss_func = DivergenceLoss(
-                        NUM_LEARNERS, margin, reduction_over_pairs
-                    )
-                    embeddings = make_embeddings(dtype).requires_grad_()
-                    loss = loss_func(embeddings)
-                    loss.backward()
+                embeddings = make_embeddings(dtype).requires_grad_()
+                loss = DivergenceLoss(NUM_LEARNERS, margin)(embeddings)
+                loss.backward()
 
-                    copy = embeddings.detach().double().requires_grad_()
-                    correct_loss = sum(
-                        loss_of_one_sample(x, margin, reduction_over_pairs)
-                        for x in copy
-                    ) / len(copy)
-                    correct_loss.backward()
+                copy = embeddings.detach().double().requires_grad_()
+                correct_loss = sum(loss_of_one_sample(x, margin) for x in copy)
+                correct_loss = correct_loss / len(copy)
+                correct_loss.backward()
 
-                    self.assertTrue(correct_loss > 0)
-                    self.assertTrue(loss.dtype == dtype)
-                    self.assertTrue(
-                        torch.isclose(loss.double(), correct_loss, rtol=rtol)
+                self.assertTrue(correct_loss > 0)
+                self.assertTrue(loss.dtype == dtype)
+                self.assertTrue(torch.isclose(loss.double(), correct_loss, rtol=rtol))
+                self.assertTrue(
+                    torch.allclose(
+                        embeddings.grad.double(), copy.grad, rtol=rtol, atol=rtol
                     )
-                    self.assertTrue(
-                        torch.allclose(
-                            embeddings.grad.double(), copy.grad, rtol=rtol, atol=rtol
-                        )
-                    )
+                )
 
     def test_computed_by_hand(self):
         for dtype in TEST_DTYPES:
@@ -83,14 +74,11 @@ class TestDivergenceLoss(unittest.TestCase):
 
     def test_one_learner(self):
         for dtype in TEST_DTYPES:
-            for reduction_over_pairs in ["sum", "mean"]:
-                embeddings = make_embeddings(dtype).requires_grad_()
-                loss = DivergenceLoss(1, reduction_over_pairs=reduction_over_pairs)(
-                    embeddings
-                )
-                loss.backward()
-                self.assertEqual(loss.item(), 0)
-                self.assertTrue(torch.all(embeddings.grad == 0))
+            embeddings = make_embeddings(dtype).requires_grad_()
+            loss = DivergenceLoss(1, collect_stats=True)(embeddings)
+            loss.backward()
+            self.assertEqual(loss.item(), 0)
+            self.assertTrue(torch.all(embeddings.grad == 0))
 
     def test_labels_are_ignored(self):
         for dtype in TEST_DTYPES:
@@ -123,7 +111,6 @@ class TestDivergenceLoss(unittest.TestCase):
         for kwargs in [
             {"num_learners": 0},
             {"num_learners": 2, "margin": 0},
-            {"num_learners": 2, "reduction_over_pairs": "max"},
             {"num_learners": 2, "distance": None},
         ]:
             with self.assertRaises(ValueError):

@@ -13,10 +13,9 @@ class DivergenceLoss(BaseMetricLossFunction):
         num_learners: The number of slices that an embedding consists of.
         margin: A squared distance of unit vectors, between 0 and 4.
                 Two learners of a sample are pushed while they are nearer than that.
-        reduction_over_pairs: "sum" or "mean" over the pairs of learners of a sample.
     """
 
-    def __init__(self, num_learners, margin=1, reduction_over_pairs="sum", **kwargs):
+    def __init__(self, num_learners, margin=1, **kwargs):
         if "distance" in kwargs:
             raise ValueError("DivergenceLoss compares learners and takes no distance")
         super().__init__(**kwargs)
@@ -24,15 +23,8 @@ class DivergenceLoss(BaseMetricLossFunction):
             raise ValueError("num_learners must be >= 1, got {}".format(num_learners))
         if margin <= 0:
             raise ValueError("margin must be > 0, got {}".format(margin))
-        if reduction_over_pairs not in ("sum", "mean"):
-            raise ValueError(
-                "reduction_over_pairs must be 'sum' or 'mean', got {!r}".format(
-                    reduction_over_pairs
-                )
-            )
         self.num_learners = num_learners
         self.margin = margin
-        self.reduction_over_pairs = reduction_over_pairs
         self.num_pairs = num_learners * (num_learners - 1) // 2
         self.add_to_recordable_attributes(
             list_of_names=["num_learners", "margin"], is_stat=False
@@ -47,8 +39,6 @@ class DivergenceLoss(BaseMetricLossFunction):
         # the squared distance of unit vectors is 2 - 2 * cosine
         losses = torch.nn.functional.relu(self.margin - 2 + 2 * cosines)
         losses = torch.sum(torch.triu(losses, diagonal=1), dim=(1, 2))
-        if self.reduction_over_pairs == "mean":
-            losses = losses / max(self.num_pairs, 1)
         return {
             "loss": {
                 "losses": losses,

@@ -1,9 +1,36 @@
-"""Gradients that are computed by hand and cannot be differentiated again."""
+"""Gradients by hand: through the normalisation of rows, and of first order only."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_EPS = 1e-12  # torch.nn.functional.normalize's
+
+
+def inverse_norm(x: Tensor) -> Tensor:
+    """Return 1 / |x| of each row, ``(N, 1)``; 1e12 for a row of zeros, as ``torch.nn.functional.normalize`` has it."""
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(_EPS).reciprocal()
+
+
+def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Return x / |x| and 1 / |x|, or x and None."""
+    if not normalize:
+        return x, None
+    inverse = inverse_norm(x)
+    return x * inverse, inverse
+
+
+def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Return the gradient by x, given the gradient by x / |x|.
+
+    Args:
+        grad: ``(N, D)``.
+        unit: x / |x|, ``(N, D)``.
+        inverse: 1 / |x|, ``(N, 1)``.
+    """
+    along = (grad * unit).sum(1, keepdim=True)
+    return torch.addcmul(grad, unit, along, value=-1) * inverse
 
 
 def first_derivative_only(name: str, grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> list[Any]:

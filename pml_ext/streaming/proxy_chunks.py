@@ -1,16 +1,55 @@
-"""A walk over many proxies, a chunk at a time, in buffers that stay in the cache."""
+"""A walk over many proxies, a chunk at a time, in buffers that stay in the cache; some may be elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pml_ext.streaming.norms import inverse_norm
+from pml_ext.streaming.gradients import inverse_norm
 
 _BLOCK = {"cpu": 2**18, "cuda": 2**23}  # numbers in a block: 1 MB, about a core's cache, and 32 MB
 _SMALLEST = 512  # below, the calls cost more than the cache saves
+
+
+class Shard(NamedTuple):
+    """Which classes are here, and how to add up what all shards have found.
+
+    Attributes:
+        first: The first class that is here.
+        num_classes: How many there are in all.
+        sum: Returns the sum over all shards of a tensor that each has.
+        max: Likewise the largest.
+    """
+
+    first: int
+    num_classes: int
+    sum: Callable[[Tensor], Tensor]
+    max: Callable[[Tensor], Tensor]
+
+
+def rows_here(table: Tensor, labels: Tensor, shard: Shard | None) -> Tensor:
+    """Return the rows of a table that belong to labels, ``(B, ...)``; zeros for classes that are elsewhere.
+
+    Args:
+        table: ``(n, ...)``, the rows of the classes that are here.
+        labels: ``(B,)``, int64, of all classes.
+        shard: None: all classes are here.
+    """
+    if shard is None:
+        return table[labels]
+    here = labels - shard.first
+    inside = (here >= 0) & (here < len(table))
+    rows = table.new_zeros(len(labels), *table.shape[1:])
+    rows[inside] = table[here[inside]]
+    return rows
+
+
+def rows_of(table: Tensor, labels: Tensor, shard: Shard | None) -> Tensor:
+    """Return the rows that belong to labels, ``(B, ...)``, from whatever shard has them."""
+    rows = rows_here(table, labels, shard)
+    return rows if shard is None else shard.sum(rows)
 
 
 class Chunk(NamedTuple):
@@ -38,11 +77,11 @@ class ProxyChunks:
 
     Args:
         proxies: ``(C, D)``, floating point.
-        labels: ``(B,)``, int64, on the same device. Samples of labels outside of 0 to C - 1 belong to no proxy here.
+        labels: ``(B,)``, int64, on the same device.
         normalize: Whether to scale proxies to length 1.
         dtype: What to compute in.
         chunk_size: Proxies in a chunk. None: as many as keep a block of ``(B, n)`` or ``(n, D)`` in the cache.
-        all_here: Whether all labels lie in 0 to C - 1.
+        shard: Which classes the proxies are. None: all.
 
     Raises:
         ValueError: If ``chunk_size`` is no integer >= 1.
@@ -55,11 +94,12 @@ class ProxyChunks:
         normalize: bool,
         dtype: torch.dtype,
         chunk_size: int | None = None,
-        all_here: bool = True,
+        shard: Shard | None = None,
     ) -> None:
         check_chunk_size(chunk_size)
-        self.all_here = all_here
-        self.proxies, self.labels, self.normalize, self.dtype = proxies, labels, normalize, dtype
+        self.all_here = shard is None
+        self.labels = labels if shard is None else labels - shard.first  # outside of 0 to C - 1: elsewhere
+        self.proxies, self.dtype = proxies, dtype
         size = chunk_size or auto_chunk_size(len(labels), proxies.shape[1], proxies.device)
         self.size = max(1, min(size, len(proxies)))
         self._block = proxies.new_empty(len(labels) * self.size, dtype=dtype)
@@ -106,14 +146,6 @@ def check_chunk_size(chunk_size: int | None) -> None:
     """
     if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
         raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size}")
-
-
-def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Return x / |x| and 1 / |x|, or x and None."""
-    if not normalize:
-        return x, None
-    inverse = inverse_norm(x)
-    return x * inverse, inverse
 
 
 def write_gradient(grad: Tensor, chunk: Chunk, out: Tensor) -> None:

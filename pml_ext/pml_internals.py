@@ -1,0 +1,115 @@
+"""What this package uses of PML beyond its public face: all that another version of PML would change is here.
+
+PML 2.9 has no public base for networks, and its losses have hooks that PML 3, by its documentation, has not: records of
+settings and statistics, names of sub-losses, reduction types, regularizers that a base class finds by name.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.losses import mixins as pml_mixins
+from pytorch_metric_learning.reducers import MultipleReducers
+from pytorch_metric_learning.regularizers import BaseRegularizer as PmlRegularizer
+from pytorch_metric_learning.utils import module_with_records as pml_records
+from torch import Tensor
+
+from pml_ext.types import LossDict
+
+
+class _Records:
+    """Settings and statistics that PML's record keeper writes down."""
+
+    def record(self, *settings: str, statistics: Sequence[str] = ()) -> None:
+        """Name attributes to be recorded: settings always, statistics (0 at each forward) with ``collect_stats``."""
+        recordable: Any = self
+        recordable.add_to_recordable_attributes(list_of_names=settings, is_stat=False)
+        recordable.add_to_recordable_attributes(list_of_names=statistics, is_stat=True)
+
+
+class ModuleWithRecords(_Records, pml_records.ModuleWithRecords):
+    """The base of networks: PML's trainers and record keepers know it."""
+
+
+class Regularizer(_Records, PmlRegularizer):
+    """The base of regularizers."""
+
+
+class LossFunction(_Records, BaseMetricLossFunction):
+    """The base of losses: what PML's own base asks of them, in the words of this package.
+
+    Attributes:
+        sub_losses: Names of what ``compute_loss`` returns.
+    """
+
+    sub_losses: tuple[str, ...] = ("loss",)
+
+    def _sub_loss_names(self) -> list[str]:
+        return [*self.sub_losses]
+
+    def clear_statistics(self) -> None:
+        """Set the statistics to 0, as each forward begins."""
+        self.reset_stats()
+
+    def reduce_terms(self, terms: LossDict, embeddings: Tensor, labels: Tensor | None) -> Any:
+        """Add the embeddings' regularization to the terms and return what the reducer makes of them.
+
+        Args:
+            terms: What ``compute_loss`` has returned.
+            embeddings: ``(B, D)``.
+            labels: What the indices of the terms count.
+        """
+        self.add_embedding_regularization_to_loss_dict(terms, embeddings)
+        return self.reducer(terms, embeddings, labels)
+
+    def set_reducer(self, reducer: Any) -> None:
+        """Set the reducer as PML does, but refuse a ``MultipleReducers`` with keys that are no sub-loss."""
+        if isinstance(reducer, MultipleReducers):
+            unknown = sorted(set(reducer.reducers) - set(self.sub_loss_names()))
+            if unknown:
+                names = ", ".join(self.sub_loss_names())
+                raise ValueError(f"reducer must have keys among the sub-losses {names}, got {', '.join(unknown)}")
+        super().set_reducer(reducer)
+
+    def extra_repr(self) -> str:
+        """Show the recorded settings."""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in getattr(self, "_record_these", []))
+
+
+class RegularizedWeights(pml_mixins.WeightRegularizerMixin):
+    """Weights with an initialisation (``weight_init_func``) and a regularizer; comes before ``LossFunction``."""
+
+    def regularize_weights(self, terms: LossDict, weights: Tensor) -> None:
+        """Add the weights' regularization to the terms."""
+        self.add_weight_regularization_to_loss_dict(terms, weights)
+
+
+def element_term(losses: Tensor, divisor: int | None = None) -> dict[str, Any]:
+    """Return what reducers take for the losses of samples or classes, ``(N,)``; of none, 0.
+
+    Args:
+        losses: One for each sample of the batch, or for each class.
+        divisor: What ``DivisorReducer`` divides their sum by. None: their number.
+    """
+    if not len(losses):  # the mean of nothing would be NaN
+        return reduced_term(losses.sum())
+    indices = torch.arange(len(losses), device=losses.device)
+    return {
+        "losses": losses,
+        "indices": indices,
+        "reduction_type": "element",
+        "divisor": len(losses) if divisor is None else divisor,
+    }
+
+
+def reduced_term(value: Tensor) -> dict[str, Any]:
+    """Return what reducers take for one number."""
+    return {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+
+
+def is_batch_itself(
+    embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
+) -> bool:
+    """Whether references are the batch itself, in which nothing is compared with itself: PML 2 tells it by identity."""
+    return ref_emb is None or (ref_emb is embeddings and (ref_labels is None or ref_labels is labels))

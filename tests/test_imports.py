@@ -1,0 +1,247 @@
+"""Imports point one way: no circle, no arrow against the layers, and PML's internals in one module.
+
+All imports are read, those under ``TYPE_CHECKING`` and inside functions too.
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "pml_ext"
+
+LAYERS = [  # lowest first; a module imports from its own sub-package and from the layers below it
+    {"types", "version", "extras", "precision", "modes"},
+    {"pml_internals"},
+    {"validation"},
+    {"learners", "reducers", "class_embeddings"},
+    {"streaming", "regularizers"},
+    {"trunks", "neighbors", "distributed", "datasets"},
+    {"losses", "visualization"},
+    {"recipes"},
+]
+UNRELATED = {"visualization": {"trunks", "distributed"}, "streaming": {"learners", "reducers", "pml_internals"}}
+"""What a sub-package does not import although it lies in a layer below."""
+
+HEAVY = {  # what functions may import, to spare others the time
+    "PIL",
+    "faiss",
+    "matplotlib",
+    "sentence_transformers",
+    "sklearn",
+    "threadpoolctl",
+    "timm",
+    "torch_geometric",
+    "torchvision",
+    "umap",
+    "pytorch_metric_learning.datasets",
+    "pml_ext.distributed.sharding",  # DTensor
+    "pml_ext.trunks",  # timm and torch-geometric
+}
+
+PUBLIC = {"distances", "losses", "miners", "reducers", "regularizers", "samplers"}  # in PML 2 and, by its docs, in 3
+ONLY_IN_2 = {  # public in PML 2, gone in 3: parts of this package stand on them as wholes
+    "recipes/trainer.py": "trainers",
+    "recipes/evaluation.py": "utils",  # AccuracyCalculator, FaissKMeans
+    "datasets/sources.py": "datasets",
+}
+INTERNAL = re.compile(
+    r"_sub_loss_names|_record_these|add_to_recordable_attributes|reset_stats|regularization_to_loss_dict"
+    r"|zero_loss|\.data = |\bc_f\b|\blmu\b"
+)
+SEAM = PACKAGE / "pml_internals.py"
+
+
+class Import(NamedTuple):
+    """One imported module: where, what, and whether inside a function."""
+
+    path: Path
+    line: int
+    target: str
+    in_function: bool
+
+    def __str__(self):
+        return f"{self.path.relative_to(PACKAGE.parent)}:{self.line} imports {self.target}"
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in files()}
+
+
+def imports_of(path, source=None):
+    """Return the imports of a file; ``from package import name`` counts as ``package.name`` if that is a module."""
+    found = []
+    tree = ast.parse(path.read_text(encoding="utf-8") if source is None else source)
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno} has a relative import"
+            targets = [
+                f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module
+                for alias in node.names
+            ]
+        else:
+            continue
+        found += [Import(path, node.lineno, target, id(node) in inside) for target in dict.fromkeys(targets)]
+    return found
+
+
+IMPORTS = [imported for path in files() for imported in imports_of(path)]
+OURS = [imported for imported in IMPORTS if imported.target.split(".")[0] == "pml_ext"]
+"""Imports of the package itself."""
+
+
+def circles(edges):
+    """Return the modules that lie on a circle, or between two: those without importer or import fall away."""
+    edges = set(edges)
+    while True:
+        sources, targets = ({edge[i] for edge in edges} for i in (0, 1))
+        kept = {(a, b) for a, b in edges if a in targets and b in sources}
+        if kept == edges:
+            return sorted(sources)
+        edges = kept
+
+
+def part_of(module):
+    """Return the sub-package or module right below ``pml_ext``, "" for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def against_layers(imported):
+    """Return whether an import points upward, sideways, or to a stranger."""
+    source, target = part_of(module_of(imported.path)), part_of(imported.target)
+    if source in ("", target):  # the package itself only names its parts
+        return False
+    level = {part: i for i, parts in enumerate(LAYERS) for part in parts}
+    allowed = level[target] < level[source] or (level[source] == level[target] == 0)
+    return not target or not allowed or target in UNRELATED.get(source, ())
+
+
+def test_every_part_has_a_layer():
+    parts = {part_of(module) for module in MODULES} - {""}
+    listed = [part for layer in LAYERS for part in layer]
+    assert parts == set(listed)
+    assert len(listed) == len(set(listed))
+
+
+def test_there_is_no_circle():
+    edges = {(module_of(imported.path), imported.target) for imported in OURS}
+    assert len(edges) > 100
+    assert circles(edges) == []
+
+
+def test_no_circle_of_parts():
+    """Sub-packages as wholes do not need each other either."""
+    edges = {(part_of(module_of(imported.path)), part_of(imported.target)) for imported in OURS}
+    assert circles((a, b) for a, b in edges if a and a != b) == []
+
+
+def test_imports_keep_to_the_layers():
+    assert [str(imported) for imported in OURS if against_layers(imported)] == []
+
+
+def test_packages_are_not_imported_from_inside():
+    """A module takes what it needs from the module that has it, not from the package that both lie in."""
+    inside = [
+        str(imported)
+        for imported in OURS
+        if imported.target == ".".join(module_of(imported.path).split(".")[:2]) and imported.path.name != "__init__.py"
+    ]
+    assert inside == []
+
+
+def test_imports_inside_functions_spare_time_and_say_so():
+    wrong = []
+    for imported in IMPORTS:
+        if imported.in_function:
+            line = imported.path.read_text(encoding="utf-8").splitlines()[imported.line - 1]
+            heavy = any(f"{imported.target}.".startswith(f"{name}.") for name in HEAVY)
+            if not heavy or not re.search(r"# on use: \w+", line):
+                wrong.append(str(imported))
+    assert wrong == []
+
+
+def pml_name(imported):
+    """Return the first name behind PML's, and whether more follows."""
+    _, name, *rest = *imported.target.split("."), ""
+    return name, bool(rest[:-1])
+
+
+def test_internals_of_pml_are_in_one_module():
+    wrong = []
+    for imported in IMPORTS:
+        if imported.target.split(".")[0] == "pytorch_metric_learning" and imported.path != SEAM:
+            name, deeper = pml_name(imported)
+            own = ONLY_IN_2.get(imported.path.relative_to(PACKAGE).as_posix())
+            public = (not name or name in PUBLIC) and not deeper  # from the package: names of PUBLIC, tested below
+            if not (public or name == own):
+                wrong.append(str(imported))
+    assert wrong == []
+
+
+def test_names_from_pml_itself_are_public():
+    """``from pytorch_metric_learning import x``: x is one of PML's public sub-packages."""
+    wrong = []
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "pytorch_metric_learning" and path != SEAM:
+                own = ONLY_IN_2.get(path.relative_to(PACKAGE).as_posix())
+                wrong += [f"{path}:{node.lineno} {x.name}" for x in node.names if x.name not in {*PUBLIC, own}]
+    assert wrong == []
+
+
+def test_hooks_of_pml_are_named_in_one_module():
+    wrong = []
+    for path in files():
+        if path != SEAM:
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                wrong += [f"{path.name}:{number}: {line.strip()}"] if INTERNAL.search(line) else []
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("where", "source", "broken"),
+    [
+        ("streaming/proxy_anchor.py", "import pml_ext.losses.hybrid_loss", test_imports_keep_to_the_layers),
+        ("losses/hybrid_loss.py", "def f():\n    from pml_ext.recipes import recipe", test_imports_keep_to_the_layers),
+        ("types.py", "if TYPE_CHECKING:\n    from pml_ext.validation import check_batch", test_there_is_no_circle),
+        ("losses/children.py", "from pml_ext.losses import HybridLoss", test_packages_are_not_imported_from_inside),
+        ("recipes/building.py", "def f():\n    import json", test_imports_inside_functions_spare_time_and_say_so),
+        ("losses/hybrid_loss.py", "def f():\n    import faiss", test_imports_inside_functions_spare_time_and_say_so),
+        (
+            "losses/hybrid_loss.py",
+            "from pytorch_metric_learning.utils import common_functions",
+            test_internals_of_pml_are_in_one_module,
+        ),
+        (
+            "losses/hybrid_loss.py",
+            "from pytorch_metric_learning.losses.mixins import x",
+            test_internals_of_pml_are_in_one_module,
+        ),
+    ],
+)
+def test_a_wrong_import_is_noticed(where, source, broken, monkeypatch):
+    added = imports_of(PACKAGE / where, source)
+    monkeypatch.setitem(globals(), "IMPORTS", IMPORTS + added)
+    monkeypatch.setitem(
+        globals(), "OURS", OURS + [imported for imported in added if imported.target.startswith("pml_ext")]
+    )
+    with pytest.raises(AssertionError):
+        broken()
