@@ -25,6 +25,8 @@ from benchmarks import (
 )
 from pml_ext.trunks import AttentionEnsemble
 
+pytestmark = pytest.mark.trains
+
 RUNS = {
     "distributed",
     "ensemble",
