@@ -85,8 +85,8 @@ def draw(margins, names, results, path):
     axes[0].set_xticks([])
     axes[0].set_title('margins, "distance"')
     figure.colorbar(image, ax=axes[0])
-    for row, found in enumerate(results.values()):
-        values = [100 * one["mean_average_precision_at_r"] for one in found]
+    for row, of_seeds in enumerate(results.values()):
+        values = [100 * one["mean_average_precision_at_r"] for one in of_seeds]
         axes[1].plot(values, [row] * len(values), "o", alpha=0.7)
         axes[1].plot([np.mean(values)], [row], "k|", markersize=20)
     axes[1].set_yticks(range(len(results)), list(results))
@@ -121,8 +121,8 @@ def main(epochs=8, seeds=3, text_model="tfidf", samples_per_class=16, width=24, 
     print(
         f"{'percent, mean (deviation) of ' + str(seeds) + ' seeds':<40}" + "".join(f"{m:>14}" for m in METRICS.values())
     )
-    for name, found in results.items():
-        values = [[100 * one[metric] for one in found] for metric in METRICS]
+    for name, of_seeds in results.items():
+        values = [[100 * one[metric] for one in of_seeds] for metric in METRICS]
         print(f"{name:<40}" + "".join(f"{np.mean(v):>8.1f} ({np.std(v, ddof=min(1, seeds - 1)):.1f})" for v in values))
 
     shown = torch.linspace(0, train_set.num_classes - 1, 30).long()

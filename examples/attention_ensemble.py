@@ -49,7 +49,7 @@ def make_ensemble(backbone, num_learners):
 
 def rows(backbone, learners):
     """Return the name, the number of learners and a maker of trunk and loss for each row of the table."""
-    found = {"single head": (1, lambda: (SingleHead(make_ensemble(backbone, 1)), MultiSimilarityLoss()))}
+    table = {"single head": (1, lambda: (SingleHead(make_ensemble(backbone, 1)), MultiSimilarityLoss()))}
     for m in (1, *learners):
         for weight in (0.0, 1.0)[: min(m, 2)]:  # a single learner has no divergence
 
@@ -57,8 +57,8 @@ def rows(backbone, learners):
                 return make_ensemble(backbone, m), EnsembleLoss(MultiSimilarityLoss(), m, divergence_weight=weight)
 
             name = f"M = {m}" if m == 1 else f"M = {m}, {'with' if weight else 'no'} divergence"
-            found[name] = (m, make)
-    return found
+            table[name] = (m, make)
+    return table
 
 
 def train(trunk, loss_func, images, labels, epochs):
@@ -80,12 +80,12 @@ def evaluate(trunk, images, labels, num_learners):
     trunk.eval()
     embeddings = torch.cat([trunk(batch) for batch in images.split(256)])
     calculator = AccuracyCalculator(include=tuple(METRICS), k="max_bin_count", device=torch.device("cpu"))
-    found = calculator.get_accuracy(nn.functional.normalize(embeddings), labels)
+    metrics = calculator.get_accuracy(nn.functional.normalize(embeddings), labels)
     single = [
         calculator.get_accuracy(nn.functional.normalize(own), labels) for own in embeddings.chunk(num_learners, 1)
     ]
-    found |= {f"single {name}": float(np.mean([one[name] for one in single])) for name in METRICS}
-    return found | {"cosine": learner_similarity(embeddings, num_learners)}
+    metrics |= {f"single {name}": float(np.mean([one[name] for one in single])) for name in METRICS}
+    return metrics | {"cosine": learner_similarity(embeddings, num_learners)}
 
 
 def main(epochs=6, seeds=3, backbone="resnet10t", learners=(4, 8), samples_per_class=8, out="."):
@@ -115,10 +115,10 @@ def main(epochs=6, seeds=3, backbone="resnet10t", learners=(4, 8), samples_per_c
     print(f"\n{len(data['test'][1].unique())} unseen classes, {backbone}, {epochs} epochs, {EMBEDDING_SIZE} numbers")
     titles = [*METRICS.values(), *(f"one: {m}" for m in METRICS.values()), "cosine"]
     print(f"{f'percent, mean (deviation) of {seeds} seeds':<40}" + "".join(f"{t:>14}" for t in titles))
-    for name, found in results.items():
+    for name, of_seeds in results.items():
         columns = [*METRICS, *(f"single {metric}" for metric in METRICS)]
-        cells = [_cell([100 * one[column] for one in found]) for column in columns]
-        cosine = _cell([one["cosine"] for one in found], digits=2) if table[name][0] > 1 else ""
+        cells = [_cell([100 * one[column] for one in of_seeds]) for column in columns]
+        cosine = _cell([one["cosine"] for one in of_seeds], digits=2) if table[name][0] > 1 else ""
         print(f"{name:<40}" + "".join(f"{cell:>14}" for cell in [*cells, cosine]))
     print(f"masks of the last ensemble: {out / 'attention_ensemble_masks.png'}")
     return results

@@ -137,8 +137,8 @@ def main(epochs=6, seeds=3, backbone="resnet10t", samples_per_class=8, train_fol
 
     print(f"\n{len(test_labels.unique())} unseen classes, {backbone}, {epochs} epochs")
     print(f"{f'percent, mean (deviation) of {seeds} seeds':<40}" + "".join(f"{m:>14}" for m in METRICS.values()))
-    for name, found in results.items():
-        values = [[100 * one[metric] for one in found] for metric in METRICS]
+    for name, of_seeds in results.items():
+        values = [[100 * one[metric] for one in of_seeds] for metric in METRICS]
         print(f"{name:<40}" + "".join(f"{np.mean(v):>8.1f} ({np.std(v, ddof=min(1, seeds - 1)):.1f})" for v in values))
     plot_curves(curves, ylabel=f"training loss, seed {seeds - 1}", path=out / "global_local_curves.png")
     print(f"pictures: {out / 'global_local_curves.png'}, {out / 'global_local_attention.png'}")

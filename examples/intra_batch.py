@@ -18,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from pml_ext.datasets import Glyphs
-from pml_ext.inference import neighbor_groups, refine_with_neighbors
 from pml_ext.losses import IntraBatchLoss
+from pml_ext.neighbors import neighbor_groups, refine_with_neighbors
 from pml_ext.trunks import IntraBatchRefiner
 from pml_ext.visualization import batch_attention
 
@@ -124,8 +124,8 @@ def main(epochs=15, seeds=3, width=32, samples_per_class=16, out="."):
 
     print(f"\n{len(test_labels.unique())} unseen classes, {epochs} epochs, batches of {CLASSES} x {SAMPLES}")
     print(f"{f'percent, mean (deviation) of {seeds} seeds':<40}" + "".join(f"{m:>14}" for m in METRICS.values()))
-    for name, found in results.items():
-        values = [[100 * one[metric] for one in found] for metric in METRICS]
+    for name, of_seeds in results.items():
+        values = [[100 * one[metric] for one in of_seeds] for metric in METRICS]
         print(f"{name:<40}" + "".join(f"{np.mean(v):>8.1f} ({np.std(v, ddof=min(1, seeds - 1)):.1f})" for v in values))
     print(f"attention inside of a batch of unseen classes: {out / 'intra_batch_attention.png'}")
     return results

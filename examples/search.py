@@ -18,12 +18,12 @@ def main(run, query, k=10, index=None, out=None, device=None):
     if k < 1:
         raise ValueError(f"--k must be >= 1, got {k}")
     loaded, folder = recipes.load_run(run, device), Path(run) / "index" if index is None else Path(index)
-    found, paths, origin = read_index(folder)
+    faiss_index, paths, origin = read_index(folder)
     if origin["weights"] != loaded.checksum:
         raise ValueError(f"--index must be made with the network of --run (examples/embed.py), got {folder} of another")
     dataset = ImageFiles([query], [0], transform=loaded.recipe.transforms.test)
     embedding, _ = recipes.embed(loaded.recipe.trunk, dataset, autocast=loaded.autocast)
-    similarities, rows = found.search(embedding.numpy(), min(k, len(paths)))
+    similarities, rows = faiss_index.search(embedding.numpy(), min(k, len(paths)))
     results = [(float(value), paths[row]) for value, row in zip(similarities[0], rows[0], strict=True)]
     print("rank  similarity  path")
     for rank, (similarity, path) in enumerate(results, 1):
@@ -42,13 +42,13 @@ def read_index(folder):
     if missing:
         raise FileNotFoundError(f"--index must be made by examples/embed.py, got {folder} without {missing[0]}")
     try:
-        found = faiss.read_index(str(folder / "index.faiss"))
+        index = faiss.read_index(str(folder / "index.faiss"))
     except RuntimeError as error:
         raise ValueError(f"cannot read {folder / 'index.faiss'}: it is no index of FAISS") from error
     paths = (folder / "paths.txt").read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]
-    if len(paths) != found.ntotal:
-        raise ValueError(f"{folder / 'paths.txt'} must have {found.ntotal} lines, one for each row, got {len(paths)}")
-    return found, paths, json.loads((folder / "index.json").read_text())
+    if len(paths) != index.ntotal:
+        raise ValueError(f"{folder / 'paths.txt'} must have {index.ntotal} lines, one for each row, got {len(paths)}")
+    return index, paths, json.loads((folder / "index.json").read_text())
 
 
 def draw(query, results, path):

@@ -31,8 +31,9 @@ from tqdm import tqdm
 from pml_ext import recipes
 from pml_ext.datasets import open_data
 from pml_ext.datasets.image_files import ImageFiles, broken_images
+from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.run_config import describe_run, read_config, write_config
-from pml_ext.recipes.run_folder import load_run, usable_device
+from pml_ext.recipes.run_folder import load_run
 from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
 METRICS = {"precision_at_1": "P@1", "r_precision": "R-precision", "mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
@@ -115,11 +116,12 @@ def main(
     def tell(trainer):
         entry = trainer.history[-1]
         names = [name for name in ("precision_at_1", "mean_average_precision_at_r") if name in entry]
-        found = ", ".join(f"{METRICS[name]} {100 * entry[name]:.1f}" for name in names)
+        values = ", ".join(f"{METRICS[name]} {100 * entry[name]:.1f}" for name in names)
         line = f"epoch {entry['epoch']}/{made.epochs}: loss {entry['loss']:.3g}"
-        tqdm.write(f"{line}, validation {found}" if found else line)
+        tqdm.write(f"{line}, validation {values}" if values else line)
 
-    trainer = made.trainer(
+    trainer = recipes.Trainer(
+        made,
         fitted.train,
         validate=validate if validation_classes else None,
         end_of_epoch_hook=tell,
@@ -153,14 +155,14 @@ def main(
     trainer.train()
 
     run = load_run(out, device)  # what is tested is what others load
-    found = [embed(run.recipe.trunk, view, progress=True) for view in tested]
-    metrics = recipes.retrieval_metrics(*found[0], *found[1:], metrics=tuple(METRICS))
+    embedded = [embed(run.recipe.trunk, view, progress=True) for view in tested]
+    metrics = recipes.retrieval_metrics(*embedded[0], *embedded[1:], metrics=tuple(METRICS))
     result = {"split": "test", "epoch": run.epoch, **metrics}
     with (out / "metrics.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in [*trainer.history, result])
-    draw(out, trainer.history, tested, found)
+    draw(out, trainer.history, tested, embedded)
     if len(tested) == 1:
-        retrieval_report(*found[0], Images(*tested), opened.test.class_names, out / "report.html", title=str(out))
+        retrieval_report(*embedded[0], Images(*tested), opened.test.class_names, out / "report.html", title=str(out))
     why = "best on validation classes" if validation_classes else "the last"
     print(f"test, with the network of epoch {run.epoch} of {made.epochs} ({why}), percent:")
     print("  ".join(f"{title} {100 * result[name]:.1f}" for name, title in METRICS.items()))
@@ -246,7 +248,7 @@ def flat(values, prefix=""):
             yield f"{prefix}{name}", value
 
 
-def draw(out, history, tested, found):
+def draw(out, history, tested, embedded):
     """Draw the curves, and some queries with their neighbours."""
     first = history[0]["loss"] or 1.0
     curves = {"training loss / that of epoch 1": [entry["loss"] / first for entry in history]}
@@ -254,12 +256,12 @@ def draw(out, history, tested, found):
         if name in history[0]:
             curves[f"{title}, validation classes"] = [entry[name] for entry in history]
     plot_curves(curves, path=out / "curves.png")
-    embeddings, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    embeddings, labels = (torch.cat(parts) for parts in zip(*embedded, strict=True))
     if len(labels) < 2:
         return
     queries, searched = None, None
-    if len(found) > 1:  # a gallery: queries do not find each other
-        count = len(found[0][1])
+    if len(embedded) > 1:  # a gallery: queries do not find each other
+        count = len(embedded[0][1])
         queries = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:8].tolist()
         searched = range(count, len(labels))
     images = Images(*tested)

@@ -95,17 +95,17 @@ def main(epochs=8, seed=0, width=24, samples_per_class=16, resume=False, out="ru
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if rank == 0:
             save(checkpoint, epoch + 1, trunk=trunk, loss=loss_func, optimizer=optimizer)
-    found = None
+    metrics = None
     if rank == 0:
         test_images, test_labels = data("test", samples_per_class)
-        found = evaluate(trunk, test_images, test_labels)
+        metrics = evaluate(trunk, test_images, test_labels)
         print(f"{len(test_labels.unique())} unseen classes, {epochs} epochs, seed {seed}, {world} processes, percent")
-        print("  ".join(f"{title} {100 * found[name]:.1f}" for name, title in METRICS.items()))
+        print("  ".join(f"{title} {100 * metrics[name]:.1f}" for name, title in METRICS.items()))
     if started_here:
         del model  # it holds the group, whose threads must end before Python does
         gc.collect()
         dist.destroy_process_group()
-    return found
+    return metrics
 
 
 def data(split, samples_per_class):

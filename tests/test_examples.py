@@ -57,9 +57,9 @@ def test_adaptive_margin(tmp_path, capsys):
     results = adaptive_margin.main(epochs=1, seeds=2, samples_per_class=4, width=4, out=tmp_path)
     printed = capsys.readouterr().out
     assert [name.split()[0] for name in results] == ["no", "constant", "distance", "similarity"]
-    for found in results.values():
-        assert len(found) == 2
-        mean = sum(100 * one["precision_at_1"] for one in found) / 2
+    for metrics in results.values():
+        assert len(metrics) == 2
+        mean = sum(100 * one["precision_at_1"] for one in metrics) / 2
         assert 0 < mean < 100
         assert f"{mean:.1f} (" in printed
     losses = adaptive_margin.make_losses(4, torch.randn(4, 3)).values()
@@ -83,8 +83,8 @@ def test_global_local(tmp_path, capsys):
     results = global_local.main(epochs=2, seeds=2, backbone="resnet10t", out=tmp_path, **folders)
     printed = capsys.readouterr().out
     assert list(results) == list(global_local.make_trunks("resnet10t", 3))
-    for found in results.values():
-        mean = sum(50 * one["precision_at_1"] for one in found)
+    for metrics in results.values():
+        mean = sum(50 * one["precision_at_1"] for one in metrics)
         assert 0 <= mean <= 100
         assert f"{mean:.1f} (" in printed
     assert "2 unseen classes, resnet10t, 2 epochs" in printed
@@ -105,8 +105,8 @@ def test_attention_ensemble(tmp_path, capsys, monkeypatch):
     results = attention_ensemble.main(epochs=1, seeds=2, learners=(2,), samples_per_class=4, out=tmp_path)
     printed = capsys.readouterr().out
     assert list(results) == ["single head", "M = 1", "M = 2, no divergence", "M = 2, with divergence"]
-    for found in results.values():
-        mean = sum(50 * one["precision_at_1"] for one in found)
+    for metrics in results.values():
+        mean = sum(50 * one["precision_at_1"] for one in metrics)
         assert 0 < mean < 100
         assert f"{mean:.1f} (" in printed
     collapsed, apart = ([one["cosine"] for one in results[f"M = 2, {x} divergence"]] for x in ("no", "with"))
@@ -119,9 +119,9 @@ def test_intra_batch(tmp_path, capsys):
     printed = capsys.readouterr().out
     names = ["+ mean of the same neighbours", "+ refinement at test time"]
     assert list(results) == [*intra_batch.TRAININGS, *names]
-    for found in results.values():
+    for metrics in results.values():
         for metric in intra_batch.METRICS:
-            mean = sum(50 * one[metric] for one in found)
+            mean = sum(50 * one[metric] for one in metrics)
             assert 0 < mean < 100
             assert f"{mean:.1f} (" in printed
     rows = list(results.values())

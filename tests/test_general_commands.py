@@ -30,8 +30,8 @@ EXAMPLES = Path(train.__file__).parent
 
 
 def test_what_commands_share():
-    found = doctest.testmod(command_line)
-    assert found.attempted >= 5 and not found.failed
+    results = doctest.testmod(command_line)
+    assert results.attempted >= 5 and not results.failed
 
 
 def make_images():
@@ -80,8 +80,8 @@ def scripted_scores(monkeypatch, scores):
     scores = iter(scores)
 
     def scripted(*args, metrics=recipes.METRICS, **kwargs):
-        found = retrieval_metrics(*args, metrics=metrics, **kwargs)
-        return found if "NMI" in metrics else found | {"mean_average_precision_at_r": next(scores)}
+        values = retrieval_metrics(*args, metrics=metrics, **kwargs)
+        return values if "NMI" in metrics else values | {"mean_average_precision_at_r": next(scores)}
 
     monkeypatch.setattr(recipes, "retrieval_metrics", scripted)
 
@@ -127,8 +127,8 @@ def test_the_config_builds_the_run_again(trained, photos):
     loaded = load_run(folder, "cpu")
     opened = open_data(photos)
     opened.test.transform = loaded.recipe.transforms.test
-    found = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
-    assert found == {name: result[name] for name in train.METRICS}
+    metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
+    assert metrics == {name: result[name] for name in train.METRICS}
     assert loaded.epoch == result["epoch"]
     assert dict(loaded.recipe.settings) | {"milestones": []} == loaded.config["settings"]
     assert same(loaded.recipe.trunk.state_dict(), weights(folder, "best.pt"))
@@ -214,9 +214,9 @@ def test_validation_chooses_the_epoch(data, tmp_path, monkeypatch):
     loaded = load_run(tmp_path, "cpu")
     opened.test.transform = loaded.recipe.transforms.test
     tested, others = {}, {}
-    for state, found in ((weights(tmp_path, "best.pt"), tested), (weights(tmp_path, "last.pt"), others)):
+    for state, metrics in ((weights(tmp_path, "best.pt"), tested), (weights(tmp_path, "last.pt"), others)):
         loaded.recipe.trunk.load_state_dict(state)
-        found |= retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
+        metrics |= retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
     assert {name: result[name] for name in train.METRICS} == tested != others
 
 
@@ -279,12 +279,12 @@ def test_no_class_is_seen_twice(tmp_path, monkeypatch):
         seen["embedded"].append(values(view))
         return recipes.evaluation.embed(trunk, view, **kwargs)
 
-    def trainer(self, view, **kwargs):
+    def trainer(made, view, **kwargs):
         seen["trained"].append(values(view))
-        return recipes.Trainer(self, view, view.labels, **kwargs)
+        return recipes.trainer.Trainer(made, view, **kwargs)
 
     monkeypatch.setattr(recipes, "embed", watched)
-    monkeypatch.setattr(recipes.Recipe, "trainer", trainer)
+    monkeypatch.setattr(recipes, "Trainer", trainer)
     run(tmp_path / "flat.npz", tmp_path / "run", test_classes=3)
     validation, again, test = seen["embedded"]
     assert test == {5, 6, 7}  # once, at the end
@@ -301,8 +301,8 @@ def test_queries_search_the_gallery(tmp_path):
     loaded, opened = load_run(tmp_path / "run", "cpu"), open_data("in_shop", root=tmp_path / "shop")
     opened.test.transform = opened.gallery.transform = loaded.recipe.transforms.test
     query, gallery = (recipes.embed(loaded.recipe.trunk, view) for view in (opened.test, opened.gallery))
-    found = retrieval_metrics(*query, gallery, metrics=tuple(train.METRICS))
-    assert found == {name: result[name] for name in train.METRICS}
+    metrics = retrieval_metrics(*query, gallery, metrics=tuple(train.METRICS))
+    assert metrics == {name: result[name] for name in train.METRICS}
     assert (tmp_path / "run" / "gallery.png").exists()
 
 
@@ -336,8 +336,8 @@ def test_options(data, tmp_path):
     assert (loaded.recipe.settings.backbone, loaded.recipe.settings.clip_value) == ("resnet10t", 0.5)
     opened = open_data(data)
     opened.test.transform = loaded.recipe.transforms.test
-    found = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test, autocast=torch.bfloat16))
-    assert found == {name: result[name] for name in found}
+    metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test, autocast=torch.bfloat16))
+    assert metrics == {name: result[name] for name in metrics}
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_embed_and_search(trained, photos, tmp_path, capsys):
         assert results[0] == (pytest.approx(1, abs=1e-5), path)
         assert results[0][0] > results[1][0] >= results[2][0]
         row = embeddings[paths.index(path)]
-        assert [found for found, _ in results] == pytest.approx(np.sort(embeddings @ row)[:-4:-1].tolist(), abs=1e-5)
+        assert [value for value, _ in results] == pytest.approx(np.sort(embeddings @ row)[:-4:-1].tolist(), abs=1e-5)
         printed = capsys.readouterr().out.splitlines()
         assert printed[1].split() == ["1", "1.0000", path]
     assert (tmp_path / "found" / "search.png").read_bytes().startswith(b"\x89PNG")
@@ -417,8 +417,8 @@ def test_skip_broken(trained, tmp_path, capsys):
     assert len(embeddings) == len(paths) == 46
     assert not {"class2/13.png", "class5/31.png"} & set(paths)
     for query in ("class2/14.png", "class7/47.png"):
-        found = search.main(folder, photos / query, 1, tmp_path / "index", tmp_path / "found.png", "cpu")
-        assert found == [(pytest.approx(1, abs=1e-5), query)]
+        results = search.main(folder, photos / query, 1, tmp_path / "index", tmp_path / "found.png", "cpu")
+        assert results == [(pytest.approx(1, abs=1e-5), query)]
     for path in photos.rglob("*.png"):
         path.write_bytes(b"no image")
     with pytest.raises(ValueError, match="must have an image that can be read, got 48 that cannot"):
@@ -588,7 +588,7 @@ def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypa
     query = photos / "class0" / "03.png"
     index = tmp_path / "index"
     embed.main(folder, photos, index)
-    found = []
+    refused = []
     for name, given, message in (
         ("embed", ["--run", tmp_path / "empty", "--images", photos], "--run must hold config.json, got "),
         ("embed", ["--run", tmp_path / "torn", "--images", photos], "--run must hold best.pt or last.pt, "),
@@ -600,8 +600,8 @@ def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypa
         ("search", ["--run", folder, "--query", "no.png", "--index", index], "cannot read image no.png: "),
     ):
         status, line = command(name, given, monkeypatch, capsys)
-        found.append((status, line.startswith(f"{name}.py: error: {message}")))
-    assert found == [(2, True)] * 8
+        refused.append((status, line.startswith(f"{name}.py: error: {message}")))
+    assert refused == [(2, True)] * 8
     for name in ("best.pt", "config.json"):
         (tmp_path / "torn" / name).write_text("{")
         status, line = command("embed", ["--run", tmp_path / "torn", "--images", photos], monkeypatch, capsys)

@@ -35,7 +35,7 @@ def test_nothing_heavy_is_imported():
 @pytest.mark.processes
 def test_torch_geometric_loads_with_the_refiner():
     code = (
-        "import sys, pml_ext.trunks, pml_ext.graphs; print('torch_geometric' in sys.modules);"
+        "import sys, pml_ext.trunks, pml_ext.neighbors; print('torch_geometric' in sys.modules);"
         "from pml_ext.trunks import IntraBatchRefiner; print('torch_geometric' in sys.modules)"
     )
     assert python(code) == "False\nTrue"
@@ -147,8 +147,8 @@ def check_release(tmp_path):
     def check(tag, changelog):
         (tmp_path / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
         command = [sys.executable, str(tmp_path / ".ci/check_release"), tag]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        return found.returncode, found.stdout + found.stderr
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
 
     return check
 

@@ -30,11 +30,15 @@ losses.HybridLoss(3, 4)(torch.randn(6, 4), torch.arange(6) // 2).backward()
 class_embeddings.from_text(["red apple", "green apple"], model="tfidf")
 class_embeddings.from_samples(torch.randn(6, 4), torch.arange(6) // 2)
 """,
-    "from pml_ext.graphs import knn_graph; knn_graph(torch.randn(9, 4), 2)",
     """
-from pml_ext.inference import refine_with_neighbors
+from pml_ext.neighbors import neighbor_groups, refine_with_neighbors
 refine_with_neighbors(torch.nn.Linear(4, 4), torch.randn(1, 4)[:0])
-from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, param_groups
+neighbor_groups(torch.eye(4), 2, 2)
+""",
+    "from pml_ext.neighbors import knn_graph; knn_graph(torch.randn(9, 4), 2)",
+    """
+from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, PooledTrunk, param_groups
+PooledTrunk("resnet18")
 """,
     "from pml_ext.losses import IntraBatchLoss; IntraBatchLoss(3, 4)",
     """
@@ -123,8 +127,8 @@ def test_parts_need_what_the_table_says(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    roots = [name and name.split(".")[0] for name in found]
+    missed = [json.loads(line) for line in done.stdout.splitlines()]
+    roots = [name and name.split(".")[0] for name in missed]
     assert roots == expected, [
-        (one, name, wanted) for one, name, wanted in zip(tries, found, expected, strict=True) if name != wanted
+        (one, name, wanted) for one, name, wanted in zip(tries, missed, expected, strict=True) if name != wanted
     ]

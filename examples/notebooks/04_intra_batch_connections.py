@@ -31,8 +31,8 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import nn
 
 from pml_ext.datasets import Glyphs
-from pml_ext.inference import neighbor_groups, refine_with_neighbors
 from pml_ext.losses import IntraBatchLoss
+from pml_ext.neighbors import neighbor_groups, refine_with_neighbors
 from pml_ext.visualization import batch_attention, plot_curves
 
 with warnings.catch_warnings():  # torch_geometric uses torch.jit.script, which PyTorch has deprecated
@@ -101,15 +101,15 @@ def train(refiner_class, seed=0):
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [EPOCHS - 2])
     curves = {"refined": [], "raw": []}
     for _ in range(EPOCHS):
-        found = []
+        values_of_batches = []
         for batch in batches(train_set.targets):
             loss = loss_func(trunk(train_images[batch]), train_set.targets[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            found.append((loss_func.refined_loss_value, loss_func.raw_loss_value))
+            values_of_batches.append((loss_func.refined_loss_value, loss_func.raw_loss_value))
         schedule.step()
-        for values, mean in zip(curves.values(), np.mean(found, 0), strict=True):
+        for values, mean in zip(curves.values(), np.mean(values_of_batches, 0), strict=True):
             values.append(float(mean))
     print(f"{refiner_class.__name__}: " + ", ".join(f"{part} {v[0]:.2f} -> {v[-1]:.2f}" for part, v in curves.items()))
     return trunk.eval(), loss_func.eval(), curves
@@ -172,8 +172,8 @@ for name, embeddings, labels in (
     ("training characters", embed(trunk, train_images), train_set.targets),
     ("unseen characters", raw, test_set.targets),
 ):
-    found = [own_class_share(loss_func.refiner, embeddings[batch], labels[batch]) for batch in batches(labels)]
-    shares[name] = float(np.mean(found))
+    of_batches = [own_class_share(loss_func.refiner, embeddings[batch], labels[batch]) for batch in batches(labels)]
+    shares[name] = float(np.mean(of_batches))
     print(f"{name}: {shares[name]:.3f} to the own class, {shares[name] / chance:.2f} times chance ({chance:.3f})")
 # -
 
@@ -198,8 +198,8 @@ def evaluate(embeddings):
     """Return P@1 and MAP@R on the test characters, in percent; every image is a query against all others."""
     names = ("precision_at_1", "mean_average_precision_at_r")
     calculator = AccuracyCalculator(include=names, k="max_bin_count", device=torch.device("cpu"))
-    found = calculator.get_accuracy(nn.functional.normalize(embeddings), test_set.targets)
-    return [100 * found[name] for name in names]
+    metrics = calculator.get_accuracy(nn.functional.normalize(embeddings), test_set.targets)
+    return [100 * metrics[name] for name in names]
 
 
 results = {
@@ -261,5 +261,5 @@ draw_results()
 # - Longer training or a pretrained network, and then the share of the own class again. `docs/papers/intra_batch.md`
 #   has three seeds of a longer training on these characters, and the authors' settings.
 # - Any loss behind the refiner: `IntraBatchLoss(267, 64, loss=HybridLoss(267, 64))`, see notebook `01_swap_one_loss`.
-# - Sparse graphs instead of the whole batch: `pml_ext.graphs.knn_graph`, `docs/papers/intra_batch.md`.
+# - Sparse graphs instead of the whole batch: `pml_ext.neighbors.knn_graph`, `docs/papers/intra_batch.md`.
 # - Learners in one network: notebook `03_attention_ensemble`. Tuned comparisons of all methods: `docs/retrieval.md`.

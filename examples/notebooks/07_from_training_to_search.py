@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 with warnings.catch_warnings():  # torch_geometric uses torch.jit.script, which PyTorch has deprecated
     warnings.simplefilter("ignore", FutureWarning)
     from pml_ext.datasets import Glyphs, open_data
-    from pml_ext.recipes import embed, load_run, recipe, retrieval_metrics
+    from pml_ext.recipes import Trainer, embed, load_run, recipe, retrieval_metrics
     from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
 torch.manual_seed(0)
@@ -87,7 +87,7 @@ def validate(trunk):
     return retrieval_metrics(*embed(trunk, fit.test))
 
 
-trainer = made.trainer(fit.train, validate=validate, folder=folder, device="cpu")
+trainer = Trainer(made, fit.train, validate=validate, folder=folder, device="cpu")
 for entry in trainer.train():
     print(f"epoch {entry['epoch']}: loss {entry['loss']:.3f}, validation P@1 {100 * entry['precision_at_1']:.1f}%")
 # -
@@ -214,8 +214,8 @@ def draw_worst():
     for column, (name, _, _, _, map_at_r) in zip(axes.T, worst, strict=True):
         own = class_names.index(name)
         first = int((labels == own).nonzero()[0])
-        _, found = index.search(embeddings[first : first + 1].numpy(), len(labels))
-        wrong = next(i for i in found[0] if labels[i] != own)
+        _, ranked = index.search(embeddings[first : first + 1].numpy(), len(labels))
+        wrong = next(i for i in ranked[0] if labels[i] != own)
         for axis, i, title in ((column[0], first, f"MAP@R {100 * map_at_r:.1f}%"), (column[1], wrong, "nearest other")):
             axis.imshow(raw[i], cmap="gray")
             axis.set_title(title, fontsize=9)

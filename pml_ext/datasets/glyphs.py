@@ -113,7 +113,7 @@ class Glyphs(torch.utils.data.Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Return (image, label), as a PIL image and an int unless the transforms change them."""
-        from PIL import Image
+        from PIL import Image  # on use: only drawing needs Pillow
 
         image: Any = Image.fromarray(self.data[index].numpy())
         label: Any = int(self.targets[index])
@@ -157,14 +157,14 @@ def _jitter(images: Tensor, jitter: Tensor) -> Tensor:
 def font_paths() -> list[str]:
     """Return the files of the 16 faces."""
     with comes_with("visualization", "matplotlib", "Glyphs"):
-        import matplotlib
+        import matplotlib  # on use: it comes with an extra
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return [str(folder / f"{face}.ttf") for face in _FACES]
 
 
 def draw_character(character: str, path: str, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return a character's (size, size) uint8 bitmap, white on black, on a common baseline."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw  # on use: only drawing needs Pillow
 
     image = Image.new("L", (size, size))
     place = (size / 2, round(0.69 * size))
@@ -174,6 +174,6 @@ def draw_character(character: str, path: str, size: int) -> np.ndarray[Any, np.d
 
 @lru_cache(maxsize=64)
 def _font(path: str, size: int) -> Any:
-    from PIL import ImageFont
+    from PIL import ImageFont  # on use: only drawing needs Pillow
 
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)  # the same with and without raqm

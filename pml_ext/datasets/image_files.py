@@ -17,9 +17,8 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
     Args:
         paths: Of the N images.
         labels: ``(N,)``, integers.
-        transform: Applied to the PIL image.
+        transform: Applied to the PIL image, which is RGB.
         class_names: That of label i at index i, or None.
-        mode: Of the PIL image: "RGB" or "L" (gray).
 
     Attributes:
         paths: A list.
@@ -28,7 +27,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
         class_names: A list, or None.
 
     Raises:
-        ValueError: If ``mode`` is unknown or labels do not match; on access: if a file cannot be read.
+        ValueError: If labels do not match; on access: if a file cannot be read.
     """
 
     def __init__(
@@ -37,40 +36,36 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
         labels: Any,
         transform: Callable[[Any], Any] | None = None,
         class_names: Sequence[str] | None = None,
-        mode: str = "RGB",
     ) -> None:
-        if mode not in ("RGB", "L"):
-            raise ValueError(f"mode must be 'RGB' or 'L', got {mode!r}")
         self.paths = list(paths)
         self.labels = as_labels("labels", labels, len(self.paths))
         self.transform = transform
         self.class_names = as_class_names(class_names, self.labels)
-        self.mode = mode
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Return (image, label), as a PIL image unless the transform changes it, and an int."""
-        image = read_image(self.paths[index], self.mode)
+        image = read_image(self.paths[index])
         return image if self.transform is None else self.transform(image), int(self.labels[index])
 
 
-def read_image(path: str | Path, mode: str = "RGB") -> Any:
-    """Return the PIL image in a file, fully loaded; 16-bit gray values lose their lower byte.
+def read_image(path: str | Path) -> Any:
+    """Return the image in a file as an RGB image of PIL, fully loaded; 16-bit gray values lose their lower byte.
 
     Raises:
         ValueError: If the file is missing, no image, truncated, or has values without a fixed range (mode I or F).
     """
-    from PIL import Image
+    from PIL import Image  # on use: images in memory need no image library
 
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I;16"):  # convert() would clip at 255
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise ValueError(f"its mode {image.mode!r} has no fixed range of values")
-            return image.convert(mode)
+            return image.convert("RGB")
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, EOFError, struct.error and more
         raise ValueError(f"cannot read image {path}: {error}") from error
 
@@ -84,19 +79,19 @@ def broken_images(paths: Sequence[str | Path], progress: bool = False) -> dict[i
         paths: Of the images.
         progress: Whether to show a progress bar.
     """
-    found = {}
+    reasons = {}
     for i, path in enumerate(tqdm(paths, desc="checking images", disable=not progress)):
         if not _looks_whole(path):
             try:
                 read_image(path)
             except ValueError as error:
-                found[i] = str(error.__cause__)
-    return found
+                reasons[i] = str(error.__cause__)
+    return reasons
 
 
 def _looks_whole(path: str | Path) -> bool:
     """Whether header and end of a JPEG, or header and checksums of a PNG, are right. False: it has to be decoded."""
-    from PIL import Image
+    from PIL import Image  # on use: images in memory need no image library
 
     try:
         with Image.open(path) as image, open(path, "rb") as file:

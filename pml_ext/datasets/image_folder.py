@@ -18,9 +18,8 @@ class ImageFolder(ImageFiles):
 
     Args:
         root: The folder.
-        transform: Applied to the PIL image.
+        transform: Applied to the PIL image, which is RGB.
         classes: The sub-folders to use; they get labels 0, 1, ... in this order. None: all of them, sorted.
-        mode: Of the PIL image: "RGB" or "L" (gray).
 
     Attributes:
         paths: Of the images, sorted within each class.
@@ -51,18 +50,17 @@ class ImageFolder(ImageFiles):
         root: str | Path,
         transform: Callable[[Any], Any] | None = None,
         classes: Sequence[str] | None = None,
-        mode: str = "RGB",
     ) -> None:
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"root must be a folder, got {root}")
-        found = class_folders(root)
-        if not found:
+        folders = class_folders(root)
+        if not folders:
             raise ValueError(f"root must have a sub-folder for each class, got {root} without any")
-        classes = found if classes is None else list(classes)
+        classes = folders if classes is None else list(classes)
         if not classes or len(set(classes)) < len(classes):
             raise ValueError(f"classes must be different and at least one, got {classes}")
-        missing = [name for name in classes if name not in set(found)]
+        missing = [name for name in classes if name not in set(folders)]
         if missing:
             raise ValueError(f"classes must be sub-folders of {root}, got {missing[0]!r}")
         paths: list[str | Path] = []
@@ -73,7 +71,7 @@ class ImageFolder(ImageFiles):
                 raise ValueError(f"class folder {root / name} must contain images ({', '.join(IMAGE_SUFFIXES)}), got 0")
             paths += images
             labels += [label] * len(images)
-        super().__init__(paths, labels, transform, classes, mode)
+        super().__init__(paths, labels, transform, classes)
         self.root = root
 
 
@@ -84,12 +82,12 @@ def class_folders(root: Path) -> list[str]:
 
 def find_images(folder: str | Path) -> list[str]:
     """Return the paths of all images below a folder, sorted, without hidden ones."""
-    found = []
+    paths = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
+        paths += [
             os.path.join(parent, name)
             for name in files
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         ]
-    return sorted(found)
+    return sorted(paths)

@@ -57,8 +57,8 @@ class InShop(ImageFiles):
         if not chosen:
             raise ValueError(f"{partition} must list images of split {split!r}, got 0")
         first = chosen[0][0]
-        found = _first_file([root / first, root / "Img" / first])
-        base = found.parents[len(Path(first).parts) - 1]
+        image_path = _first_file([root / first, root / "Img" / first])
+        base = image_path.parents[len(Path(first).parts) - 1]
         super().__init__(
             [base / image for image, _ in chosen], [label_of[item] for _, item in chosen], transform, names
         )

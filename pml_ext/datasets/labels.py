@@ -23,16 +23,16 @@ def as_labels(name: str, labels: Any, length: int) -> Tensor:
         TypeError: If they are no integers.
         ValueError: If the shape is another.
     """
-    found = labels.detach().cpu() if isinstance(labels, Tensor) else np.asarray(labels)
-    if isinstance(found, np.ndarray):
-        if found.dtype.kind not in "iu":
-            raise TypeError(f"{name} must have an integer dtype, got {found.dtype}")
-        found = torch.from_numpy(found.astype(np.int64))
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {found.dtype}")
-    if found.shape != (length,):
-        raise ValueError(f"{name} must have one entry for each of {length} images, got shape {tuple(found.shape)}")
-    return found.long()
+    values = labels.detach().cpu() if isinstance(labels, Tensor) else np.asarray(labels)
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind not in "iu":
+            raise TypeError(f"{name} must have an integer dtype, got {values.dtype}")
+        values = torch.from_numpy(values.astype(np.int64))
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {values.dtype}")
+    if values.shape != (length,):
+        raise ValueError(f"{name} must have one entry for each of {length} images, got shape {tuple(values.shape)}")
+    return values.long()
 
 
 def label_values(labels: Tensor) -> list[int]:

@@ -129,7 +129,7 @@ def _open_glyphs(request: _Request) -> RetrievalData:
 
 
 def _open_pml(class_name: str, name: str, folder_is_class: bool, request: _Request) -> RetrievalData:
-    from pytorch_metric_learning import datasets
+    from pytorch_metric_learning import datasets  # on use: it imports Pillow
 
     root, halves = request.folder, []
     for split in ("train", "test"):
@@ -158,14 +158,14 @@ def _open_in_shop(request: _Request) -> RetrievalData:
     if request.download:
         raise ValueError(f"download must be False for in_shop: {HOW_TO_GET}")
     train, queries, gallery = (InShop(request.folder, split) for split in ("train", "query", "gallery"))
-    items, found = label_values(queries.labels), label_values(gallery.labels)
-    lost = sorted(set(items) - set(found))
+    items, in_gallery = label_values(queries.labels), label_values(gallery.labels)
+    lost = sorted(set(items) - set(in_gallery))
     if lost:
         raise ValueError(f"query items must have gallery images, got none of {(queries.class_names or [])[lost[0]]}")
     return RetrievalData(
         ClassSubset(train, label_values(train.labels)),
         ClassSubset(queries, items),
-        ClassSubset(gallery, items + sorted(set(found) - set(items))),
+        ClassSubset(gallery, items + sorted(set(in_gallery) - set(items))),
         name="in_shop",
     )
 

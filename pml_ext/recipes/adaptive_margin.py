@@ -31,8 +31,8 @@ def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Pa
     return Parts(pooled_trunk(s), make_adaptive_loss(s, num_classes, s.embedding_size, class_embeddings))
 
 
-ADAPTIVE_MARGIN: Method = (
-    {
+ADAPTIVE_MARGIN = Method(
+    numbers={
         "all": {
             "margin_scale": (0.3, _UNKNOWN),
             "base_margin": (0.0, _UNKNOWN),
@@ -41,5 +41,5 @@ ADAPTIVE_MARGIN: Method = (
         },
         "paper": {"epochs": (40, OURS)},
     },
-    _build,
+    build=_build,
 )

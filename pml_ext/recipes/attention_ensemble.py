@@ -24,8 +24,8 @@ def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Pa
     return Parts(trunk, loss)
 
 
-ATTENTION_ENSEMBLE: Method = (
-    {
+ATTENTION_ENSEMBLE = Method(
+    numbers={
         "all": {
             "num_learners": (8, PAPER),
             "masks": (True, PAPER),
@@ -55,5 +55,5 @@ ATTENTION_ENSEMBLE: Method = (
             "freeze_batch_norm": (False, OURS),
         },
     },
-    _build,
+    build=_build,
 )

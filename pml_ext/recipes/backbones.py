@@ -1,42 +1,41 @@
-"""The networks of the recipes."""
+"""The networks of the recipes, from their settings."""
 
 from collections import OrderedDict
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pml_ext.recipes.conv_net import ConvNet, TwoLevels
-from pml_ext.recipes.pooled_trunk import PooledTrunk
 from pml_ext.recipes.settings import Settings
-from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, GlobalPool2d
-from pml_ext.trunks.model_names import check_model_name, count_levels
+from pml_ext.trunks.attention_ensemble import AttentionEnsemble
+from pml_ext.trunks.conv_net import ConvNet
+from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
+from pml_ext.trunks.global_pool import GlobalPool2d
+from pml_ext.trunks.model_names import check_model_name
+from pml_ext.trunks.pooled_trunk import PooledTrunk
 
 
 def pooled_trunk(settings: Settings, num_learners: int = 1, attention: Any = None) -> PooledTrunk:
     """Return a backbone with pooling and a linear map."""
-    return PooledTrunk(_last_map(settings), settings.embedding_size, settings.pool_type, attention, num_learners)
+    backbone, options = _backbone(settings)
+    return PooledTrunk(
+        backbone,
+        settings.embedding_size,
+        attention=attention,
+        pool_type=settings.pool_type,
+        num_learners=num_learners,
+        **options,
+    )
 
 
 def global_local_trunk(settings: Settings, attention: Any) -> GlobalLocalTrunk:
     """Return a backbone with a local and a global head."""
-    if settings.backbone == "convnet":
-        network = _conv_net(settings)
-        return GlobalLocalTrunk(
-            TwoLevels(network),
-            settings.embedding_size,
-            attention=attention,
-            pool_type=settings.pool_type,
-            feature_channels=(2 * settings.width, 4 * settings.width),
-        )
+    backbone, options = _backbone(settings)
+    if isinstance(backbone, ConvNet):
+        backbone, options = backbone.two_levels(), {"feature_channels": (2 * settings.width, 4 * settings.width)}
     return GlobalLocalTrunk(
-        settings.backbone,
-        settings.embedding_size,
-        settings.pretrained,
-        attention=attention,
-        pool_type=settings.pool_type,
-        **_timm_options(settings),
+        backbone, settings.embedding_size, attention=attention, pool_type=settings.pool_type, **options
     )
 
 
@@ -65,35 +64,18 @@ def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemb
     )
 
 
-class LastMap(nn.Module):
-    """The last feature map of a timm model, ``(B, C, H, W)``."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.num_features = model.feature_info.channels()[-1]
-        self.channels_last = getattr(model, "output_fmt", None) == "NHWC"
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the map."""
-        features: Tensor = self.model(images)[-1]
-        return features.permute(0, 3, 1, 2) if self.channels_last else features
+def _backbone(settings: Settings) -> tuple[str | nn.Module, dict[str, Any]]:
+    """Return a module, or the name of a timm model and what it is made with."""
+    if settings.backbone == "convnet":
+        return _conv_net(settings), {}
+    check_model_name(settings.backbone, others=("convnet",))
+    return settings.backbone, {"pretrained": settings.pretrained} | _timm_options(settings)
 
 
 def _conv_net(settings: Settings) -> ConvNet:
     if settings.pretrained:
         raise ValueError("pretrained must be False for the backbone 'convnet', which has no weights, got True")
-    return ConvNet(settings.in_channels, settings.width, settings.depth)
-
-
-def _last_map(settings: Settings) -> nn.Module:
-    if settings.backbone == "convnet":
-        return _conv_net(settings)
-    check_model_name(settings.backbone, others=("convnet",))
-    options = _timm_options(settings)
-    last = count_levels(settings.backbone, options) - 1
-    model = timm.create_model(settings.backbone, settings.pretrained, features_only=True, out_indices=[last], **options)
-    return LastMap(model)
+    return ConvNet(settings.in_channels, settings.width)
 
 
 def _timm_options(settings: Settings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def _plain(numbers: Numbers, make: Callable[[Settings, int], tuple[Any, Any]], *
     def build(settings: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
         return Parts(pooled_trunk(settings), *make(settings, num_classes))
 
-    return {"all": numbers} | presets, build
+    return Method({"all": numbers} | presets, build)
 
 
 def _contrastive(s: Settings, num_classes: int) -> tuple[Any, Any]:

@@ -59,11 +59,11 @@ def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Pa
     return Parts(trunk, loss)
 
 
-_OF_PARTS = [MHGL[0], ATTENTION_ENSEMBLE[0], INTRA_BATCH[0], ADAPTIVE_MARGIN[0]]
-_ALL = {name: number for part in reversed(_OF_PARTS) for name, number in part["all"].items()}
+_OF_PARTS = [MHGL, ATTENTION_ENSEMBLE, INTRA_BATCH, ADAPTIVE_MARGIN]
+_ALL = {name: number for part in reversed(_OF_PARTS) for name, number in part.numbers["all"].items()}
 
-COMBINED: Method = (
-    {
+COMBINED = Method(
+    numbers={
         "all": {name: number for name, number in _ALL.items() if name not in ("learner_loss", "raw_weight")}
         | {
             "levels": ("global", OURS),
@@ -75,5 +75,5 @@ COMBINED: Method = (
         },
         "paper": {"refiner_lr": (1.5636637e-4, "authors' code of IBC, for CUB")},
     },
-    _build,
+    build=_build,
 )

@@ -43,8 +43,8 @@ def embed(
     with in_mode(trunk):
         for images, batch_labels in tqdm(loader, desc="embedding", disable=not progress):
             with torch.autocast(like.device.type, autocast, enabled=autocast is not None):
-                found = trunk(images.to(like.device))
-            embeddings.append(nn.functional.normalize(found.float()).cpu())
+                raw = trunk(images.to(like.device))
+            embeddings.append(nn.functional.normalize(raw.float()).cpu())
             labels.append(torch.as_tensor(batch_labels))
     return torch.cat(embeddings), torch.cat(labels)
 
@@ -69,5 +69,5 @@ def retrieval_metrics(
     )
     if gallery is not None:
         gallery = gallery[0].contiguous(), gallery[1]
-    found = calculator.get_accuracy(embeddings.contiguous(), labels, *(gallery or ()))  # faiss asserts contiguity
-    return {name: float(value) for name, value in found.items()}  # NumPy's numbers would not load with weights_only
+    values = calculator.get_accuracy(embeddings.contiguous(), labels, *(gallery or ()))  # faiss asserts contiguity
+    return {name: float(value) for name, value in values.items()}  # NumPy's numbers would not load with weights_only

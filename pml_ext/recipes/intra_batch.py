@@ -1,49 +1,27 @@
 """Messages between the samples of a batch, for training only (IBC, ICML 2021)."""
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pml_ext.losses import IntraBatchLoss
 from pml_ext.recipes.backbones import pooled_trunk
 from pml_ext.recipes.parts import Method, Parts
 from pml_ext.recipes.settings import CODE, OURS, Numbers, Settings
-from pml_ext.trunks import IntraBatchRefiner
+from pml_ext.trunks.intra_batch_refiner import IntraBatchRefiner
 
 
 class SilentRefiner(IntraBatchRefiner):
     """The same layers without messages: the control that tells what messages add."""
 
-    def forward(self, embeddings: Tensor, edge_index: Tensor | None = None, batch: Tensor | None = None) -> Any:
+    def forward(self, embeddings: Tensor, edge_index: Tensor | None = None, batch: Tensor | None = None) -> Tensor:
         """Return the embeddings as refined by what each sample knows of itself."""
         return super().forward(embeddings, embeddings.new_empty(2, 0, dtype=torch.long), batch)
 
 
 def make_refiner(s: Settings) -> IntraBatchRefiner:
-    """Return the refiner of the settings.
-
-    They are ``num_layers``, ``heads``, ``output``, ``messages`` and ``similarity_gain``.
-    """
+    """Return the refiner of the settings ``num_layers``, ``heads``, ``output`` and ``messages``."""
     kind = IntraBatchRefiner if s.messages else SilentRefiner
-    refiner = kind(s.embedding_size, s.num_layers, s.heads, output=s.output)
-    if s.similarity_gain:
-        start_with_similarity(refiner, s.similarity_gain)
-    return refiner
-
-
-@torch.no_grad()
-def start_with_similarity(refiner: IntraBatchRefiner, gain: float) -> None:
-    """Let the first layer's scores, in the mean over heads, start as ``gain`` times the cosine of two embeddings.
-
-    As drawn otherwise they start near 0, so that a sample listens to all others alike.
-    """
-    width = refiner.in_features // refiner.heads
-    layer: Any = refiner.layers[0]
-    for linear, size in ((refiner.input, 1.0), (layer.attend.query, (gain * refiner.heads * width**0.5) ** 0.5)):
-        nn.init.orthogonal_(linear.weight, size)  # type: ignore[arg-type]
-        nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
-    layer.attend.key.load_state_dict(layer.attend.query.state_dict())
+    return kind(s.embedding_size, s.num_layers, s.heads, output=s.output)
 
 
 def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
@@ -74,14 +52,13 @@ def _paper(layers: int, heads: int, lr: float, decay: float, temperature: float,
     return {name: (value, CODE) for name, value in values.items()}
 
 
-INTRA_BATCH: Method = (
-    {
+INTRA_BATCH = Method(
+    numbers={
         "all": {
             "num_layers": (1, CODE),
             "heads": (2, CODE),
             "output": ("last", CODE),
             "messages": (True, CODE),
-            "similarity_gain": (0.0, "ours: off, as in the authors' code"),
             "temperature": (0.2, CODE),
             "label_smoothing": (0.1, CODE),
             "refined_weight": (1.0, CODE),
@@ -112,5 +89,5 @@ INTRA_BATCH: Method = (
         | {"refined_weight": (1.0, "ours: the authors' configuration for SOP never runs the messages")},
         "paper:inshop": _paper(1, 4, 1.1265975e-4, 1.0555e-7, 0.1859135, 14, 4),
     },
-    _build,
+    build=_build,
 )

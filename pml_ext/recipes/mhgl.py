@@ -26,8 +26,8 @@ def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Pa
     return Parts(trunk, loss)
 
 
-MHGL: Method = (
-    {
+MHGL = Method(
+    numbers={
         "all": {
             "levels": ("both", PAPER),
             "attention": ("printed", PAPER),
@@ -48,5 +48,5 @@ MHGL: Method = (
             "proxy_lr": (1e-2, PAPER),
         },
     },
-    _build,
+    build=_build,
 )

@@ -1,4 +1,4 @@
-"""What the file of each paper returns."""
+"""What the file of each paper gives."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,8 +18,13 @@ class Parts(NamedTuple):
     miner: Callable[..., Indices] | None = None
 
 
-Build = Callable[[Settings, int, "Tensor | None"], Parts]
-"""Settings, number of classes, embeddings of the classes (or None) to the parts."""
+class Method(NamedTuple):
+    """A way of training.
 
-Method = tuple[dict[str, Numbers], Build]
-"""A recipe's own settings by preset, and what builds it."""
+    Attributes:
+        numbers: Its own settings by preset; those of "all" for each preset, those of "paper" for each of the papers'.
+        build: Settings, number of classes, embeddings of the classes (or None) to the parts.
+    """
+
+    numbers: dict[str, Numbers]
+    build: Callable[[Settings, int, Tensor | None], Parts]

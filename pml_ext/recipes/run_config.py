@@ -4,17 +4,17 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.version import __version__
 
-if TYPE_CHECKING:
-    from pml_ext.recipes.building import Recipe
+_GONE = {"similarity_gain": 0.0, "depth": 1}  # settings of former versions, and where they changed nothing
 
 
-def describe_run(made: "Recipe", autocast: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
+def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
     """Return what ``load_run`` needs to build a recipe again, as plain values that JSON knows.
 
     Args:
@@ -45,11 +45,11 @@ def write_config(folder: str | os.PathLike[str], config: dict[str, Any]) -> None
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what ``config.json`` holds.
+    """Return what ``config.json`` holds, without settings that former versions had and that changed nothing.
 
     Raises:
         FileNotFoundError: If it is not there.
-        ValueError: If it is not what ``write_config`` writes.
+        ValueError: If it is not what ``write_config`` writes, or a setting that is gone had changed something.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -61,5 +61,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     missing = {"recipe", "num_classes", "preset", "settings"} - (set(config) if isinstance(config, dict) else set())
     if missing:
         raise ValueError(f"{path} must have {min(missing)!r}, got none")
-    found: dict[str, Any] = config
-    return found
+    for name, value in _GONE.items():
+        former = config["settings"].pop(name, value)
+        if former != value:
+            raise ValueError(f"{path}: the setting {name!r} is gone, and must have been {value}, got {former}")
+    return dict(config)

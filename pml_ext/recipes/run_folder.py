@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import nn
 
-from pml_ext.recipes.building import Recipe, recipe
+from pml_ext.recipes.building import recipe
+from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.run_config import read_config
+from pml_ext.recipes.training_recipe import Recipe
 
 
 class Run(NamedTuple):
@@ -29,21 +30,6 @@ class Run(NamedTuple):
     epoch: int
     autocast: torch.dtype | None
     checksum: str
-
-
-def usable_device(device: torch.device | str | None = None) -> torch.device:
-    """Return a device: CUDA if there is any, else the CPU, unless another is given.
-
-    Raises:
-        ValueError: If it is not there.
-    """
-    found: torch.device = c_f.use_cuda_if_available()
-    try:
-        found = found if device is None else torch.device(device)
-        torch.empty(1, device=found)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device must be there, got {device!r}: {error}") from error
-    return found
 
 
 def load_run(folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Run:
@@ -85,7 +71,7 @@ def load_run(folder: str | os.PathLike[str], device: torch.device | str | None =
 
 
 def _checksum(module: nn.Module) -> str:
-    found = 0
+    checksum = 0
     for x in module.state_dict().values():
-        found = zlib.crc32(x.cpu().numpy().tobytes(), found)
-    return f"{found:08x}"
+        checksum = zlib.crc32(x.cpu().numpy().tobytes(), checksum)
+    return f"{checksum:08x}"

@@ -18,7 +18,6 @@ _SMALL: Numbers = {
     "backbone": ("convnet", OURS),
     "pretrained": (False, OURS),
     "width": (32, OURS),
-    "depth": (1, OURS),
     "embedding_size": (64, OURS),
     "pool_type": ("avg", OURS),
     "in_channels": (3, OURS),

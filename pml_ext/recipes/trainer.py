@@ -8,18 +8,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
-from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 
+from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.run_config import describe_run, read_config, write_config
-
-if TYPE_CHECKING:
-    from pml_ext.recipes.building import Recipe
+from pml_ext.recipes.training_recipe import Recipe
 
 
 class Trainer(MetricLossOnly):
@@ -29,8 +27,9 @@ class Trainer(MetricLossOnly):
 
     Args:
         recipe: What to train; its modules are trained in place.
-        dataset: Of transformed images and labels 0 to C - 1.
-        labels: ``(N,)``, those of the data set.
+        dataset: Of images and integer labels 0 to ``num_classes`` - 1. Where its ``transform`` is None, it gets the
+            recipe's training transform.
+        labels: ``(N,)``, those of the data set. None: its attribute ``labels`` or ``targets``.
         validate: Called with the trunk after each epoch; returns metrics, a dictionary of numbers.
         metric: Which of them is to be largest; its epoch is kept as the best.
         folder: Where to keep ``config.json``, ``last.pt``, ``best.pt`` and ``metrics.jsonl``, for ``load_run`` and
@@ -49,20 +48,23 @@ class Trainer(MetricLossOnly):
         best: The entry of the best epoch, None without ``validate``.
         epochs_done: How many epochs the modules have been trained.
 
+    Raises:
+        ValueError: If there are no labels, they do not fit ``num_classes``, or the device is not there.
+
     Examples:
         >>> from pml_ext.recipes import recipe
         >>> images, labels = torch.rand(12, 1, 28, 28), torch.arange(12) // 4
         >>> made = recipe("proxy_anchor", 3, in_channels=1, image_size=28, batch_size=12, epochs=2, width=4)
-        >>> trainer = made.trainer(torch.utils.data.TensorDataset(images, labels), labels)
+        >>> trainer = Trainer(made, torch.utils.data.TensorDataset(images, labels), labels)
         >>> len(trainer.train())
         2
     """
 
     def __init__(
         self,
-        recipe: "Recipe",
+        recipe: Recipe,
         dataset: Any,
-        labels: Tensor,
+        labels: Any = None,
         validate: Callable[[nn.Module], dict[str, float]] | None = None,
         metric: str = "mean_average_precision_at_r",
         folder: str | os.PathLike[str] | None = None,
@@ -77,13 +79,15 @@ class Trainer(MetricLossOnly):
         self.recipe = recipe
         self.validate = validate
         self.metric = metric
-        self._labels = labels
+        self._labels = _checked_labels(dataset, labels, recipe.num_classes)
+        if hasattr(dataset, "transform") and dataset.transform is None:
+            dataset.transform = recipe.transforms.train
         self.folder = None if folder is None else Path(folder)
         self.autocast = autocast
         self.channels_last = channels_last
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
-        device = c_f.use_cuda_if_available() if device is None else torch.device(device)
+        device = usable_device(device)
         trunk, loss = recipe.trunk.to(device), recipe.loss.to(device)
         if channels_last:
             trunk = trunk.to(memory_format=torch.channels_last)
@@ -108,7 +112,7 @@ class Trainer(MetricLossOnly):
         super().__init__(
             models={"trunk": trunk},
             optimizers=optimizers,
-            batch_size=recipe.batch_size(labels),
+            batch_size=recipe.batch_size(self._labels),
             loss_funcs={"metric_loss": loss},
             mining_funcs={} if recipe.miner is None else {"tuple_miner": recipe.miner},
             dataset=dataset,
@@ -182,7 +186,7 @@ class Trainer(MetricLossOnly):
 
     def get_trunk_output(self, data: Tensor) -> Tensor:
         """Return the embeddings; PML calls it."""
-        data = c_f.to_device(data, device=self.data_device, dtype=self.dtype)
+        data = data.to(self.data_device, self.dtype)
         if self.channels_last:
             data = data.contiguous(memory_format=torch.channels_last)
         with torch.autocast(data.device.type, self.autocast, enabled=self.autocast is not None):
@@ -220,16 +224,16 @@ class Trainer(MetricLossOnly):
             "seconds": time.perf_counter() - self._started,
             "lr": self._lr,
         }
-        found = {} if self.validate is None else self.validate(self.models["trunk"]) or {}
-        entry |= found
+        metrics = {} if self.validate is None else self.validate(self.models["trunk"]) or {}
+        entry |= metrics
         self.history.append(entry)
-        better = self.metric in found and self._is_better(found[self.metric])
+        better = self.metric in metrics and self._is_better(metrics[self.metric])
         if better:
             self.best = entry
         if self.folder is not None:
             self._save(better)
-        if self.validate is not None and self.metric not in found:
-            names = ", ".join(found) or "none"
+        if self.validate is not None and self.metric not in metrics:
+            names = ", ".join(metrics) or "none"
             raise ValueError(f"metric must be one that validate returns, {names}, got {self.metric!r}")
         self._stopped = self._users_hooks[1] is not None and self._users_hooks[1](self) is False
         return not self._stopped
@@ -258,6 +262,18 @@ class Trainer(MetricLossOnly):
             there = {}
         if any(name not in there or there[name] != config[name] for name in config if name != "versions"):
             write_config(folder, config)
+
+
+def _checked_labels(dataset: Any, labels: Any, num_classes: int) -> Tensor:
+    if labels is None:
+        labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    if labels is None:
+        raise ValueError("labels must be given for a dataset without the attribute labels or targets, got None")
+    labels = torch.as_tensor(labels)
+    if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
+        got = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
+        raise ValueError(f"labels must lie in 0 to num_classes - 1 = {num_classes - 1}, got {got}")
+    return labels
 
 
 def _random_state() -> dict[str, Any]:

@@ -65,11 +65,11 @@ def _with_channels(image: Any, channels: int) -> torch.Tensor:
             raise ValueError(f"images must have values with a fixed range, got PIL's mode {image.mode!r}")
         converted: torch.Tensor = v2.functional.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
         return converted
-    found: torch.Tensor = image[:-1] if image.shape[0] in (2, 4) else image
-    if found.shape[0] == channels:
-        return found
+    opaque: torch.Tensor = image[:-1] if image.shape[0] in (2, 4) else image
+    if opaque.shape[0] == channels:
+        return opaque
     convert = v2.functional.rgb_to_grayscale if channels == 1 else v2.functional.grayscale_to_rgb
-    return convert(found)
+    return convert(opaque)
 
 
 def _resize(image: torch.Tensor, size: list[int]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from pml_ext.trunks.batch_norm import freeze_batch_norm
 from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
 from pml_ext.trunks.global_pool import GlobalPool2d
 from pml_ext.trunks.parameter_groups import param_groups
+from pml_ext.trunks.pooled_trunk import PooledTrunk
 from pml_ext.trunks.second_order_attention import SOLAR_NAMES, SecondOrderAttention
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "GlobalLocalTrunk",
     "GlobalPool2d",
     "IntraBatchRefiner",
+    "PooledTrunk",
     "SecondOrderAttention",
     "freeze_batch_norm",
     "param_groups",

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any
 
 import timm
 import torch
@@ -15,11 +15,9 @@ from pml_ext.modes import in_mode
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.precision import full_precision, upcast_half
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
-from pml_ext.trunks.model_names import check_model_name
+from pml_ext.trunks.model_names import check_model_name, refuse_timm_options
 from pml_ext.trunks.stage_copy import copy_stage
 from pml_ext.validation import check_count
-
-MaskActivation = Literal["sigmoid", "batchnorm+relu"]
 
 _USUAL_SPLITS = ("maxpool3", "layer2")  # GoogLeNet, ResNets
 
@@ -29,8 +27,8 @@ class AttentionEnsemble(ModuleWithRecords):
 
     $$b_m(x) = \frac{W\, G(S(x) \odot A_m(S(x)))}{\lVert W\, G(S(x) \odot A_m(S(x))) \rVert}$$
 
-    $S$: stem. $A_m$: attention trunk, 1 x 1 convolution of learner m and ``mask_activation``; one number for each
-    channel and position. $G$: head. The embedding is $b_1, \ldots, b_M$ side by side: one 2-D tensor, as PML wants it.
+    $S$: stem. $A_m$: attention trunk, 1 x 1 convolution of learner m and a sigmoid; one number for each channel and
+    position. $G$: head. The embedding is $b_1, \ldots, b_M$ side by side: one 2-D tensor, as PML wants it.
     The M masked maps are folded into the batch, so that G runs once; in training, its batch norms see all learners
     together. Mask convolutions and $W$ are drawn by Xavier's rule, each learner's for itself: learners that coincide
     would stay so.
@@ -41,7 +39,6 @@ class AttentionEnsemble(ModuleWithRecords):
         head: $G$: a map like the stem's to ``(B, F)``; ends after pooling.
         num_learners: M >= 1.
         embedding_size: Of all learners together; a multiple of M.
-        mask_activation: "sigmoid", or "batchnorm+relu".
         share_attention_trunk: Whether learners share the attention trunk and differ in their 1 x 1 convolutions only.
             Otherwise each gets a copy of it.
         input_size: Channels, height and width of an image, for the dry run that finds out the widths. Images of other
@@ -71,12 +68,12 @@ class AttentionEnsemble(ModuleWithRecords):
         >>> head = nn.Sequential(nn.Conv2d(8, 10, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> trunk = AttentionEnsemble(stem, attention, head, 4, embedding_size=32, input_size=(3, 32, 32))
         >>> images = torch.randn(2, 3, 32, 32)
-        >>> trunk(images).shape, trunk(images, return_learners=True).shape, trunk.masks(images).shape
-        (torch.Size([2, 32]), torch.Size([2, 4, 8]), torch.Size([2, 4, 8, 8, 8]))
+        >>> trunk(images).shape, trunk.masks(images).shape
+        (torch.Size([2, 32]), torch.Size([2, 4, 8, 8, 8]))
 
     Source:
         Kim, Goyal, Chawla, Lee, Kwon: "Attention-based Ensemble for Deep Metric Learning", ECCV 2018. Two independent
-        ports share the attention trunk; the paper's text that we have does not say. "batchnorm+relu" is another port's.
+        ports share the attention trunk; the paper's text that we have does not say.
     """
 
     def __init__(
@@ -86,7 +83,6 @@ class AttentionEnsemble(ModuleWithRecords):
         head: nn.Module,
         num_learners: int = 8,
         embedding_size: int = 512,
-        mask_activation: MaskActivation = "sigmoid",
         share_attention_trunk: bool = True,
         input_size: tuple[int, int, int] = (3, 224, 224),
         checkpoint: bool = False,
@@ -97,9 +93,6 @@ class AttentionEnsemble(ModuleWithRecords):
         if embedding_size < 1 or embedding_size % num_learners:
             rule = f">= 1 and a multiple of num_learners = {num_learners}"
             raise ValueError(f"embedding_size must be {rule}, got {embedding_size}")
-        if mask_activation not in get_args(MaskActivation):
-            known = ", ".join(get_args(MaskActivation))
-            raise ValueError(f"mask_activation must be one of {known}, got {mask_activation!r}")
         _check_input_size(input_size)
         channels, attention_channels, in_features = _widths(stem, attention, head, input_size)
         self.stem = stem
@@ -111,8 +104,6 @@ class AttentionEnsemble(ModuleWithRecords):
         with torch.no_grad():
             for weight in self.mask_conv.weight.chunk(num_learners):  # each learner's, or fan_out would be that of all
                 nn.init.xavier_uniform_(weight)
-        norm = [nn.BatchNorm2d(masks), nn.ReLU()]
-        self.mask_activation = nn.Sigmoid() if mask_activation == "sigmoid" else nn.Sequential(*norm)
         self.linear = nn.Linear(in_features, embedding_size // num_learners)
         nn.init.xavier_uniform_(self.linear.weight)
         for bias in (self.mask_conv.bias, self.linear.bias):
@@ -131,15 +122,13 @@ class AttentionEnsemble(ModuleWithRecords):
         num_learners: int = 8,
         embedding_size: int = 512,
         pretrained: bool = False,
-        copy_weights: bool = True,
-        mask_activation: MaskActivation = "sigmoid",
         share_attention_trunk: bool = True,
         input_size: tuple[int, int, int] = (3, 224, 224),
         checkpoint: bool = False,
         collect_stats: bool | None = None,
         **timm_kwargs: Any,
     ) -> "AttentionEnsemble":
-        """Cut a backbone into stem and head, and copy its next stage as attention trunk.
+        """Cut a backbone into stem and head, and copy its next stage, weights included, as attention trunk.
 
         Args:
             backbone: "googlenet" (torchvision's, the paper's), the name of a timm model, or a module that maps images
@@ -150,8 +139,6 @@ class AttentionEnsemble(ModuleWithRecords):
             num_learners: M >= 1.
             embedding_size: Of all learners together.
             pretrained: Whether weights of the backbone are downloaded.
-            copy_weights: Whether the attention trunk starts with the weights of the stage that it copies.
-            mask_activation: As above.
             share_attention_trunk: As above.
             input_size: As above; its channels are those of the network.
             checkpoint: As above.
@@ -175,9 +162,8 @@ class AttentionEnsemble(ModuleWithRecords):
         _check_input_size(input_size)
         if isinstance(backbone, str):
             backbone = _create(backbone, pretrained, input_size[0], timm_kwargs)
-        elif timm_kwargs or pretrained:
-            given = sorted({*timm_kwargs, *(["pretrained"] if pretrained else [])})
-            raise ValueError(f"{', '.join(given)} must not be given with a backbone that is a module")
+        else:
+            refuse_timm_options(pretrained, timm_kwargs)
         if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
             raise ValueError(f"backbone must have maps of (B, C, H, W), got a {type(backbone).__name__}, which has not")
         if split is None:
@@ -187,14 +173,13 @@ class AttentionEnsemble(ModuleWithRecords):
                 raise ValueError(f"split must be given for this backbone, one of {', '.join(cut_points(backbone))}")
         stem, head = cut_backbone(backbone, split)
         features = _features(stem, input_size)
-        attention = copy_stage(head, features, copy_weights)
+        attention = copy_stage(head, features)
         trunk = cls(
             stem,
             attention,
             head,
             num_learners,
             embedding_size,
-            mask_activation,
             share_attention_trunk,
             input_size,
             checkpoint,
@@ -207,13 +192,8 @@ class AttentionEnsemble(ModuleWithRecords):
         """Stem and head: what was there before the ensemble."""
         return nn.ModuleList([self.stem, self.head])
 
-    def forward(self, images: Tensor, return_learners: bool = False) -> Tensor:
-        """Return the embeddings.
-
-        Args:
-            images: ``(B, *input_size)``.
-            return_learners: Whether to return them as ``(B, M, embedding_size / M)``, learner by learner.
-        """
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the embeddings, learner by learner; ``pml_ext.learners.split_learners`` parts them."""
         features = self.stem(images)
         masked = (features.unsqueeze(1) * self._masks(features)).flatten(0, 1)  # (B * M, C, H, W)
         learners = self.linear(self._run_head(masked))
@@ -223,10 +203,10 @@ class AttentionEnsemble(ModuleWithRecords):
         embeddings: Tensor = learners.flatten(1)
         if self.collect_stats:
             self.learner_similarity = learner_similarity(embeddings, self.num_learners)
-        return learners if return_learners else embeddings
+        return embeddings
 
     def masks(self, images: Tensor) -> Tensor:
-        """Return each learner's mask, ``(B, M, C, H, W)``; with "sigmoid" in 0 to 1."""
+        """Return each learner's mask, ``(B, M, C, H, W)``, in 0 to 1."""
         return self._masks(self.stem(images))
 
     def _masks(self, features: Tensor) -> Tensor:
@@ -234,19 +214,19 @@ class AttentionEnsemble(ModuleWithRecords):
         if attended.shape[2:] != features.shape[2:]:
             shapes = f"{tuple(features.shape[2:])}, got {tuple(attended.shape[2:])}"
             raise ValueError(f"attention must keep the grid of the stem, {shapes}")
-        masks: Tensor = self.mask_activation(self.mask_conv(attended))
+        masks: Tensor = self.mask_conv(attended).sigmoid()
         return masks.reshape(features.shape[0], self.num_learners, *features.shape[1:])
 
     def _run_head(self, masked: Tensor) -> Tensor:
         if not (self.checkpoint and torch.is_grad_enabled()):
             return self.head(masked)
-        found: Tensor = run_again_in_backward(
+        pooled: Tensor = run_again_in_backward(
             lambda x: self.head(x.clone()),  # what starts in place would change the input of the second run
             masked,
             use_reentrant=False,
             context_fn=lambda: (nullcontext(), _buffers_kept(self.head)),
         )
-        return found
+        return pooled
 
 
 @contextmanager
@@ -270,7 +250,7 @@ def _create(name: str, pretrained: bool, channels: int, timm_kwargs: dict[str, A
             name, pretrained=pretrained, num_classes=0, **({"in_chans": channels} | timm_kwargs)
         )
         return model
-    from torchvision.models import GoogLeNet_Weights, googlenet
+    from torchvision.models import GoogLeNet_Weights, googlenet  # on use: only this network is torchvision's
 
     if channels != 3:
         raise ValueError(f"input_size must have 3 channels for googlenet, got {channels}")

@@ -1,14 +1,11 @@
 """One round of messages between samples: attention, projection, feed-forward (IBC)."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import GATv2Conv, MessagePassing
+from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import scatter, to_dense_batch
-
-Attention = Literal["dot", "gatv2"]
 
 
 class AttentionLayer(nn.Module):
@@ -17,21 +14,13 @@ class AttentionLayer(nn.Module):
     Args:
         embedding_size: D.
         heads: h, divides D.
-        attention: "dot" or "gatv2".
         dropout: Of attention weights, messages and the feed-forward part, 0 to 1.
         null_message: Whether attention has one more sender, with score 0 and message 0.
     """
 
-    def __init__(
-        self, embedding_size: int, heads: int, attention: Attention, dropout: float, null_message: bool
-    ) -> None:
+    def __init__(self, embedding_size: int, heads: int, dropout: float, null_message: bool) -> None:
         super().__init__()
-        self.attend: DotAttention | GATv2Conv
-        if attention == "dot":
-            self.attend = DotAttention(embedding_size, heads, dropout, null_message)
-        else:
-            width = embedding_size // heads
-            self.attend = GATv2Conv(embedding_size, width, heads, add_self_loops=False, dropout=dropout)
+        self.attend = DotAttention(embedding_size, heads, dropout, null_message)
         self.out = nn.Linear(embedding_size, embedding_size)
         self.linear1 = nn.Linear(embedding_size, 4 * embedding_size)
         self.linear2 = nn.Linear(4 * embedding_size, embedding_size)

@@ -74,21 +74,21 @@ class _Tracer(fx.Tracer):
 
 def _trace(model: nn.Module, split: str) -> tuple[fx.Graph, nn.Module]:
     """Return the graph, and a shallow copy of the model with the constants that tracing attaches to it."""
-    found = []
+    traces = []
     for training in (True, False):
         with in_mode(model, training):
             root = copy.copy(model)
             try:
-                found.append((_bind_defaults(_Tracer(split).trace(root)), root))
+                traces.append((_bind_defaults(_Tracer(split).trace(root)), root))
             except Exception as error:  # whatever a forward makes of a symbol
                 name = type(model).__name__
                 raise ValueError(f"backbone must be traceable by torch.fx, got a {name}: {error}") from error
-    if str(found[0][0]) != str(found[1][0]):
+    if str(traces[0][0]) != str(traces[1][0]):
         raise ValueError(
             f"backbone must do the same in training and in evaluation outside of its modules, got a "
             f"{type(model).__name__} that does not (dropout of the head: drop_rate=0; auxiliary outputs: turn them off)"
         )
-    return found[0]
+    return traces[0]
 
 
 def _bind_defaults(graph: fx.Graph) -> fx.Graph:
@@ -106,10 +106,10 @@ def _bind_defaults(graph: fx.Graph) -> fx.Graph:
 
 
 def _find(graph: fx.Graph, split: str) -> fx.Node:
-    found = [node for node in graph.nodes if node.op == "call_module" and node.target == split]
-    if len(found) != 1:
-        raise ValueError(f"split must be a module that runs once, got {split!r}, which runs {len(found)} times")
-    return found[0]
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == split]
+    if len(calls) != 1:
+        raise ValueError(f"split must be a module that runs once, got {split!r}, which runs {len(calls)} times")
+    return calls[0]
 
 
 def _up_to(graph: fx.Graph, cut: fx.Node) -> list[fx.Node]:

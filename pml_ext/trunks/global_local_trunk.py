@@ -1,6 +1,6 @@
 """One embedding from two feature levels of a backbone (MHGL)."""
 
-from typing import Any, get_args
+from typing import Any, Literal
 
 import timm
 import torch
@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.precision import full_precision, upcast_half
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
-from pml_ext.trunks.model_names import check_model_name, count_levels
-from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style
-
-SOLAR_REDUCTIONS = {"local": 4, "global": 2}  # as released with SOLAR, for conv4 and conv5
+from pml_ext.trunks.model_names import check_model_name, count_levels, refuse_timm_options
+from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style, attention_of_level, check_attention
 
 
 class GlobalLocalTrunk(ModuleWithRecords):
@@ -78,13 +76,11 @@ class GlobalLocalTrunk(ModuleWithRecords):
         super().__init__(collect_stats=collect_stats)
         if embedding_size < 2 or embedding_size % 2:
             raise ValueError(f"embedding_size must be even and >= 2, got {embedding_size}")
-        if attention is not None and attention not in get_args(Style):
-            raise ValueError(f"attention must be None or one of {', '.join(get_args(Style))}, got {attention!r}")
+        check_attention(attention)
         if isinstance(backbone, str):
             backbone = _create(backbone, pretrained, (local_level, global_level), timm_kwargs)
-        elif timm_kwargs or pretrained:
-            given = sorted({*timm_kwargs, *(["pretrained"] if pretrained else [])})
-            raise ValueError(f"{', '.join(given)} must not be given with a backbone that is a module")
+        else:
+            refuse_timm_options(pretrained, timm_kwargs)
         if feature_channels is None:
             if not hasattr(backbone, "feature_info"):
                 raise ValueError("feature_channels must be given for a backbone without feature_info, got None")
@@ -92,11 +88,14 @@ class GlobalLocalTrunk(ModuleWithRecords):
         self.backbone = backbone
         self.out_features = embedding_size
         self.channels_last_maps = getattr(backbone, "output_fmt", None) == "NHWC"
-        heads = [
-            _head(name, channels, embedding_size // 2, attention, pool_type, collect_stats)
-            for name, channels in zip(("local", "global"), feature_channels, strict=True)
-        ]
-        self.local_head, self.global_head = heads
+        local_channels, global_channels = feature_channels
+
+        def head(level: Literal["local", "global"], channels: int) -> nn.Sequential:
+            block = attention_of_level(level, channels, attention, collect_stats)
+            pool = GlobalPool2d(pool_type, collect_stats=collect_stats)
+            return nn.Sequential(block, pool, nn.Linear(channels, embedding_size // 2))
+
+        self.local_head, self.global_head = head("local", local_channels), head("global", global_channels)
         self.local_level, self.global_level = local_level, global_level
         self.record("out_features", "local_level", "global_level")
 
@@ -141,24 +140,13 @@ class GlobalLocalTrunk(ModuleWithRecords):
         Raises:
             ValueError: If the trunk has no attention.
         """
-        found = []
+        maps = []
         for head, features in zip((self.local_head, self.global_head), self.feature_maps(images), strict=True):
             if not isinstance(head[0], SecondOrderAttention):
                 raise ValueError("attention must not be None for attention_maps, got a trunk without attention")
             attention = head[0].attention_map(features).mean(1)
-            found.append(attention.reshape(-1, *features.shape[2:]))
-        return found[0], found[1]
-
-
-def _head(
-    name: str, channels: int, size: int, attention: Style | None, pool_type: PoolType, collect_stats: bool | None
-) -> nn.Sequential:
-    block: nn.Module = nn.Identity()
-    if attention is not None:
-        reduction = 1 if attention == "printed" else SOLAR_REDUCTIONS[name]
-        reduction = reduction if channels % reduction == 0 else 1
-        block = SecondOrderAttention(channels, reduction, attention, collect_stats=collect_stats)
-    return nn.Sequential(block, GlobalPool2d(pool_type, collect_stats=collect_stats), nn.Linear(channels, size))
+            maps.append(attention.reshape(-1, *features.shape[2:]))
+        return maps[0], maps[1]
 
 
 def _create(name: str, pretrained: bool, levels: tuple[int, int], timm_kwargs: dict[str, Any]) -> nn.Module:

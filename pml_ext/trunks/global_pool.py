@@ -10,17 +10,18 @@ from pml_ext.precision import full_precision, upcast_half
 
 PoolType = Literal["avg", "max", "avg+max", "gem"]
 
+_SMALLEST = 1e-6  # of what "gem" raises to a power
+
 
 class GlobalPool2d(ModuleWithRecords):
     r"""Average, maximum, their sum, or a generalised mean over all positions.
 
-    "gem" is $(\frac{1}{HW} \sum_i \max(x_i, \epsilon)^p)^{1/p}$, computed in float32 or better: $p = 1$ averages what
+    "gem" is $(\frac{1}{HW} \sum_i \max(x_i, 10^{-6})^p)^{1/p}$, computed in float32 or better: $p = 1$ averages what
     is positive, a large $p$ takes the maximum.
 
     Args:
         pool_type: "avg", "max", "avg+max" or "gem".
         p: Where the exponent of "gem" starts, > 0. It is learned.
-        eps: $\epsilon$ > 0.
         **kwargs: Passed to PML's ``ModuleWithRecords``.
 
     Attributes:
@@ -41,17 +42,14 @@ class GlobalPool2d(ModuleWithRecords):
         "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019.
     """
 
-    def __init__(self, pool_type: PoolType = "avg+max", p: float = 3.0, eps: float = 1e-6, **kwargs: Any) -> None:
+    def __init__(self, pool_type: PoolType = "avg+max", p: float = 3.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if pool_type not in get_args(PoolType):
             raise ValueError(f"pool_type must be one of {', '.join(get_args(PoolType))}, got {pool_type!r}")
-        for name, value in (("p", p), ("eps", eps)):
-            if not value > 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
+        if not p > 0:
+            raise ValueError(f"p must be > 0, got {p}")
         self.pool_type = pool_type
-        self.eps = eps
         self.p = nn.Parameter(torch.full((1,), float(p))) if pool_type == "gem" else None
-        self.record("eps")
 
     def forward(self, features: Tensor) -> Tensor:
         if features.ndim != 4 or not features.shape[2] * features.shape[3]:
@@ -66,7 +64,7 @@ class GlobalPool2d(ModuleWithRecords):
         with full_precision(features.device):  # powers overflow half precision
             x = upcast_half(features)
             p = self.p.to(x.dtype)
-            return x.clamp_min(self.eps).pow(p).mean((2, 3)).pow(1 / p).to(features.dtype)
+            return x.clamp_min(_SMALLEST).pow(p).mean((2, 3)).pow(1 / p).to(features.dtype)
 
     def extra_repr(self) -> str:
         """Show the kind of pooling."""

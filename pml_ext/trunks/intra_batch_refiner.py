@@ -1,17 +1,16 @@
 """Messages between the samples of a batch, for training only (IBC)."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from pml_ext.graphs import complete_graph
 from pml_ext.modes import in_mode
 from pml_ext.pml_internals import ModuleWithRecords
-from pml_ext.trunks.attention_layer import Attention, AttentionLayer, DotAttention
+from pml_ext.trunks.attention_layer import AttentionLayer
 from pml_ext.validation import check_count, check_edge_index, check_embeddings, check_mini_batches
 
-Output = Literal["last", "cat", "every"]
+Output = Literal["last", "cat"]
 
 # Parts of parameter names in the authors' released weights to ours; the rest of a layer's names are the same.
 _IBC_NAMES = {
@@ -35,6 +34,8 @@ class IntraBatchRefiner(ModuleWithRecords):
 
     $$y_i = \mathrm{LN}(x_i + m_i), \qquad x'_i = \mathrm{LN}(y_i + W_2 [W_1 y_i]_+)$$
 
+    Without ``edge_index`` attention is computed densely, as one fused product, else along edges.
+
     It belongs into a loss (``IntraBatchLoss``): gradients then carry what the batch knows, and the trunk's embeddings
     are used as they are at test time.
 
@@ -42,14 +43,11 @@ class IntraBatchRefiner(ModuleWithRecords):
         embedding_size: D >= 1.
         num_layers: L >= 1.
         heads: h >= 1, divides D.
-        attention: "dot", the equation above; without ``edge_index`` it is computed densely, as one fused product.
-            "gatv2": torch-geometric's ``GATv2Conv``, always along edges.
         dropout: Of attention weights, messages and the feed-forward part, 0 to 1.
-        null_message: Whether the denominator has the 1: a sender with score 0 and message 0. None: as the authors' code
-            for "dot", and no for "gatv2", which cannot have it.
-        output: "last" layer's embeddings, all layers' side by side ("cat"), or a list with those of "every" layer.
+        null_message: Whether the denominator has the 1: a sender with score 0 and message 0.
+        output: "last" layer's embeddings, or all layers' side by side ("cat").
         input_projection: Whether a linear map D to D comes first, as in the authors' code.
-        collect_stats: As in PML. With statistics (and "dot"), ``self_weight`` is the mean weight that a sample of the
+        collect_stats: As in PML. With statistics, ``self_weight`` is the mean weight that a sample of the
             last batch gives to itself in the last layer, and ``null_weight`` what it leaves to the null message;
             without ``edge_index`` and ``batch`` only.
 
@@ -60,7 +58,7 @@ class IntraBatchRefiner(ModuleWithRecords):
 
     Shape:
         - embeddings: ``(B, D)``, floating point. edge_index: ``(2, E)``, integers. batch: ``(B,)``, sorted integers.
-        - output: ``(B, D)``, ``(B, L * D)`` or a list of L tensors ``(B, D)``.
+        - output: ``(B, D)``, or ``(B, L * D)`` with "cat".
 
     Raises:
         TypeError: If embeddings are no floating point tensor, or ``edge_index`` or ``batch`` no integers.
@@ -86,39 +84,30 @@ class IntraBatchRefiner(ModuleWithRecords):
         embedding_size: int,
         num_layers: int = 1,
         heads: int = 2,
-        attention: Attention = "dot",
         dropout: float = 0.1,
-        null_message: bool | None = None,
+        null_message: bool = True,
         output: Output = "last",
         input_projection: bool = True,
         collect_stats: bool | None = None,
     ) -> None:
         super().__init__(collect_stats=collect_stats)
-        for name, value, known in (
-            ("attention", attention, get_args(Attention)),
-            ("output", output, get_args(Output)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if output not in get_args(Output):
+            raise ValueError(f"output must be one of {', '.join(get_args(Output))}, got {output!r}")
         for name, number in (("embedding_size", embedding_size), ("num_layers", num_layers), ("heads", heads)):
             check_count(name, number)
         if embedding_size % heads:
             raise ValueError(f"heads must divide embedding_size = {embedding_size}, got {heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in 0 to 1, 1 excluded, got {dropout}")
-        if null_message and attention == "gatv2":
-            raise ValueError("null_message must not be True with attention 'gatv2', which has none, got True")
-        null_message = attention == "dot" if null_message is None else null_message
         self.in_features = embedding_size
         self.out_features = num_layers * embedding_size if output == "cat" else embedding_size
         self.num_layers = num_layers
         self.heads = heads
-        self.attention = attention
         self.null_message = null_message
         self.output = output
         self.input = nn.Linear(embedding_size, embedding_size) if input_projection else nn.Identity()
         self.layers = nn.ModuleList(
-            AttentionLayer(embedding_size, heads, attention, dropout, null_message) for _ in range(num_layers)
+            AttentionLayer(embedding_size, heads, dropout, null_message) for _ in range(num_layers)
         )
         self.record("in_features", "num_layers", "heads", statistics=["self_weight", "null_weight"])
 
@@ -128,9 +117,7 @@ class IntraBatchRefiner(ModuleWithRecords):
             if not isinstance(module, nn.Identity):
                 module.reset_parameters()
 
-    def forward(
-        self, embeddings: Tensor, edge_index: Tensor | None = None, batch: Tensor | None = None
-    ) -> Tensor | list[Tensor]:
+    def forward(self, embeddings: Tensor, edge_index: Tensor | None = None, batch: Tensor | None = None) -> Tensor:
         """Return the refined embeddings.
 
         Args:
@@ -142,41 +129,32 @@ class IntraBatchRefiner(ModuleWithRecords):
         """
         self._check(embeddings, edge_index, batch)
         edge_index, batch = (None if x is None else x.long() for x in (edge_index, batch))
-        if edge_index is None and self.attention == "gatv2":
-            edge_index = complete_graph(len(embeddings), batch, embeddings.device)
         x, outputs = self.input(embeddings), []
         for layer in self.layers:
             if self.collect_stats and layer is self.layers[-1] and edge_index is None and batch is None:
                 self._record(x, layer)
             x = layer(x, edge_index, batch)
             outputs.append(x)
-        if self.output == "every":
-            return outputs
         return torch.cat(outputs, 1) if self.output == "cat" else x
 
     @torch.no_grad()
     def attention_weights(self, embeddings: Tensor) -> Tensor:
         """Return who listens to whom in a batch, ``(L, h, B, B)``: rows receive, columns send.
 
-        Rows sum to 1 less what the null message gets. Without dropout, for attention "dot". The embeddings should have
-        length 1, as ``IntraBatchLoss`` gives them.
-
-        Raises:
-            ValueError: If attention is "gatv2".
+        Rows sum to 1 less what the null message gets. Without dropout. The embeddings should have length 1, as
+        ``IntraBatchLoss`` gives them.
         """
-        if self.attention != "dot":
-            raise ValueError(f"attention must be 'dot' for attention_weights, got {self.attention!r}")
         self._check(embeddings, None, None)
-        x, found = self.input(embeddings), []
+        x, weights = self.input(embeddings), []
         with in_mode(self):
             for layer in self.layers:
-                found.append(layer.attend.attention(x))  # type: ignore[operator, union-attr]
+                weights.append(layer.attend.attention(x))  # type: ignore[operator, union-attr]
                 x = layer(x, None, None)
-        return torch.stack(found)
+        return torch.stack(weights)
 
     @torch.no_grad()
-    def _record(self, x: Tensor, layer: nn.Module) -> None:
-        if isinstance(layer.attend, DotAttention) and len(x):
+    def _record(self, x: Tensor, layer: Any) -> None:
+        if len(x):
             weights = layer.attend.attention(x)
             self.self_weight = weights.diagonal(dim1=1, dim2=2).mean().item()
             self.null_weight = 1 - weights.sum(2).mean().item()
@@ -191,8 +169,8 @@ class IntraBatchRefiner(ModuleWithRecords):
     def extra_repr(self) -> str:
         """Show the settings."""
         return (
-            f"in_features={self.in_features}, heads={self.heads}, attention={self.attention!r}, "
-            f"null_message={self.null_message}, output={self.output!r}"
+            f"in_features={self.in_features}, heads={self.heads}, null_message={self.null_message}, "
+            f"output={self.output!r}"
         )
 
 
@@ -208,11 +186,11 @@ def rename_ibc_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         >>> list(rename_ibc_weights({"gnn_model.node_model.layers.0.att.q_linear.bias": torch.zeros(2)}))
         ['layers.0.attend.query.bias']
     """
-    found = {}
+    renamed = {}
     for name, x in state_dict.items():
         if name.split(".")[0] in ("fc", "bottleneck"):
             continue
         for theirs, ours in _IBC_NAMES.items():
             name = name.replace(theirs, ours)
-        found[name] = x
-    return found
+        renamed[name] = x
+    return renamed

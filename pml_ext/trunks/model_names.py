@@ -24,6 +24,17 @@ def check_model_name(name: str, others: tuple[str, ...] = ()) -> None:
     raise ValueError(f"backbone must be a timm model such as {', '.join(close)}, got {name!r}")
 
 
+def refuse_timm_options(pretrained: bool, timm_kwargs: dict[str, Any]) -> None:
+    """Check that nothing is given that only a backbone made by its name could have.
+
+    Raises:
+        ValueError: If something is; the message names it.
+    """
+    given = sorted({*timm_kwargs, *(["pretrained"] if pretrained else [])})
+    if given:
+        raise ValueError(f"{', '.join(given)} must not be given with a backbone that is a module")
+
+
 def count_levels(name: str, timm_kwargs: dict[str, Any]) -> int:
     """Return how many feature maps a timm model gives, stem to last stage."""
     try:

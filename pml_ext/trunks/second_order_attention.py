@@ -7,32 +7,34 @@ import torch
 from torch import Tensor, nn
 
 from pml_ext.pml_internals import ModuleWithRecords
+from pml_ext.validation import check_settings
 
 Style = Literal["printed", "solar", "normalized"]
 
 SOLAR_NAMES = {"f": "query", "g": "key", "h": "value", "v": "out"}
 """First part of the parameter names in SOLAR's released weights to ours."""
 
+_SOLAR_REDUCTIONS = {"local": 4, "global": 2}  # as released with SOLAR, for conv4 and conv5
+
 
 class SecondOrderAttention(ModuleWithRecords):
     r"""Add to each position what it gathers from all positions that resemble it.
 
-    $$A = \mathrm{softmax}(\zeta \sigma Q K^\top), \qquad F' = F + \varphi(A V)$$
+    $$A = \mathrm{softmax}(\zeta Q K^\top), \qquad F' = F + \varphi(A V)$$
 
-    $Q, K, V, \varphi$: pointwise linear maps of the feature map $F$, rows are positions. $\sigma$: ``attention_scale``.
+    $Q, K, V, \varphi$: pointwise linear maps of the feature map $F$, rows are positions. $\zeta$: ``attention_scale``.
     The (HW x HW) matrix $A$ is not stored: PyTorch's fused attention computes it in tiles.
 
     Args:
         in_features: Channels C of the feature map, >= 1.
         reduction: $k$ >= 1: queries, keys and values have C / k channels; must divide C.
-        style: "printed": four bare maps, $\sigma = 1$, as MHGL prints it. "solar": BatchNorm and ReLU after query and
-            key, $\sigma = (C / k)^{-1/2}$, and $\varphi$ starts at zero, so that a fresh block is the identity.
+        style: "printed": four bare maps, $\zeta = 1$, as MHGL prints it. "solar": BatchNorm and ReLU after query and
+            key, $\zeta = (C / k)^{-1/2}$, and $\varphi$ starts at zero, so that a fresh block is the identity.
             "normalized": as "solar", but BatchNorm, whose weight starts at zero, follows $\varphi$, which starts as
             PyTorch starts it: likewise the identity. In training, what is added has the mean (over batch and positions)
             and the spread that BatchNorm's bias and weight give it: it cannot outgrow them, as in "solar" at a high
             learning rate from scratch. Not so where that BatchNorm is frozen.
-        zeta: $\zeta$ > 0.
-        attention_scale: $\sigma$ > 0. None: that of the style. At the widths of MHGL (1024, 2048) attention without
+        attention_scale: $\zeta$ > 0. None: that of the style. At the widths of MHGL (1024, 2048) attention without
             scaling saturates.
         **kwargs: Passed to PML's ``ModuleWithRecords`` (``collect_stats``). With statistics,
             ``attention_entropy`` is that of the last forward: 0 where each position looks at one only, 1 where it looks
@@ -69,7 +71,6 @@ class SecondOrderAttention(ModuleWithRecords):
         in_features: int,
         reduction: int = 1,
         style: Style = "printed",
-        zeta: float = 1.0,
         attention_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -81,13 +82,10 @@ class SecondOrderAttention(ModuleWithRecords):
         width = in_features // reduction
         if attention_scale is None:
             attention_scale = 1.0 if style == "printed" else width**-0.5
-        for name, value in (("zeta", zeta), ("attention_scale", attention_scale)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite, got {value}")
+        check_settings({"attention_scale": attention_scale})
         self.in_features = in_features
         self.reduction = reduction
         self.style = style
-        self.zeta = zeta
         self.attention_scale = attention_scale
         self.query = nn.Conv2d(in_features, width, 1) if style == "printed" else _normalized_map(in_features, width)
         self.key = nn.Conv2d(in_features, width, 1) if style == "printed" else _normalized_map(in_features, width)
@@ -101,12 +99,12 @@ class SecondOrderAttention(ModuleWithRecords):
             norm = nn.BatchNorm2d(in_features)
             nn.init.zeros_(norm.weight)
             self.norm = norm
-        self.record("in_features", "reduction", "zeta", "attention_scale", statistics=["attention_entropy"])
+        self.record("in_features", "reduction", "attention_scale", statistics=["attention_entropy"])
 
     def forward(self, features: Tensor) -> Tensor:
         self._check(features)
         query, key, value = (_tokens(m(features)) for m in (self.query, self.key, self.value))
-        scale = self.zeta * self.attention_scale
+        scale = self.attention_scale
         gathered = nn.functional.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(1)  # (B, HW, C/k)
         gathered = gathered.transpose(1, 2)  # (B, C/k, HW)
         gathered = gathered.reshape(*gathered.shape[:2], *features.shape[2:])
@@ -121,7 +119,7 @@ class SecondOrderAttention(ModuleWithRecords):
 
     def _explicit(self, query: Tensor, key: Tensor) -> Tensor:
         scores = (query.squeeze(1) @ key.squeeze(1).transpose(1, 2)).float()
-        return (self.zeta * self.attention_scale * scores).softmax(2)
+        return (self.attention_scale * scores).softmax(2)
 
     @torch.no_grad()
     def _entropy(self, query: Tensor, key: Tensor) -> float:
@@ -137,6 +135,34 @@ class SecondOrderAttention(ModuleWithRecords):
     def extra_repr(self) -> str:
         """Show the settings."""
         return f"in_features={self.in_features}, reduction={self.reduction}, style={self.style!r}"
+
+
+def check_attention(attention: Style | None) -> None:
+    """Check what a trunk is given as its attention.
+
+    Raises:
+        ValueError: If it is neither None nor a style.
+    """
+    if attention is not None and attention not in get_args(Style):
+        raise ValueError(f"attention must be None or one of {', '.join(get_args(Style))}, got {attention!r}")
+
+
+def attention_of_level(
+    level: Literal["local", "global"], channels: int, style: Style | None, collect_stats: bool | None
+) -> nn.Module:
+    """Return the attention of a feature level, with SOLAR's reduction where it divides the channels, or the identity.
+
+    Args:
+        level: Of the map.
+        channels: Of the map.
+        style: Of the attention; "printed" has no reduction. None: no attention.
+        collect_stats: As in PML.
+    """
+    if style is None:
+        return nn.Identity()
+    reduction = 1 if style == "printed" else _SOLAR_REDUCTIONS[level]
+    reduction = reduction if channels % reduction == 0 else 1
+    return SecondOrderAttention(channels, reduction, style, collect_stats=collect_stats)
 
 
 def _normalized_map(in_features: int, width: int) -> nn.Sequential:

@@ -10,18 +10,17 @@ from pml_ext.modes import in_mode
 
 
 @torch.no_grad()
-def copy_stage(head: fx.GraphModule, features: Tensor, copy_weights: bool) -> nn.Sequential:
+def copy_stage(head: fx.GraphModule, features: Tensor) -> nn.Sequential:
     """Return copies of the modules behind the cut, up to the next loss of resolution, at the cut's resolution.
 
     The first module runs at stride 1: its convolutions get stride 1, and pools with a stride are left out. For
     GoogLeNet behind maxpool3 that is inception4a to 4e, for a ResNet behind layer2 it is layer3. Where this does not
-    keep the grid (ConvNeXt's 2 x 2 downsampling), it is two 3 x 3 convolutions with BatchNorm and ReLU.
+    keep the grid (ConvNeXt's 2 x 2 downsampling), it is two 3 x 3 convolutions with BatchNorm and ReLU. Copies start
+    with the weights of the originals.
 
     Args:
         head: What follows the cut.
         features: ``(B, C, H, W)``, what the stem gives.
-        copy_weights: Whether the copies start with the weights of the originals. Otherwise their modules'
-            ``reset_parameters`` draw them afresh.
     """
     stage: OrderedDict[str, nn.Module] = OrderedDict()
     node, current = next(node for node in head.graph.nodes if node.op == "placeholder"), features
@@ -45,13 +44,7 @@ def copy_stage(head: fx.GraphModule, features: Tensor, copy_weights: bool) -> nn
         stage[node.name] = module
     if not any(True for module in stage.values() for _ in module.parameters()):
         return _two_convolutions(features.shape[1])
-    found = nn.Sequential(stage)
-    if not copy_weights:
-        for m in found.modules():
-            reset = getattr(m, "reset_parameters", None)
-            if callable(reset):
-                reset()
-    return found
+    return nn.Sequential(stage)
 
 
 def _at_stride_one(module: nn.Module) -> nn.Module:

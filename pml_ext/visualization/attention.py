@@ -32,7 +32,7 @@ def attention_overlay(
         ValueError: If a shape, a value of the image, ``alpha`` or ``brightest`` breaks a rule.
     """
     with comes_with("visualization", "matplotlib", "attention_overlay"):
-        import matplotlib
+        import matplotlib  # on use: it comes with an extra
 
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in 0 to 1, got {alpha}")

@@ -37,8 +37,8 @@ def plot_curves(
         if not len(values):
             raise ValueError(f"curves must hold no empty series, got {name!r} without values")
     with comes_with("visualization", "matplotlib", "plot_curves"):
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.figure import Figure  # on use: matplotlib comes with an extra
+        from matplotlib.ticker import MaxNLocator  # on use: matplotlib comes with an extra
 
     figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()

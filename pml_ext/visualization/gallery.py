@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pml_ext.datasets.labels import as_labels
 from pml_ext.extras import comes_with
-from pml_ext.graphs import unit_embeddings
+from pml_ext.neighbors.similarity import unit_embeddings
 from pml_ext.validation import check_batch
 from pml_ext.visualization.thumbnails import as_image
 
@@ -81,7 +81,7 @@ def retrieval_gallery(
     values, neighbors = similarity.topk(min(num_neighbors, most), dim=1)
 
     with comes_with("visualization", "matplotlib", "retrieval_gallery"):
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # on use: matplotlib comes with an extra
 
     columns = neighbors.shape[1] + 1
     figure = Figure(figsize=(0.9 * columns, 1.05 * len(queries) + 0.3), dpi=120, layout="constrained")

@@ -43,7 +43,7 @@ def mask_grid(images: Any, masks: Tensor, alpha: float = 0.7, path: str | Path |
     scaled = (masks - low) / (high - low).clamp_min(1e-12)
 
     with comes_with("visualization", "matplotlib", "mask_grid"):
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # on use: matplotlib comes with an extra
 
     rows, learners = masks.shape[:2]
     figure = Figure(figsize=(1.1 * (learners + 1) + 0.4, 1.15 * rows + 0.3), dpi=120, layout="constrained")

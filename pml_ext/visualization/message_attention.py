@@ -44,7 +44,7 @@ def batch_attention(weights: Tensor, labels: Tensor, path: str | Path | None = N
     ends = torch.unique_consecutive(labels, return_counts=True)[1].cumsum(0)[:-1]
 
     with comes_with("visualization", "matplotlib", "batch_attention"):
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # on use: matplotlib comes with an extra
 
     figure = Figure(figsize=(3.2 * len(panels) + 0.6, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from pml_ext.datasets.labels import as_labels
 from pml_ext.extras import comes_with
-from pml_ext.graphs import similarity_chunks, unit_embeddings, without_self
+from pml_ext.neighbors.search import nearest_others
+from pml_ext.neighbors.similarity import similarity_chunks, unit_embeddings
 from pml_ext.precision import full_precision
 from pml_ext.validation import check_batch, check_count
 from pml_ext.visualization.report_page import (
@@ -31,8 +32,6 @@ from pml_ext.visualization.report_page import (
 from pml_ext.visualization.thumbnails import check_images, encode_thumbnails, load_thumbnails
 
 _GALLERY_BYTES = _MAP_BYTES = 4_000_000
-_QUERIES_AT_ONCE = 4096  # as faiss itself
-_FOUND_AT_ONCE = 1 << 24  # neighbours: 200 MB
 _BINS = 2000  # of the fine histogram, from -1 to 1
 _MAX_BARS = 50
 
@@ -76,8 +75,7 @@ def retrieval_report(
         num_neighbors: Neighbours that are shown, >= 1. Fewer if there are fewer images.
         num_pairs: Of confused classes, >= 1.
         num_points: Images on the map, >= 0, drawn at random where there are more images. 0: no map.
-        method: Of the map: "tsne", "umap" (needs the package umap-learn) or "auto" (UMAP where it is installed). For
-            fewer than 5 points it is t-SNE.
+        method: Of the map: "tsne", or "umap", which needs the package umap-learn. For fewer than 5 points it is t-SNE.
         seed: Of random queries, of the choice of points and of the map. The same seed gives the same file.
         progress: Whether to show progress bars.
 
@@ -119,9 +117,9 @@ def retrieval_report(
     path.parent.mkdir(parents=True, exist_ok=True)
 
     unit = unit_embeddings(embeddings.cpu()).float()
-    found = _search(unit, own, sizes, num_neighbors, progress)
-    worst, random = _choose_queries(found, num_queries, seed)
-    gallery = {query: found.nearest[query].tolist() for query in worst + random}
+    search = _search(unit, own, sizes, num_neighbors, progress)
+    worst, random = _choose_queries(search, num_queries, seed)
+    gallery = {query: search.nearest[query].tolist() for query in worst + random}
     on_map = _choose_points(len(unit), num_points, seed)
     positions = np.empty((0, 2)) if map_method is None else map_method.place(unit[on_map].numpy(), seed)
     gallery_pictures: dict[int, str] = {}
@@ -138,7 +136,7 @@ def retrieval_report(
             Neighbor(i, names[own[i]], bool(own[i] == own[query]), similarity, gallery_pictures.get(i))
             for i, similarity in zip(gallery[query], similarities, strict=True)
         ]
-        return Query(query, names[own[query]], float(found.metrics[query, 2]), gallery_pictures.get(query), neighbors)
+        return Query(query, names[own[query]], float(search.metrics[query, 2]), gallery_pictures.get(query), neighbors)
 
     map_classes, group = torch.unique(own[on_map], return_inverse=True)
     report = Report(
@@ -146,10 +144,10 @@ def retrieval_report(
         num_images=len(labels),
         num_classes=len(classes),
         embedding_size=embeddings.shape[1],
-        metrics=tuple(found.metrics[sizes[own] > 1].mean(0).tolist()),
+        metrics=tuple(search.metrics[sizes[own] > 1].mean(0).tolist()),
         left_out=[name for name, size in zip(names, sizes.tolist(), strict=True) if size == 1],
-        classes=_class_rows(found.metrics, own, sizes, names),
-        pairs=_confused_pairs(found, sizes, names)[:num_pairs],
+        classes=_class_rows(search.metrics, own, sizes, names),
+        pairs=_confused_pairs(search, sizes, names)[:num_pairs],
         worst=[describe(query) for query in worst],
         random=[describe(query) for query in random],
         points=[
@@ -164,8 +162,8 @@ def retrieval_report(
     return path
 
 
-class _Found(NamedTuple):
-    """What the search found for each image: metrics are NaN for those without a match."""
+class _Search(NamedTuple):
+    """What the search gives for each image: metrics are NaN for those without a match."""
 
     metrics: Tensor  # (N, 3), float64: precision at 1, R-precision, AP@R
     nearest: Tensor  # (N, num_neighbors)
@@ -174,36 +172,26 @@ class _Found(NamedTuple):
     among_r: dict[tuple[int, int], int]  # and of the R nearest
 
 
-def _search(unit: Tensor, own: Tensor, sizes: Tensor, num_neighbors: int, progress: bool) -> _Found:
-    """Search every image among all others, as PML does: by faiss, in float32, by squared distance.
-
-    Ties and near-ties then come out as there, and so do the metrics.
-    """
-    import faiss
-
-    index = faiss.IndexFlatL2(unit.shape[1])
-    index.add(unit.numpy())
+def _search(unit: Tensor, own: Tensor, sizes: Tensor, num_neighbors: int, progress: bool) -> _Search:
+    """Search every image among all others, and compare the classes of queries and neighbours."""
     k = min(max(int(sizes.max()) - 1, num_neighbors), len(unit) - 1)
-    # Parts of one size, since faiss rounds differently for fewer than 20 queries.
-    parts = math.ceil(len(unit) / max(_QUERIES_AT_ONCE, _FOUND_AT_ONCE // (k + 1)))
     metrics, nearest, first, among_r = [], [], [], []
-    for rows in tqdm(torch.tensor_split(torch.arange(len(unit)), parts), desc="neighbours", disable=not progress):
-        neighbors = without_self(torch.from_numpy(index.search(unit[rows].numpy(), k + 1)[1]), rows)  # (n, k)
+    for rows, neighbors in nearest_others(unit, k, progress=progress):  # (n,), (n, k)
         nearest.append(neighbors[:, :num_neighbors].clone())
         of_class, others = own[rows], (sizes[own[rows]] - 1)[:, None]  # (n,), (n, 1): R
-        neighbors = own[neighbors]
+        classes = own[neighbors]
         within = torch.arange(1, k + 1) <= others
-        right = (neighbors == of_class[:, None]) & within
+        right = (classes == of_class[:, None]) & within
         precision = right.cumsum(1).double() / torch.arange(1, k + 1)
         sums = torch.stack([right[:, 0] * others[:, 0], right.sum(1), (precision * right).sum(1)], 1)  # (n, 3)
         metrics.append(sums / others)  # 0 / 0 where there is no other
-        pairs = of_class[:, None] * len(sizes) + neighbors
+        pairs = of_class[:, None] * len(sizes) + classes
         first.append(pairs[:, 0])
         among_r.append(torch.stack(torch.unique(pairs[within], return_counts=True)))
     ranked = torch.cat(nearest)
     similarity = (unit * unit[ranked[:, 0]]).sum(1)
     firsts = torch.stack(torch.unique(torch.cat(first), return_counts=True))
-    return _Found(
+    return _Search(
         torch.cat(metrics),
         ranked,
         similarity,
@@ -214,12 +202,12 @@ def _search(unit: Tensor, own: Tensor, sizes: Tensor, num_neighbors: int, progre
 
 def _as_pairs(codes: Tensor, num_classes: int) -> dict[tuple[int, int], int]:
     """Return how often pairs of different classes occur; ``codes`` is (2, n): a * num_classes + b, and how often."""
-    found: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[int, int], int] = {}
     for code, count in codes.T.tolist():
         pair = divmod(code, num_classes)
         if pair[0] != pair[1]:
-            found[pair] = found.get(pair, 0) + count
-    return found
+            counts[pair] = counts.get(pair, 0) + count
+    return counts
 
 
 def _class_rows(metrics: Tensor, own: Tensor, sizes: Tensor, names: list[str]) -> list[ClassRow]:
@@ -232,25 +220,27 @@ def _class_rows(metrics: Tensor, own: Tensor, sizes: Tensor, names: list[str]) -
     return sorted(rows, key=lambda row: row.metrics[::-1])
 
 
-def _confused_pairs(found: _Found, sizes: Tensor, names: list[str]) -> list[ConfusedPair]:
+def _confused_pairs(search: _Search, sizes: Tensor, names: list[str]) -> list[ConfusedPair]:
     """Return the pairs, those with the largest share among the R nearest first, then the most frequent."""
     size = sizes.tolist()
-    order = sorted(found.among_r.items(), key=lambda item: (-item[1] / _num_found(size[item[0][0]]), -item[1], item[0]))
+    order = sorted(
+        search.among_r.items(), key=lambda item: (-item[1] / _num_ranked(size[item[0][0]]), -item[1], item[0])
+    )
     return [
-        ConfusedPair(names[a], names[b], size[a], found.first.get((a, b), 0) / size[a], count / _num_found(size[a]))
+        ConfusedPair(names[a], names[b], size[a], search.first.get((a, b), 0) / size[a], count / _num_ranked(size[a]))
         for (a, b), count in order
     ]
 
 
-def _num_found(size: int) -> int:
+def _num_ranked(size: int) -> int:
     return size * (size - 1)  # R neighbours for each image
 
 
-def _choose_queries(found: _Found, num_queries: int, seed: int) -> tuple[list[int], list[int]]:
+def _choose_queries(search: _Search, num_queries: int, seed: int) -> tuple[list[int], list[int]]:
     """Return the queries with the lowest AP@R (of these, where the neighbour looks most certain), and random others."""
-    score = found.metrics[:, 2]
+    score = search.metrics[:, 2]
     possible = score.isfinite().nonzero().flatten().tolist()
-    scores, certain = score.tolist(), found.similarity.tolist()
+    scores, certain = score.tolist(), search.similarity.tolist()
     worst = sorted(possible, key=lambda i: (scores[i], -certain[i], i))[:num_queries]
     taken = set(worst)
     order = torch.randperm(len(score), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -268,25 +258,20 @@ class _MapMethod(NamedTuple):
 
 
 def _map_method(method: str, num_points: int) -> _MapMethod:
-    if method not in ("tsne", "umap", "auto"):
-        raise ValueError(f"method must be 'tsne', 'umap' or 'auto', got {method!r}")
-    if method != "tsne":
-        try:
-            with comes_with("umap", "umap-learn", "method 'umap'", ", or use method='tsne'"):
-                module = importlib.import_module("umap")
-        except ImportError:
-            if method == "umap":
-                raise
-        else:
-            if num_points >= 5:  # its spectral start fails for fewer
-                return _MapMethod("UMAP", partial(_place_by_umap, module))
+    if method not in ("tsne", "umap"):
+        raise ValueError(f"method must be 'tsne' or 'umap', got {method!r}")
+    if method == "umap":
+        with comes_with("umap", "umap-learn", "method 'umap'", ", or use method='tsne'"):
+            module = importlib.import_module("umap")
+        if num_points >= 5:  # its spectral start fails for fewer
+            return _MapMethod("UMAP", partial(_place_by_umap, module))
     return _MapMethod("t-SNE", _place_by_tsne)
 
 
 def _place_by_tsne(unit: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
     """Return positions in two dimensions."""
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from sklearn.manifold import TSNE  # on use: slow to load, and only maps need it
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # on use: only maps need it
 
     init = "pca" if unit.shape[1] > 1 and unit.std(0).max() > 1e-4 else "random"  # PCA of equal rows has no scale
     with threadpool_limits(1):  # sums in another order would give another map

@@ -49,12 +49,12 @@ def load_thumbnails(images: Any, indices: Sequence[int], progress: bool = False)
         TypeError: If an item is no image, path or tuple that begins with one; the message has its index.
         ValueError: If an item cannot be read, or its shape or values break a rule.
     """
-    found = {}
+    thumbnails = {}
     for index in tqdm(sorted(set(indices)), desc="thumbnails", disable=not progress):
         image = as_image(images[index], f"images[{index}]")
         image.thumbnail((_QUALITIES[0][0],) * 2)
-        found[index] = image
-    return found
+        thumbnails[index] = image
+    return thumbnails
 
 
 def encode_thumbnails(
@@ -71,17 +71,17 @@ def encode_thumbnails(
     for side, quality in _QUALITIES:
         if side > max_side:
             continue
-        found: dict[int, str] = {}
+        addresses: dict[int, str] = {}
         size = 0
         for index in shown:
-            if index not in found:
-                found[index] = _encode(thumbnails[index], side, quality)
-            size += len(found[index])
+            if index not in addresses:
+                addresses[index] = _encode(thumbnails[index], side, quality)
+            size += len(addresses[index])
             if size > max_bytes and side > _QUALITIES[-1][0]:
                 break
         else:
-            return found
-    return found
+            return addresses
+    return addresses
 
 
 def _encode(image: Any, side: int, quality: int) -> str:
@@ -100,7 +100,7 @@ def as_image(item: Any, name: str) -> Any:
         TypeError: If it is none of these, or numbers have another dtype; the message has its name.
         ValueError: If it cannot be read, or its shape or values break a rule.
     """
-    from PIL import Image
+    from PIL import Image  # on use: tensors need no image library
 
     if isinstance(item, tuple | list) and item:
         item = item[0]  # of (image, label)

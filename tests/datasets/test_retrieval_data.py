@@ -19,11 +19,11 @@ def make_data(num_train=10, **kwargs):
 
 def classes_of(view):
     """The original classes, read from the pixels, by label."""
-    found = {}
+    pixels = {}
     for image, label in view:
-        assert found.setdefault(label, int(image[0, 0, 0])) == image[0, 0, 0]
-    assert sorted(found) == list(range(view.num_classes))
-    return [found[label] for label in range(view.num_classes)]
+        assert pixels.setdefault(label, int(image[0, 0, 0])) == image[0, 0, 0]
+    assert sorted(pixels) == list(range(view.num_classes))
+    return [pixels[label] for label in range(view.num_classes)]
 
 
 @pytest.mark.parametrize(("val_classes", "count"), [(0.3, 3), (3, 3), (0.01, 2), (0.99, 8), (8, 8), (np.int64(2), 2)])

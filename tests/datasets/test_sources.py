@@ -33,11 +33,11 @@ def save(path, value):
 
 def values_of(view):
     """The gray value of each class, by label; one for each class."""
-    found = {}
+    pixels = {}
     for image, label in view:
         pixel = int(np.asarray(image).flatten()[0])
-        assert found.setdefault(label, pixel) == pixel
-    return [found[label] for label in range(view.num_classes)]
+        assert pixels.setdefault(label, pixel) == pixel
+    return [pixels[label] for label in range(view.num_classes)]
 
 
 def test_npz_with_split(tmp_path):
@@ -217,8 +217,8 @@ def test_folders_in_class_folders(tmp_path):
     with pytest.raises(ValueError, match=f"{message}$"):
         open_data(tmp_path)
     save(tmp_path / "warm" / "cat" / "0.png", 0)
-    found = "each folder directly in it is one class; found deeper folders: warm/cat"
-    with pytest.raises(ValueError, match=f"{message}; {found}$"):
+    hint = "each folder directly in it is one class; found deeper folders: warm/cat"
+    with pytest.raises(ValueError, match=f"{message}; {hint}$"):
         open_data(tmp_path)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from pml_ext.learners import split_learners
 from pml_ext.losses import EnsembleLoss, IntraBatchLoss
 from pml_ext.recipes import PRESETS, RECIPES, recipe
-from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk
+from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, PooledTrunk
 
 CLASSES = 6
 TINY = {"in_channels": 1, "image_size": 28, "width": 4, "batch_size": 12, "samples_per_class": 2, "embedding_size": 16}
@@ -77,6 +77,14 @@ def test_numbers_of_the_papers(name, preset, expected):
     assert {key: settings[key] for key in expected} == expected
 
 
+def test_methods_have_names():
+    """``RECIPES`` tells what each of them is made of."""
+    assert RECIPES["mhgl"].numbers["paper"]["epochs"] == (20, "paper")
+    assert set(RECIPES["mhgl"].numbers["all"]) <= set(tiny("mhgl").settings)
+    parts = RECIPES["triplet"].build(tiny("triplet").settings, CLASSES, None)
+    assert isinstance(parts.trunk, PooledTrunk) and isinstance(parts.miner, miners.TripletMarginMiner)
+
+
 def test_what_the_recipes_are_made_of():
     assert isinstance(tiny("mhgl").trunk, GlobalLocalTrunk)
     assert tiny("mhgl").loss.proxy_weight == 0.03
@@ -100,19 +108,6 @@ def test_what_the_recipes_are_made_of():
 def test_plain_heads_of_an_ensemble_have_slices_of_length_one():
     slices = split_learners(tiny("attention_ensemble", masks=False).trunk(IMAGES), 4)
     torch.testing.assert_close(slices.norm(dim=2), torch.ones(12, 4))
-
-
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_attention_starts_with_similarity(heads):
-    """Scores are gain times cosine in the mean over heads; what is left to the null message tells their size."""
-    made = tiny("intra_batch", similarity_gain=5.0, heads=heads)
-    refiner, x = made.loss.refiner.double(), torch.randn(6, made.settings.embedding_size, dtype=torch.float64)
-    x = torch.nn.functional.normalize(x)
-    weights = refiner.attention_weights(x)[0]  # exp(score) / (1 + sum of exp(score))
-    scores = (weights / (1 - weights.sum(2, keepdim=True))).log().mean(0)
-    torch.testing.assert_close(scores, 5 * x @ x.T, atol=1e-4, rtol=1e-4)
-    plain = tiny("intra_batch", heads=heads).loss.refiner.double().attention_weights(x)[0]
-    assert plain.std() < 0.1 * weights.std()
 
 
 def test_messages_are_the_only_thing_that_the_control_lacks():
@@ -242,6 +237,8 @@ def test_sampler():
         ({"num_classes": 1}, "num_classes must be >= 2, got 1"),
         ({"resize": 20}, "resize must be >= image_size = 32, got 20"),
         ({"width": 0}, "width must be an integer >= 1, got 0"),
+        ({"name": "intra_batch", "similarity_gain": 5.0}, "a setting must be one of the recipe's, .*'similarity_gain'"),
+        ({"name": "intra_batch", "output": "every"}, "output must be one of last, cat, got 'every'"),
         ({"lr": -1.0}, "lr must be a number > 0, got -1.0"),
         ({"clip_value": "much"}, "clip_value must be a number > 0, got 'much'"),
         ({"flip": "yes"}, "flip must be True, False or None, got 'yes'"),

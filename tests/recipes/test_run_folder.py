@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from pml_ext.recipes import load_run, recipe
+from pml_ext.recipes import Trainer, load_run, recipe
 from pml_ext.recipes.run_config import read_config, write_config
 
 IMAGES = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(2))
@@ -15,7 +15,7 @@ def trained(folder, name="proxy_anchor", **kwargs):
     torch.manual_seed(0)
     rows = torch.randn(3, 5) if name == "adaptive_margin" else None
     made = recipe(name, 3, class_embeddings=rows, **TINY)
-    made.trainer(torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS, folder=folder, **kwargs).train()
+    Trainer(made, torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS, folder=folder, **kwargs).train()
     return made
 
 
@@ -48,6 +48,35 @@ def test_the_config_of_another_run_is_not(tmp_path):
     (tmp_path / "config.json").write_text("{")
     trained(tmp_path)
     assert load_run(tmp_path).recipe.name == "proxy_anchor"
+
+
+def written_by(version_settings, folder):
+    """Train, then give the config the settings of a former version."""
+    made = trained(folder, "intra_batch")
+    config = read_config(folder) | {"seed": 3}
+    config["settings"] |= version_settings
+    write_config(folder, config)
+    return made
+
+
+def test_a_run_of_a_former_version(tmp_path):
+    """Settings that are gone and changed nothing: it is loaded, resumed, and what else its config knows is kept."""
+    made = written_by({"similarity_gain": 0.0, "depth": 1}, tmp_path)
+    run = load_run(tmp_path, device="cpu")
+    assert torch.equal(run.recipe.trunk(IMAGES), made.trunk.eval()(IMAGES))
+    assert not {"similarity_gain", "depth"} & set(run.config["settings"])
+    again = recipe("intra_batch", 3, **TINY)
+    trainer = Trainer(again, torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS, folder=tmp_path)
+    assert trainer.resume() == 2
+    trainer._save(better=False)
+    assert read_config(tmp_path)["seed"] == 3
+
+
+@pytest.mark.parametrize(("name", "value", "was"), [("similarity_gain", 10.0, "0.0"), ("depth", 2, "1")])
+def test_a_run_with_what_is_gone(name, value, was, tmp_path):
+    written_by({name: value}, tmp_path)
+    with pytest.raises(ValueError, match=f"the setting '{name}' is gone, and must have been {was}, got {value}"):
+        load_run(tmp_path)
 
 
 def test_errors(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
 
-from pml_ext.recipes import recipe
+from pml_ext.recipes import Trainer, recipe
 
 CLASSES = 6
 IMAGES = torch.rand(36, 1, 28, 28, generator=torch.Generator().manual_seed(2))
@@ -42,7 +42,7 @@ def state_of(made):
 def test_trunk_and_proxies_are_trained(caplog):
     made = tiny()
     before = state_of(made)
-    trainer = made.trainer(Images())
+    trainer = Trainer(made, Images())
     assert isinstance(trainer, MetricLossOnly)
     history = trainer.train()
     after = state_of(made)
@@ -57,7 +57,7 @@ def test_trunk_and_proxies_are_trained(caplog):
 def test_the_mean_loss_of_an_epoch():
     """With learning rates near 0 and no batch norm statistics in it, it is the mean over the batches of the hook."""
     seen = []
-    trainer = tiny().trainer(Images(), end_of_iteration_hook=lambda t: seen.append(t.losses["total_loss"].item()))
+    trainer = Trainer(tiny(), Images(), end_of_iteration_hook=lambda t: seen.append(t.losses["total_loss"].item()))
     entry = trainer.train(1)[0]
     assert len(seen) == 3
     assert entry["loss"] == pytest.approx(sum(seen) / 3)
@@ -72,7 +72,7 @@ def test_validation_chooses_the_epoch(tmp_path):
         states.append(copy.deepcopy(trunk.state_dict()))
         return {"mean_average_precision_at_r": next(scores)}
 
-    trainer = made.trainer(Images(), validate=validate, folder=tmp_path)
+    trainer = Trainer(made, Images(), validate=validate, folder=tmp_path)
     trainer.train()
     assert trainer.best["epoch"] == 2 and trainer.best["mean_average_precision_at_r"] == 0.9
     best = torch.load(tmp_path / "best.pt", weights_only=True)
@@ -88,13 +88,13 @@ def test_validation_chooses_the_epoch(tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     whole, parts = tiny(name), tmp_path / "parts"
     _seed()
-    expected = whole.trainer(Images()).train()
+    expected = Trainer(whole, Images()).train()
     first = tiny(name)
     _seed()
-    first.trainer(Images(), folder=parts).train(1)
+    Trainer(first, Images(), folder=parts).train(1)
     second = tiny(name)
     torch.manual_seed(99)  # another process knows nothing of the first one's generators
-    trainer = second.trainer(Images(), folder=parts)
+    trainer = Trainer(second, Images(), folder=parts)
     assert trainer.resume() == 1
     history = trainer.train()
     assert [entry["loss"] for entry in history] == [entry["loss"] for entry in expected]
@@ -108,7 +108,7 @@ def _seed():
 
 
 def test_a_hook_can_end_the_training():
-    trainer = tiny().trainer(Images(), end_of_epoch_hook=lambda t: len(t.history) < 2)
+    trainer = Trainer(tiny(), Images(), end_of_epoch_hook=lambda t: len(t.history) < 2)
     assert len(trainer.train()) == 2
     assert len(trainer.train(3)) == 3  # and it can go on
 
@@ -116,7 +116,7 @@ def test_a_hook_can_end_the_training():
 def test_backbone_stands_still_while_new_layers_warm_up():
     made = tiny(warmup_epochs=1)
     start = copy.deepcopy(made.trunk.state_dict())
-    trainer = made.trainer(Images())
+    trainer = Trainer(made, Images())
     trainer.train(1)
     names = [name for name, _ in made.trunk.named_parameters()]
     changed = {name: not torch.equal(start[name], made.trunk.state_dict()[name]) for name in names}
@@ -130,9 +130,9 @@ def test_warming_up_leaves_no_trace():
     made = tiny(warmup_epochs=1)
     made.trunk.backbone.stage1.requires_grad_(False)
     frozen = copy.deepcopy(made.trunk.backbone.stage1[0].weight)
-    made.trainer(Images()).train(1)
+    Trainer(made, Images()).train(1)
     start = made.trunk.backbone.stage2[1].weight.clone()
-    made.trainer(Images()).train(2)
+    Trainer(made, Images()).train(2)
     assert not torch.equal(made.trunk.backbone.stage2[1].weight, start)
     assert torch.equal(made.trunk.backbone.stage1[0].weight, frozen)
     assert not any(p.requires_grad for p in made.trunk.backbone.stage1.parameters())
@@ -145,14 +145,14 @@ def test_an_interrupted_warm_up_leaves_no_trace():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        made.trainer(Images(), end_of_iteration_hook=interrupt).train(1)
+        Trainer(made, Images(), end_of_iteration_hook=interrupt).train(1)
     assert all(p.requires_grad for p in made.trunk.parameters())
 
 
 def test_what_pml_takes_is_passed_on():
     made = tiny()
     start = copy.deepcopy(made.trunk.state_dict())
-    trainer = made.trainer(Images(), freeze_these=("trunk",), loss_weights={"metric_loss": 2.0})
+    trainer = Trainer(made, Images(), freeze_these=("trunk",), loss_weights={"metric_loss": 2.0})
     proxies = made.loss.proxies.detach().clone()
     trainer.train(1)
     assert all(torch.equal(start[name], p) for name, p in made.trunk.named_parameters())
@@ -163,7 +163,7 @@ def test_what_pml_takes_is_passed_on():
 
 def test_metrics_that_are_no_numbers_are_not_the_best():
     scores = iter([float("nan"), 0.3, float("nan")])
-    trainer = tiny().trainer(Images(), validate=lambda trunk: {"mean_average_precision_at_r": next(scores)})
+    trainer = Trainer(tiny(), Images(), validate=lambda trunk: {"mean_average_precision_at_r": next(scores)})
     trainer.train()
     assert trainer.best["epoch"] == 2
 
@@ -172,10 +172,10 @@ def test_metrics_that_are_no_numbers_are_not_the_best():
 def test_a_metric_that_validate_does_not_return(tmp_path, returned, names):
     """What has been trained is kept."""
     made = tiny()
-    trainer = made.trainer(Images(), validate=lambda trunk: returned, metric="map", folder=tmp_path)
+    trainer = Trainer(made, Images(), validate=lambda trunk: returned, metric="map", folder=tmp_path)
     with pytest.raises(ValueError, match=f"metric must be one that validate returns, {names}, got 'map'"):
         trainer.train()
-    trainer = made.trainer(Images(), validate=lambda trunk: {"p1": 0.5, "r": 0.25}, metric="p1", folder=tmp_path)
+    trainer = Trainer(made, Images(), validate=lambda trunk: {"p1": 0.5, "r": 0.25}, metric="p1", folder=tmp_path)
     assert trainer.resume() == 1
     assert trainer.train()[-1]["epoch"] == 3 and trainer.best["epoch"] == 2
 
@@ -187,53 +187,60 @@ def test_gradients_are_clipped():
         modules = (trainer.models["trunk"], trainer.loss_funcs["metric_loss"])
         largest.append(max(p.grad.abs().max().item() for module in modules for p in module.parameters()))
 
-    tiny().trainer(Images(), end_of_iteration_hook=look).train(1)
+    Trainer(tiny(), Images(), end_of_iteration_hook=look).train(1)
     free, largest = max(largest), []
-    tiny(clip_value=free / 2).trainer(Images(), end_of_iteration_hook=look).train(1)
+    Trainer(tiny(clip_value=free / 2), Images(), end_of_iteration_hook=look).train(1)
     assert max(largest) == pytest.approx(free / 2)
 
 
 def test_frozen_batch_norms_keep_their_statistics():
     made = tiny(freeze_batch_norm=True)
-    made.trainer(Images()).train(1)
+    Trainer(made, Images()).train(1)
     norm = made.trunk.backbone.stage1[1]
     assert not norm.running_mean.any() and norm.weight.ne(1).any()
 
 
 def test_autocast_and_channels_last():
     made = tiny(width=8)
-    found = []
-    trainer = made.trainer(
+    dtypes = []
+    trainer = Trainer(
+        made,
         Images(),
         autocast=torch.bfloat16,
         channels_last=True,
-        end_of_iteration_hook=lambda t: found.append(t.losses["total_loss"].dtype),
+        end_of_iteration_hook=lambda t: dtypes.append(t.losses["total_loss"].dtype),
     )
     seen = {}
     made.trunk.backbone.stage2[1].register_forward_hook(lambda m, i, o: seen.update(dtype=o.dtype, x=o))
     history = trainer.train()
     assert history[-1]["loss"] < history[0]["loss"]
     assert seen["dtype"] == torch.bfloat16 and seen["x"].is_contiguous(memory_format=torch.channels_last)
-    assert set(found) == {torch.float32}
+    assert set(dtypes) == {torch.float32}
     assert {p.dtype for p in made.trunk.parameters()} == {torch.float32}
 
 
 def test_a_transform_of_the_users_is_kept():
-    dataset = Images()
+    dataset, made = Images(), tiny()
+    Trainer(made, dataset)
+    assert dataset.transform is made.transforms.train  # where there was none
     dataset.transform = own = lambda image: image.float() / 255
-    tiny().trainer(dataset)
+    Trainer(tiny(), dataset)
     assert dataset.transform is own
 
 
 def test_errors(tmp_path):
     made = tiny()
     with pytest.raises(ValueError, match="labels must be given for a dataset without the attribute"):
-        made.trainer(torch.utils.data.TensorDataset(IMAGES, LABELS))
+        Trainer(made, torch.utils.data.TensorDataset(IMAGES, LABELS))
     with pytest.raises(ValueError, match=r"labels must lie in 0 to num_classes - 1 = 5, got 1 to 6"):
-        made.trainer(torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS + 1)
+        Trainer(made, torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS + 1)
+    with pytest.raises(ValueError, match="labels must lie in 0 to num_classes - 1 = 5, got none"):
+        Trainer(made, torch.utils.data.TensorDataset(IMAGES[:0], LABELS[:0]), LABELS[:0])
+    with pytest.raises(ValueError, match="device must be there, got 'nowhere'"):
+        Trainer(made, Images(), device="nowhere")
     with pytest.raises(ValueError, match="path must be given for a trainer without folder"):
-        made.trainer(Images()).resume()
+        Trainer(made, Images()).resume()
     with pytest.raises(ValueError, match="num_epochs must be <= 3, where the cosine schedule ends, got 4"):
-        made.trainer(Images()).train(4)
+        Trainer(made, Images()).train(4)
     with pytest.raises(FileNotFoundError):
-        made.trainer(Images(), folder=tmp_path).resume()
+        Trainer(made, Images(), folder=tmp_path).resume()

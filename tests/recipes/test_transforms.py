@@ -20,17 +20,17 @@ def test_any_image_becomes_a_float_tensor(kind, channels):
         image = Image.fromarray(pixels).convert({"PIL gray": "L", "PIL RGB": "RGB", "PIL RGBA": "RGBA"}[kind])
     made = transforms(in_channels=channels, image_size=32)
     for transform in made:
-        found = transform(image)
-        assert found.shape == (channels, 32, 32) and found.dtype == torch.float32
-        assert -1 <= found.min() < -0.5 and 0.5 < found.max() <= 1
+        transformed = transform(image)
+        assert transformed.shape == (channels, 32, 32) and transformed.dtype == torch.float32
+        assert -1 <= transformed.min() < -0.5 and 0.5 < transformed.max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "1", "LA"])
 def test_other_modes_are_converted(mode):
     image = Image.new("RGB", (28, 28), (255, 0, 0)).convert(mode)
-    found = transforms(in_channels=3, image_size=28).test(image)
+    transformed = transforms(in_channels=3, image_size=28).test(image)
     expected = transforms(in_channels=3, image_size=28).test(image.convert("RGB"))
-    assert torch.equal(found, expected)
+    assert torch.equal(transformed, expected)
 
 
 def test_pixels_without_a_fixed_range_are_refused():
@@ -75,5 +75,5 @@ def test_paper_transforms():
 
 def test_images_are_padded_to_squares():
     image = torch.full((3, 20, 40), 255, dtype=torch.uint8)
-    found = transforms(augmentation="square", image_size=40, in_channels=3).test(image)
-    assert (found[:, 10:30] > 0).all() and (found[:, :10] < 0).all() and (found[:, 30:] < 0).all()
+    transformed = transforms(augmentation="square", image_size=40, in_channels=3).test(image)
+    assert (transformed[:, 10:30] > 0).all() and (transformed[:, :10] < 0).all() and (transformed[:, 30:] < 0).all()

@@ -12,6 +12,7 @@ from pytorch_metric_learning.utils.inference import InferenceModel
 from torch import nn
 from torchvision.models import googlenet
 
+from pml_ext.learners import split_learners
 from pml_ext.losses import EnsembleLoss, HybridLoss, MultiSimilarityLoss
 from pml_ext.trunks import AttentionEnsemble, freeze_batch_norm, param_groups
 
@@ -34,11 +35,7 @@ def make(**kwargs):
     return AttentionEnsemble(*parts(), num_learners=M, embedding_size=M * D, input_size=SIZE, **kwargs)
 
 
-OPTIONS = [
-    {"mask_activation": activation, "share_attention_trunk": share}
-    for activation in ("sigmoid", "batchnorm+relu")
-    for share in (True, False)
-]
+OPTIONS = [{"share_attention_trunk": share} for share in (True, False)]
 
 
 @pytest.mark.parametrize("kwargs", OPTIONS, ids=str)
@@ -51,17 +48,11 @@ def test_folded_trunk_is_a_loop_over_learners(kwargs):
         attention = trunk.attention[m if len(trunk.attention) > 1 else 0]
         rows = slice(8 * m, 8 * (m + 1))
         mask = nn.functional.conv2d(attention(features), trunk.mask_conv.weight[rows], trunk.mask_conv.bias[rows])
-        if kwargs["mask_activation"] == "sigmoid":
-            mask = mask.sigmoid()
-        else:
-            norm = trunk.mask_activation[0]
-            stats = norm.running_mean[rows], norm.running_var[rows], norm.weight[rows], norm.bias[rows]
-            mask = nn.functional.batch_norm(mask, *stats).relu()
+        mask = mask.sigmoid()
         learner = trunk.linear(trunk.head(features * mask))
         slices.append(learner / learner.norm(dim=1, keepdim=True))
         masks.append(mask)
     torch.testing.assert_close(trunk(IMAGES), torch.cat(slices, 1))
-    torch.testing.assert_close(trunk(IMAGES, return_learners=True), torch.stack(slices, 1))
     torch.testing.assert_close(trunk.masks(IMAGES), torch.stack(masks, 1))
 
 
@@ -77,7 +68,7 @@ def test_shapes_and_unit_slices(kwargs):
 
 def test_masks_differ_at_the_start():
     trunk = make().eval()
-    masks, learners = trunk.masks(IMAGES), trunk(IMAGES, return_learners=True)
+    masks, learners = trunk.masks(IMAGES), split_learners(trunk(IMAGES), M)
     assert masks.min() > 0
     assert masks.max() < 1
     for p in range(M):
@@ -209,7 +200,7 @@ def test_half_precision(half):
 
 
 def test_double_precision():
-    trunk = make(mask_activation="sigmoid").double().eval()
+    trunk = make().double().eval()
     images = IMAGES[:2].double()
     embeddings = trunk(images)
     assert embeddings.dtype == torch.float64
@@ -221,7 +212,7 @@ def test_double_precision():
 
 def test_statistics_and_records():
     trunk = make(collect_stats=True)
-    learners = trunk(IMAGES, return_learners=True)
+    learners = split_learners(trunk(IMAGES), M)
     cosines = [(learners[:, p] * learners[:, q]).sum(1) for p in range(M) for q in range(p)]
     assert trunk.learner_similarity == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-6)
     assert {"num_learners", "out_features"} <= set(trunk._record_these)
@@ -304,15 +295,13 @@ class TestFromBackbone:
         assert trunk.attention[0].layer3 is not trunk.attention[1].layer3
         assert trunk(IMAGES).shape == (4, 8)
 
-    def test_attention_starts_with_the_backbones_weights_or_not(self):
-        for copied in (True, False):
-            torch.manual_seed(0)
-            trunk = AttentionEnsemble.from_backbone("resnet18", None, 2, 8, copy_weights=copied, input_size=SIZE)
-            theirs, ours = trunk.head.layer3[0].conv1, trunk.attention[0].layer3[0].conv1
-            assert theirs.weight is not ours.weight
-            assert torch.equal(theirs.weight, ours.weight) == copied
-            assert (theirs.stride, ours.stride) == ((2, 2), (1, 1))
-            assert trunk.attention[0].layer3[0].downsample[0].stride == (1, 1)
+    def test_attention_starts_with_the_backbones_weights(self):
+        trunk = AttentionEnsemble.from_backbone("resnet18", None, 2, 8, input_size=SIZE)
+        theirs, ours = trunk.head.layer3[0].conv1, trunk.attention[0].layer3[0].conv1
+        assert theirs.weight is not ours.weight
+        assert torch.equal(theirs.weight, ours.weight)
+        assert (theirs.stride, ours.stride) == ((2, 2), (1, 1))
+        assert trunk.attention[0].layer3[0].downsample[0].stride == (1, 1)
 
     def test_stem_is_not_changed_in_place(self):
         class Eager(nn.Module):
@@ -400,9 +389,9 @@ def test_backbone_must_be_a_name_or_a_module():
 
 
 def replaced(position, module):
-    found = list(parts())
-    found[position] = module
-    return found
+    modules = list(parts())
+    modules[position] = module
+    return modules
 
 
 @pytest.mark.parametrize(
@@ -410,11 +399,6 @@ def replaced(position, module):
     [
         (parts(), {"num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
         (parts(), {"embedding_size": 10}, "embedding_size must be >= 1 and a multiple of num_learners = 4, got 10"),
-        (
-            parts(),
-            {"mask_activation": "softmax"},
-            r"mask_activation must be one of sigmoid, batchnorm\+relu, got 'softm",
-        ),
         (replaced(0, nn.Flatten()), {}, r"stem must give one map \(B, C, H, W\), got \(1, 3072\)"),
         (
             replaced(1, nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 5, 1))),

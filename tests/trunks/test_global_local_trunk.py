@@ -170,9 +170,9 @@ def test_pretrained_weights_are_loaded(tmp_path):
 
 def test_attention_maps():
     trunk = make_small()
-    for found, features in zip(trunk.attention_maps(IMAGES), trunk.feature_maps(IMAGES), strict=True):
-        assert found.shape == (2, *features.shape[2:])
-        torch.testing.assert_close(found.sum((1, 2)), torch.ones(2))
+    for attended, features in zip(trunk.attention_maps(IMAGES), trunk.feature_maps(IMAGES), strict=True):
+        assert attended.shape == (2, *features.shape[2:])
+        torch.testing.assert_close(attended.sum((1, 2)), torch.ones(2))
     with pytest.raises(ValueError, match="attention must not be None for attention_maps"):
         make_small(attention=None).attention_maps(IMAGES)
 
@@ -242,8 +242,8 @@ class TestExport:
         path = tmp_path / "trunk.onnx"
         torch.onnx.export(trunk, (IMAGES,), str(path), input_names=["images"], dynamo=True)
         session = onnxruntime.InferenceSession(str(path))
-        (found,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
-        np.testing.assert_allclose(found, trunk(IMAGES).detach().numpy(), rtol=1e-3, atol=1e-5)
+        (embeddings,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+        np.testing.assert_allclose(embeddings, trunk(IMAGES).detach().numpy(), rtol=1e-3, atol=1e-5)
 
     def test_compile(self, trunk):
         torch.compiler.reset()
@@ -285,8 +285,8 @@ def test_pml_trainer_tester_and_inference(embedder):
     tester = testers.GlobalEmbeddingSpaceTester(
         dataloader_num_workers=0, accuracy_calculator=calculator, data_device=torch.device("cpu")
     )
-    found = tester.test({"train": dataset}, 0, models["trunk"], models.get("embedder"))
-    assert found["train"]["precision_at_1_level0"] > 0.9
+    accuracies = tester.test({"train": dataset}, 0, models["trunk"], models.get("embedder"))
+    assert accuracies["train"]["precision_at_1_level0"] > 0.9
     model = InferenceModel(models["trunk"], models.get("embedder"), data_device=torch.device("cpu"))
     model.train_knn(dataset)
     _, neighbors = model.get_nearest_neighbors(images[:4], k=1)

@@ -49,9 +49,9 @@ def test_gem_in_half_precision():
     features = torch.full((1, 2, 3, 3), 200.0, dtype=torch.float16)
     pool = GlobalPool2d("gem")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = pool(features)
-    assert found.dtype == torch.float16
-    torch.testing.assert_close(found, torch.full((1, 2), 200.0, dtype=torch.float16), rtol=1e-3, atol=0)
+        pooled = pool(features)
+    assert pooled.dtype == torch.float16
+    torch.testing.assert_close(pooled, torch.full((1, 2), 200.0, dtype=torch.float16), rtol=1e-3, atol=0)
 
 
 def test_bad_input():

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch_geometric.nn import GATv2Conv
 
-from pml_ext.graphs import complete_graph
 from pml_ext.trunks import IntraBatchRefiner, rename_ibc_weights
 from pml_ext.trunks.intra_batch_refiner import _IBC_NAMES
 
@@ -67,8 +65,8 @@ def test_matches_reference(null_message, num_layers, input_projection, device):
         x = reference_layer(layer, x, null_message)
     refiner.to(device)
     for edge_index in (None, EVERYONE.to(device)):
-        found = refiner(EMB.to(device), edge_index)
-        np.testing.assert_allclose(found.detach().cpu().numpy(), x, rtol=1e-9, atol=1e-12)
+        refined = refiner(EMB.to(device), edge_index)
+        np.testing.assert_allclose(refined.detach().cpu().numpy(), x, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("null_message", [True, False])
@@ -122,20 +120,16 @@ def test_attention_weights_are_those_used():
         torch.testing.assert_close((weights @ value).transpose(0, 1).flatten(1), layer.attend.dense(x))
         x = layer(x, None, None)
     assert refiner.training
-    with pytest.raises(ValueError, match="attention must be 'dot' for attention_weights, got 'gatv2'"):
-        make(attention="gatv2").attention_weights(EMB)
 
 
-@pytest.mark.parametrize("attention", ["dot", "gatv2"])
-def test_permuting_the_batch_permutes_the_output(attention):
-    refiner, order = make(attention=attention, num_layers=2), torch.randperm(B)
+def test_permuting_the_batch_permutes_the_output():
+    refiner, order = make(num_layers=2), torch.randperm(B)
     torch.testing.assert_close(refiner(EMB[order]), refiner(EMB)[order])
     assert not torch.allclose(refiner(EMB[:3]), refiner(EMB)[:3])  # others matter
 
 
-@pytest.mark.parametrize("attention", ["dot", "gatv2"])
-def test_without_edges_a_sample_is_alone(attention):
-    refiner, nothing = make(attention=attention), torch.empty(2, 0, dtype=torch.long)
+def test_without_edges_a_sample_is_alone():
+    refiner, nothing = make(), torch.empty(2, 0, dtype=torch.long)
     alone = refiner(EMB, nothing)
     torch.testing.assert_close(refiner(EMB[2:3], nothing), alone[2:3])
     other = EMB.clone()
@@ -143,67 +137,45 @@ def test_without_edges_a_sample_is_alone(attention):
     assert torch.equal(refiner(other, nothing)[1:], alone[1:])
     x = refiner.input(EMB)
     layer = refiner.layers[0]
-    bias = layer.attend.bias if attention == "gatv2" else torch.zeros(D, dtype=torch.float64)
-    y = layer.norm1(x + layer.out(bias))
+    y = layer.norm1(x + layer.out(torch.zeros(D, dtype=torch.float64)))
     torch.testing.assert_close(alone, layer.norm2(y + layer.linear2(layer.linear1(y).relu())))
 
 
-def test_gatv2_is_torch_geometrics():
-    refiner = make(attention="gatv2")
-    layer, x = refiner.layers[0], refiner.input(EMB)
-    assert isinstance(layer.attend, GATv2Conv)
-    y = layer.norm1(x + layer.out(layer.attend(x, EVERYONE)))
-    torch.testing.assert_close(refiner(EMB), layer.norm2(y + layer.linear2(layer.linear1(y).relu())))
-    assert not layer.attend.add_self_loops
-    assert not refiner.null_message
-
-
-@pytest.mark.parametrize("attention", ["dot", "gatv2"])
 @pytest.mark.parametrize("sizes", [(3, 3, 3), (2, 4, 1)])
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [0, 7, 10**9]])
-def test_mini_batches_do_not_see_each_other(attention, sizes, numbers):
-    refiner = make(attention=attention, num_layers=2)
+def test_mini_batches_do_not_see_each_other(sizes, numbers):
+    refiner = make(num_layers=2)
     emb = torch.randn(sum(sizes), D, dtype=torch.float64)
     batch = torch.tensor(numbers).repeat_interleave(torch.tensor(sizes))
     expected = torch.cat([refiner(part) for part in emb.split(sizes)])
     torch.testing.assert_close(refiner(emb, batch=batch), expected)
-    torch.testing.assert_close(refiner(emb, complete_graph(len(emb), batch, emb.device)), expected)
-
-
-def test_complete_graph():
-    edges = complete_graph(4, torch.tensor([0, 2, 2, 5]), torch.device("cpu"))
-    assert edges.T.tolist() == [[0, 0], [1, 1], [2, 1], [1, 2], [2, 2], [3, 3]]
-    assert {tuple(edge) for edge in complete_graph(3, None, torch.device("cpu")).T.tolist()} == {
-        (i, j) for i in range(3) for j in range(3)
-    }
+    within = (batch[:, None] == batch).nonzero().T  # the complete graph of each mini-batch
+    torch.testing.assert_close(refiner(emb, within), expected)
 
 
 def test_outputs():
-    last, cat, every = (make(num_layers=3, output=output) for output in ("last", "cat", "every"))
-    layers = every(EMB)
-    assert len(layers) == 3
+    last, cat = (make(num_layers=3, output=output) for output in ("last", "cat"))
+    x, layers = last.input(EMB), []
+    for layer in last.layers:
+        x = layer(x, None, None)
+        layers.append(x)
     assert torch.equal(cat(EMB), torch.cat(layers, 1))
     assert torch.equal(last(EMB), layers[-1])
-    assert [refiner.out_features for refiner in (last, cat, every)] == [D, 3 * D, D]
-    x = every.input(EMB)
-    for layer, out in zip(every.layers, layers, strict=True):
-        x = layer(x, None, None)
-        assert torch.equal(x, out)
+    assert [refiner.out_features for refiner in (last, cat)] == [D, 3 * D]
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"null_message": False}, {"attention": "gatv2"}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"null_message": False}], ids=str)
 def test_gradcheck(kwargs):
     refiner = make(**kwargs)
     assert torch.autograd.gradcheck(refiner, EMB[:4].clone().requires_grad_())
     assert torch.autograd.gradcheck(lambda x: refiner(x, EVERYONE), EMB.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("attention", ["dot", "gatv2"])
-def test_gradient_reaches_every_parameter(attention):
-    refiner = make(attention=attention, num_layers=2)
+def test_gradient_reaches_every_parameter():
+    refiner = make(num_layers=2)
     refiner(EMB)[:, ::3].sum().backward()
     for name, p in refiner.named_parameters():
-        if not name.endswith("key.bias") or attention == "gatv2":  # the same for all senders but the null message
+        if not name.endswith("key.bias"):  # the same for all senders but the null message
             assert p.grad.any(), name
 
 
@@ -254,12 +226,11 @@ def test_initialisation_and_reset():
 
 
 def test_state_dict_copy_and_pickle():
-    for kwargs in ({}, {"attention": "gatv2"}):
-        refiner = make(**kwargs).eval()
-        loaded = IntraBatchRefiner(D, heads=HEADS, **kwargs).double().eval()
-        loaded.load_state_dict(refiner.state_dict())
-        for other in (loaded, copy.deepcopy(refiner), pickle.loads(pickle.dumps(refiner))):
-            assert torch.equal(other(EMB), refiner(EMB))
+    refiner = make().eval()
+    loaded = IntraBatchRefiner(D, heads=HEADS).double().eval()
+    loaded.load_state_dict(refiner.state_dict())
+    for other in (loaded, copy.deepcopy(refiner), pickle.loads(pickle.dumps(refiner))):
+        assert torch.equal(other(EMB), refiner(EMB))
 
 
 def test_released_names():
@@ -319,8 +290,8 @@ def test_autocast(half):
     refiner = make().float().eval()
     expected = refiner(EMB.float())
     with torch.autocast("cpu", dtype=half):
-        found = refiner(EMB.float())
-    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+        refined = refiner(EMB.float())
+    torch.testing.assert_close(refined.float(), expected, rtol=0.05, atol=0.05)
 
 
 def test_one_and_no_sample():
@@ -337,10 +308,8 @@ def test_one_and_no_sample():
         ({"heads": 0}, "heads must be an integer >= 1, got 0"),
         ({"heads": 2.0}, r"heads must be an integer >= 1, got 2\.0"),
         ({"num_layers": 0}, "num_layers must be an integer >= 1, got 0"),
-        ({"attention": "gat"}, "attention must be one of dot, gatv2, got 'gat'"),
-        ({"output": "all"}, "output must be one of last, cat, every, got 'all'"),
+        ({"output": "every"}, "output must be one of last, cat, got 'every'"),
         ({"dropout": 1.0}, r"dropout must lie in 0 to 1, 1 excluded, got 1\.0"),
-        ({"attention": "gatv2", "null_message": True}, "null_message must not be True with attention 'gatv2'"),
     ],
 )
 def test_bad_arguments(kwargs, message):

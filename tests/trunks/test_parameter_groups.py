@@ -26,9 +26,9 @@ def test_groups():
     assert groups["backbone"]["params"] == [trunk.backbone[0].weight]
     assert groups["new layers, no decay"]["params"] == [trunk.head.bias]
     assert groups["proxies"]["params"] == [loss_func.proxy_loss.proxies]
-    found = [id(p) for g in groups.values() for p in g["params"]]
-    assert len(found) == len(set(found))
-    assert set(found) == {id(p) for module in (trunk, loss_func) for p in module.parameters()}
+    grouped = [id(p) for g in groups.values() for p in g["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for module in (trunk, loss_func) for p in module.parameters()}
 
 
 def test_frozen_and_shared_parameters():

@@ -24,9 +24,9 @@ def test_image_forms(image):
         from PIL import Image
 
         image = Image.new(image.split()[1], (6, 8), 100)
-    found = attention_overlay(image, torch.rand(2, 3))
-    assert found.shape == (8, 6, 3)
-    assert found.dtype == np.uint8
+    overlay = attention_overlay(image, torch.rand(2, 3))
+    assert overlay.shape == (8, 6, 3)
+    assert overlay.dtype == np.uint8
 
 
 def test_colours():

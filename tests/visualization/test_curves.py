@@ -15,9 +15,9 @@ def test_draws_every_series(tmp_path):
 def test_curves_that_lie_on_each_other_stay_visible():
     (axes,) = plot_curves({name: [1.0] * 60 for name in "abcd"}).axes
     for style in ("linestyle", "marker", "markersize"):
-        found = [getattr(line, f"get_{style}")() for line in axes.lines]
-        assert len(set(found)) == 4
-    assert found == sorted(found, reverse=True)  # the marks of what is drawn later are smaller
+        styles = [getattr(line, f"get_{style}")() for line in axes.lines]
+        assert len(set(styles)) == 4
+    assert styles == sorted(styles, reverse=True)  # the marks of what is drawn later are smaller
     assert {(line.get_fillstyle(), line.get_markevery()) for line in axes.lines} == {("none", 4)}
 
 

@@ -13,14 +13,11 @@ import torch
 from PIL import Image
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-import pml_ext.graphs
-import pml_ext.visualization.report
 from pml_ext.datasets import ImageArrays
 from pml_ext.visualization import retrieval_report
 from pml_ext.visualization.thumbnails import encode_thumbnails, load_thumbnails
 from tests.needs import needs
 
-MODULE = sys.modules["pml_ext.visualization.report"]
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 EVIL = [
     "<script>hacked=1</script>",
@@ -79,9 +76,9 @@ def report(tmp_path):
 
 
 def use_chunks(monkeypatch):
-    monkeypatch.setattr(MODULE, "_QUERIES_AT_ONCE", 25)
-    monkeypatch.setattr(MODULE, "_FOUND_AT_ONCE", 25)
-    monkeypatch.setattr(pml_ext.graphs, "_CHUNK_ELEMENTS", 2000)
+    monkeypatch.setattr("pml_ext.neighbors.search._ROWS_AT_ONCE", 25)
+    monkeypatch.setattr("pml_ext.neighbors.search._NEIGHBORS_AT_ONCE", 25)
+    monkeypatch.setattr("pml_ext.neighbors.similarity._CHUNK_ELEMENTS", 2000)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -99,10 +96,10 @@ def test_metrics_are_those_of_pml(report, monkeypatch, chunked):
     assert page.metrics == pytest.approx([expected[name] for name in METRICS], abs=1e-9)
     assert 0.2 < page.metrics[2] < 0.8
     each = AccuracyCalculator(return_per_class=True, **kwargs).get_accuracy(unit, labels)
-    found = sorted(page.data["classes"], key=lambda row: int(row[0].split()[1]))
-    assert len(found) == 12
-    assert sorted(row[-1] for row in found) == [row[-1] for row in page.data["classes"]]
-    for i, row in enumerate(found):
+    rows = sorted(page.data["classes"], key=lambda row: int(row[0].split()[1]))
+    assert len(rows) == 12
+    assert sorted(row[-1] for row in rows) == [row[-1] for row in page.data["classes"]]
+    for i, row in enumerate(rows):
         assert row[2:] == pytest.approx([each[name][i] for name in METRICS], abs=1e-9)
     assert "2 classes with one image each" in page.text
     assert "<li>class 1000</li><li>class 2000</li>" in page.text
@@ -213,11 +210,10 @@ def test_umap(report, monkeypatch):
 
     embeddings, labels = clusters(40, 3)
     monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP))
-    for method in ("umap", "auto"):
-        assert "placed by UMAP" in report(embeddings, labels, num_points=40, method=method, seed=3).text
-        assert called["random_state"] == 3 and called["n_neighbors"] == 15
+    assert "placed by UMAP" in report(embeddings, labels, num_points=40, method="umap", seed=3).text
+    assert called["random_state"] == 3 and called["n_neighbors"] == 15
+    assert "placed by t-SNE" in report(embeddings, labels, num_points=4, method="umap").text
     monkeypatch.setitem(sys.modules, "umap", None)  # as if it were not installed
-    assert "placed by t-SNE" in report(embeddings, labels, num_points=40, method="auto").text
     with pytest.raises(ImportError, match=r"umap-learn: pip install 'pml-ext\[umap\]', or use method='tsne'"):
         report(embeddings, labels, num_points=40, method="umap")
 
@@ -357,9 +353,9 @@ def test_thumbnails_fit():
     loaded = load_thumbnails(noise, range(40))
     lengths = []
     for max_bytes in (10**9, 200_000, 60_000, 1):
-        found = encode_thumbnails(loaded, [*range(40), 0], max_bytes, max_side=96)
-        lengths.append(sum(map(len, found.values())) + len(found[0]))
-        assert len(found) == 40 and (lengths[-1] <= max_bytes or max_bytes == 1)
+        addresses = encode_thumbnails(loaded, [*range(40), 0], max_bytes, max_side=96)
+        lengths.append(sum(map(len, addresses.values())) + len(addresses[0]))
+        assert len(addresses) == 40 and (lengths[-1] <= max_bytes or max_bytes == 1)
     assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[1]
 
 
@@ -422,7 +418,7 @@ def test_bad_arguments(report, tmp_path):
     for name in ("num_queries", "num_neighbors", "num_pairs", "num_points"):
         with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got -1"):
             report(TOY, TOY_LABELS, **{name: -1})
-    with pytest.raises(ValueError, match="method must be 'tsne', 'umap' or 'auto', got 'pca'"):
+    with pytest.raises(ValueError, match="method must be 'tsne' or 'umap', got 'pca'"):
         report(TOY, TOY_LABELS, num_points=5, method="pca")
 
 
@@ -469,11 +465,11 @@ def test_bad_images(report, images, error, message):
 @pytest.fixture(scope="module")
 def browser():
     sync_api = needs("playwright.sync_api")
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
         pytest.skip("no chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -622,7 +618,7 @@ def test_browser_widths_and_contrast(opened, width, scheme):
             if (!/, 0\\)$/.test(color)) return color;
           }
         };
-        const found = [];
+        const faint = [];
         for (const element of document.querySelectorAll("body *")) {
           const hasText = [...element.childNodes].some((x) => x.nodeType === 3 && x.data.trim());
           if (!hasText || !element.checkVisibility()) continue;
@@ -630,9 +626,9 @@ def test_browser_widths_and_contrast(opened, width, scheme):
           const ink = element instanceof SVGElement ? style.fill : style.color;
           let [a, b] = [luminance(ink), luminance(background(element))];
           if (a < b) [a, b] = [b, a];
-          if ((a + 0.05) / (b + 0.05) < 4.5) found.push(element.outerHTML.slice(0, 80));
+          if ((a + 0.05) / (b + 0.05) < 4.5) faint.push(element.outerHTML.slice(0, 80));
         }
-        return found;
+        return faint;
         }"""
     )
     assert poor == []

@@ -4,14 +4,13 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
-    """Three stages of 3 x 3 convolutions with batch norm, at full, half and a quarter of the resolution.
+    """Three stages of a 3 x 3 convolution with batch norm, at full, half and a quarter of the resolution.
 
     What an image of 28 to 64 pixels leaves room for; without a download, and fast on a CPU.
 
     Args:
         in_channels: Of the images.
         width: Channels of the first stage; each stage has twice those of the one before.
-        depth: Convolutions in a stage.
 
     Attributes:
         num_features: Channels of the last stage, as in timm.
@@ -25,11 +24,11 @@ class ConvNet(nn.Module):
         torch.Size([2, 128, 7, 7])
     """
 
-    def __init__(self, in_channels: int = 3, width: int = 32, depth: int = 1) -> None:
+    def __init__(self, in_channels: int = 3, width: int = 32) -> None:
         super().__init__()
-        self.stage1 = _stage(in_channels, width, depth, pool=False)
-        self.stage2 = _stage(width, 2 * width, depth)
-        self.stage3 = _stage(2 * width, 4 * width, depth)
+        self.stage1 = _stage(in_channels, width, pool=False)
+        self.stage2 = _stage(width, 2 * width)
+        self.stage3 = _stage(2 * width, 4 * width)
         self.num_features = 4 * width
 
     def forward(self, images: Tensor) -> Tensor:
@@ -37,10 +36,12 @@ class ConvNet(nn.Module):
         features: Tensor = self.stage3(self.stage2(self.stage1(images)))
         return features
 
+    def two_levels(self) -> nn.Module:
+        """Return this network, giving the maps of its last two stages, as ``GlobalLocalTrunk`` wants them."""
+        return _TwoLevels(self)
 
-class TwoLevels(nn.Module):
-    """The maps of the last two stages of a ``ConvNet``, as ``GlobalLocalTrunk`` wants them."""
 
+class _TwoLevels(nn.Module):
     def __init__(self, network: ConvNet) -> None:
         super().__init__()
         self.network = network
@@ -51,8 +52,7 @@ class TwoLevels(nn.Module):
         return local, self.network.stage3(local)
 
 
-def _stage(channels: int, out: int, depth: int, pool: bool = True) -> nn.Sequential:
+def _stage(channels: int, out: int, pool: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = [nn.MaxPool2d(2)] if pool else []
-    for i in range(depth):
-        layers += [nn.Conv2d(out if i else channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+    layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
     return nn.Sequential(*layers)
