@@ -9,6 +9,8 @@ from pml_ext.class_embeddings import from_samples, from_text
 from pml_ext.losses import AdaptiveAdditiveMarginLoss
 from tests.needs import needs
 
+pytestmark = pytest.mark.xdist_group("text")  # one worker imports sentence-transformers
+
 NAMES = ["small letter a", "small letter b", "digit one", "digit two"]
 
 

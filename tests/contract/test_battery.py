@@ -19,12 +19,16 @@ COLUMNS = [name for name, declared in PROPERTIES.items() if declared.table]
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 
 
+def marks_of(name):
+    return [getattr(pytest.mark, mark) for mark in PROPERTIES[name].marks]
+
+
 def runs():
     """Return each row with each property; on each device where the property takes one."""
     for name, declared in PROPERTIES.items():
         on_devices = "device" in inspect.signature(declared.check).parameters
         for row, device in itertools.product(ROWS if declared.table else CASES, ["cpu", "cuda"][: 1 + on_devices]):
-            marks = [getattr(pytest.mark, mark) for mark in declared.marks] + [NO_CUDA] * (device == "cuda")
+            marks = marks_of(name) + [NO_CUDA] * (device == "cuda")
             kwargs = {"device": device} if on_devices else {}
             yield pytest.param(row, name, kwargs, marks=marks, id=", ".join([row, name, *kwargs.values()]))
 
@@ -202,7 +206,7 @@ def test_every_property_is_missed_by_a_wrong_loss():
 @pytest.mark.parametrize(
     ("fault", "name"),
     [
-        pytest.param(fault, name, id=f"{fault.__name__}, {name}")
+        pytest.param(fault, name, marks=marks_of(name), id=f"{fault.__name__}, {name}")
         for fault, names in WRONG.items()
         for name in sorted(names)
     ],

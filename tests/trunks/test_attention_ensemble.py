@@ -274,6 +274,7 @@ class TestFromBackbone:
         trunk = AttentionEnsemble.from_backbone("botnet26t_256", "stages.1", 2, 8, input_size=(3, 256, 256))
         assert [type(m).__name__ for m in trunk.attention[0]] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2
 
+    @pytest.mark.slow
     def test_paper(self):
         """GoogLeNet, eight learners, 512 numbers: the shapes and sizes of the paper."""
         trunk = AttentionEnsemble.from_backbone("googlenet")
