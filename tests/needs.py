@@ -10,7 +10,7 @@ PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def declared_extras():
-    """Return the extras of pyproject.toml with what each brings (Python 3.10 has no tomllib)."""
+    """Return the extras of pyproject.toml with what each lists (Python 3.10 has no tomllib)."""
     section = PYPROJECT.read_text(encoding="utf-8").split("[project.optional-dependencies]")[1].split("\n[")[0]
     return dict(re.findall(r"^([\w-]+) = (\[.*?\])$", section, re.MULTILINE | re.DOTALL))
 
