@@ -102,7 +102,7 @@ def test_global_local_on_glyphs():
 
 def test_attention_ensemble(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention_ensemble, "EMBEDDING_SIZE", 12)
-    results = attention_ensemble.main(epochs=1, seeds=2, learners=(2,), samples_per_class=4, out=tmp_path)
+    results = attention_ensemble.main(epochs=1, seeds=2, learners=(2,), samples_per_class=3, out=tmp_path)
     printed = capsys.readouterr().out
     assert list(results) == ["single head", "M = 1", "M = 2, no divergence", "M = 2, with divergence"]
     for metrics in results.values():

@@ -24,6 +24,8 @@ from pml_ext.recipes import load_run, retrieval_metrics
 from pml_ext.visualization import retrieval_gallery
 from tests.datasets.test_in_shop import make_in_shop
 
+pytestmark = pytest.mark.xdist_group("commands")  # they share a trained network
+
 CLASSES, EACH, SIDE = 8, 6, 28
 TINY = {"width": 4, "batch_size": 16}
 EXAMPLES = Path(train.__file__).parent

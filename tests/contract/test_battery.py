@@ -16,7 +16,7 @@ from tests.contract.page import COMMAND, PAGE, ROWS, VERSIONS, parse, render
 TEXT = PAGE.read_text(encoding="utf-8")
 CELLS, PAGE_VERSIONS = parse(TEXT)
 COLUMNS = [name for name, declared in PROPERTIES.items() if declared.table]
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def marks_of(name):
@@ -27,10 +27,9 @@ def runs():
     """Return each row with each property; on each device where the property takes one."""
     for name, declared in PROPERTIES.items():
         on_devices = "device" in inspect.signature(declared.check).parameters
-        for row, device in itertools.product(ROWS if declared.table else CASES, ["cpu", "cuda"][: 1 + on_devices]):
-            marks = marks_of(name) + [NO_CUDA] * (device == "cuda")
+        for row, device in itertools.product(ROWS if declared.table else CASES, DEVICES[: 1 + on_devices]):
             kwargs = {"device": device} if on_devices else {}
-            yield pytest.param(row, name, kwargs, marks=marks, id=", ".join([row, name, *kwargs.values()]))
+            yield pytest.param(row, name, kwargs, marks=marks_of(name), id=", ".join([row, name, *kwargs.values()]))
 
 
 @pytest.mark.parametrize(("row", "name", "kwargs"), list(runs()))

@@ -234,6 +234,7 @@ def test_parameter_groups_and_frozen_norms():
 
 
 class TestFromBackbone:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "split", "stage"),
         [

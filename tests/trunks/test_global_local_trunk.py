@@ -52,6 +52,7 @@ def make_small(**kwargs):
     return GlobalLocalTrunk("resnet18", 16, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones(name):
     trunk = GlobalLocalTrunk(name, embedding_size=12, attention="solar", **BACKBONES[name]).eval()
