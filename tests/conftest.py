@@ -1,6 +1,12 @@
-"""Fixtures for all tests."""
+"""Fixtures and rules for all tests."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; what they start inherits it
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -8,10 +14,43 @@ import torch
 
 import pml_ext
 
+KINDS = ("browser", "compiles", "documents", "processes", "trains")
+SKIPS = {  # the reasons that a test may be skipped for
+    "an extra": r"needs \S+: pip install 'pml-ext\[[\w-]+\]'",
+    "the machine": "no CUDA|no fork|no C\\+\\+ compiler|no chromium|reads /proc|counts threads as Linux shows them",
+    "old versions": "its exporter fails with a recent protobuf|the fake tensors of this torch need a CUDA driver: .*",
+}
+STRICT = "PML_EXT_STRICT_SKIPS"  # set: a skip for a missing extra, or for a reason that is not above, is a failure
 
-@pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
-)
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(item.get_closest_marker(kind) for kind in KINDS):
+            item.add_marker("slow")
+
+
+def refuse_skip(report):
+    """Turn a skip into a failure where all extras must be there."""
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get(STRICT):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not any(re.fullmatch(SKIPS[kind], reason, re.DOTALL) for kind in ("the machine", "old versions")):
+            report.outcome = "failed"
+            report.longrepr = f"skipped, and {STRICT} is set: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return refuse_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return refuse_skip((yield))
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request):
     return torch.device(request.param)
 

@@ -29,6 +29,8 @@ from benchmarks import (
 )
 from pml_ext.trunks import AttentionEnsemble
 
+pytestmark = pytest.mark.trains
+
 FOLDER = Path(harness.__file__).parent
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

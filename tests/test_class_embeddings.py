@@ -7,6 +7,9 @@ import torch
 from pml_ext import class_embeddings
 from pml_ext.class_embeddings import from_samples, from_text
 from pml_ext.losses import AdaptiveAdditiveMarginLoss
+from tests.needs import needs
+
+pytestmark = pytest.mark.xdist_group("text")  # one worker imports sentence-transformers
 
 NAMES = ["small letter a", "small letter b", "digit one", "digit two"]
 
@@ -14,7 +17,7 @@ NAMES = ["small letter a", "small letter b", "digit one", "digit two"]
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """A model of sentence-transformers, made here: random vectors of words, averaged."""
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    sentence_transformers = needs("sentence_transformers", "text")
     from sentence_transformers.models import StaticEmbedding
     from tokenizers import Tokenizer, models, pre_tokenizers
 

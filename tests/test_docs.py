@@ -29,6 +29,8 @@ from pml_ext import losses
 from tests.contract.cases import CASES
 from tests.datasets.test_in_shop import make_in_shop
 
+pytestmark = pytest.mark.documents
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from examples import adaptive_margin, attention_ensemble, global_local, intra_batch, quickstart, train_distributed
+from tests.needs import needs
+
+pytestmark = pytest.mark.trains
 
 RUNS = {
     "adaptive_margin",
@@ -99,7 +102,7 @@ def test_global_local_on_glyphs():
 
 def test_attention_ensemble(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention_ensemble, "EMBEDDING_SIZE", 12)
-    results = attention_ensemble.main(epochs=1, seeds=2, learners=(2,), samples_per_class=4, out=tmp_path)
+    results = attention_ensemble.main(epochs=1, seeds=2, learners=(2,), samples_per_class=3, out=tmp_path)
     printed = capsys.readouterr().out
     assert list(results) == ["single head", "M = 1", "M = 2, no divergence", "M = 2, with divergence"]
     for metrics in results.values():
@@ -153,8 +156,53 @@ def run(*command):
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-def test_train_distributed_on_two_processes(tmp_path):
-    done = run(*TORCHRUN, EXAMPLES / "train_distributed.py", "--epochs", 1, "--out", tmp_path)
+AS_COMMAND = """
+import gc
+import runpy
+import sys
+
+_, tests, *sys.argv = sys.argv
+sys.path[:0] = [sys.argv[0].rpartition("/")[0], tests]
+import gloo_threads
+
+gc.disable()  # what is freed by chance is no proof
+runpy.run_path(sys.argv[0], run_name="__main__")
+if sys.platform == "linux":
+    print("threads of gloo:", gloo_threads.count())
+"""
+AS_FUNCTION = """
+import gc
+import sys
+
+_, tests, examples = sys.argv
+sys.path[:0] = [examples, tests]
+import distributed_fabric
+import gloo_threads
+
+gc.disable()
+distributed_fabric.main(devices=2)
+if sys.platform == "linux":
+    print("threads of gloo:", gloo_threads.count())
+"""
+
+
+def on_two(tmp_path, monkeypatch, script, launcher, *arguments):
+    """Run a script that tells at its end which threads of the process group are left; return what is printed.
+
+    With one, a process may abort while it exits, and torchrun kills the others.
+    """
+    (tmp_path / "script.py").write_text(script)
+    monkeypatch.chdir(tmp_path)  # checkpoints go to runs/
+    done = run(*launcher, "script.py", Path(__file__).parent, *arguments)
+    if sys.platform == "linux":
+        assert set(re.findall(r"threads of gloo: (\d+)", done.stdout)) == {"0"}  # Fabric's first may end the second
+    return done
+
+
+@pytest.mark.processes
+def test_train_distributed_on_two_processes(tmp_path, monkeypatch):
+    command = (EXAMPLES / "train_distributed.py", "--epochs", 1, "--out", tmp_path)
+    done = on_two(tmp_path, monkeypatch, AS_COMMAND, TORCHRUN, *command)
     assert done.stdout.count("267 unseen classes, 1 epochs, seed 0, 2 processes, percent") == 1
     assert done.stderr.count("0/33 [00:00<?, ?it/s]") == 1  # one progress bar
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -162,57 +210,25 @@ def test_train_distributed_on_two_processes(tmp_path):
     assert state["loss"]["proxy_loss.proxies"].shape == (267, train_distributed.EMBEDDING_SIZE)
 
 
-THREADS = """
-import gc
-import importlib
-import sys
-
-_, examples, tests, name, *numbers = sys.argv
-sys.path[:0] = [examples, tests]
-import gloo_threads
-
-example = importlib.import_module(name)
-gc.disable()  # what is freed by chance is no proof
-example.main(**{key: int(value) for key, _, value in (number.partition("=") for number in numbers)})
-print("threads of gloo:", gloo_threads.count())
-"""
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux shows them")
-@pytest.mark.parametrize(
-    ("name", "needs", "launcher", "settings"),
-    [
-        ("train_distributed", "torch", TORCHRUN, ("width=4",)),
-        ("distributed_fabric", "lightning_fabric", (), ("devices=2",)),
-        ("distributed_accelerate", "accelerate", TORCHRUN, ()),
-    ],
-)
-def test_no_thread_of_the_process_group_is_left(name, needs, launcher, settings, tmp_path, monkeypatch):
-    """With one, a process may abort while it exits, and torchrun kills the others."""
-    pytest.importorskip(needs)
-    (tmp_path / "threads.py").write_text(THREADS)
-    monkeypatch.chdir(tmp_path)  # checkpoints go to runs/
-    tests = Path(__file__).parent
-    done = run(*launcher, "threads.py", EXAMPLES, tests, name, "epochs=1", "samples_per_class=2", *settings)
-    assert set(re.findall(r"threads of gloo: (\d+)", done.stdout)) == {"0"}  # Fabric's first process may end the second
-
-
 def losses_of(printed, processes):
     """Return the loss that is printed for each epoch."""
     return re.findall(rf"^epoch \d, {processes} processes: loss ([\d.]+)$", printed, re.MULTILINE)
 
 
-def test_distributed_fabric():
+@pytest.mark.processes
+def test_distributed_fabric(tmp_path, monkeypatch):
     """Two processes print the losses of one."""
-    pytest.importorskip("lightning_fabric")
+    needs("lightning_fabric")
     one = losses_of(run(EXAMPLES / "distributed_fabric.py").stdout, 1)
-    two = losses_of(run(EXAMPLES / "distributed_fabric.py", "--devices", 2).stdout, 2)
+    two = losses_of(on_two(tmp_path, monkeypatch, AS_FUNCTION, (), EXAMPLES).stdout, 2)
     assert one == two
     assert float(one[1]) < float(one[0])
 
 
-def test_distributed_accelerate():
+@pytest.mark.processes
+def test_distributed_accelerate(tmp_path, monkeypatch):
     """Two processes see two batches at a time: other numbers than one process, and falling too."""
-    pytest.importorskip("accelerate")
-    losses = losses_of(run(*TORCHRUN, EXAMPLES / "distributed_accelerate.py").stdout, 2)
+    needs("accelerate")
+    done = on_two(tmp_path, monkeypatch, AS_COMMAND, TORCHRUN, EXAMPLES / "distributed_accelerate.py")
+    losses = losses_of(done.stdout, 2)
     assert float(losses[1]) < float(losses[0])

@@ -3,6 +3,7 @@
 import doctest
 import json
 import os
+import re
 import runpy
 import struct
 import subprocess
@@ -22,6 +23,8 @@ from pml_ext.datasets import open_data
 from pml_ext.recipes import load_run, retrieval_metrics
 from pml_ext.visualization import retrieval_gallery
 from tests.datasets.test_in_shop import make_in_shop
+
+pytestmark = pytest.mark.xdist_group("commands")  # they share a trained network
 
 CLASSES, EACH, SIDE = 8, 6, 28
 TINY = {"width": 4, "batch_size": 16}
@@ -134,6 +137,7 @@ def test_the_config_builds_the_run_again(trained, photos):
     assert not loaded.recipe.trunk.training
 
 
+@pytest.mark.trains
 def test_resume_ends_where_an_uninterrupted_run_does(data, tmp_path, monkeypatch):
     whole = run(data, tmp_path / "whole", epochs=3)
     validations = []
@@ -158,6 +162,7 @@ def test_resume_ends_where_an_uninterrupted_run_does(data, tmp_path, monkeypatch
     assert lines(parts) == lines(tmp_path / "whole")
 
 
+@pytest.mark.trains
 def test_a_run_killed_between_its_two_checkpoints(data, tmp_path, monkeypatch):
     """The second epoch is the best; its two files are the third and the fourth."""
     scripted_scores(monkeypatch, [0.1, 0.9])
@@ -179,6 +184,7 @@ def test_a_run_killed_between_its_two_checkpoints(data, tmp_path, monkeypatch):
     assert [entry["epoch"] for entry in lines(tmp_path)] == [1, 2, 3, 2]
 
 
+@pytest.mark.trains
 def test_resume_of_a_run_killed_in_its_first_epoch(data, tmp_path, monkeypatch):
     def killed(self):
         raise KeyboardInterrupt
@@ -190,6 +196,7 @@ def test_resume_of_a_run_killed_in_its_first_epoch(data, tmp_path, monkeypatch):
     assert run(data, tmp_path / "a", resume=True) == run(data, tmp_path / "b")
 
 
+@pytest.mark.trains
 def test_seeds(data, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(data, tmp_path / name, seed=seed, epochs=1, validation_classes=0)  # whose choice depends on the seed, too
@@ -199,6 +206,7 @@ def test_seeds(data, tmp_path):
     assert first == again != other
 
 
+@pytest.mark.trains
 def test_validation_chooses_the_epoch(data, tmp_path, monkeypatch):
     scripted_scores(monkeypatch, [0.1, 0.9, 0.3])
     result = run(data, tmp_path, epochs=3)
@@ -214,6 +222,7 @@ def test_validation_chooses_the_epoch(data, tmp_path, monkeypatch):
     assert {name: result[name] for name in train.METRICS} == tested != others
 
 
+@pytest.mark.trains
 def test_without_validation_the_last_epoch_is_tested(data, tmp_path):
     result = run(data, tmp_path, validation_classes=0)
     assert (result["epoch"], (tmp_path / "best.pt").exists()) == (2, False)
@@ -222,6 +231,7 @@ def test_without_validation_the_last_epoch_is_tested(data, tmp_path):
     assert load_run(tmp_path).config["num_classes"] == 4
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("test_classes", "images"), [(4, [12, 12, 24]), (5, [18, 0, 30])])
 def test_validation_classes_unless_there_are_too_few(test_classes, images, photos, tmp_path, capsys):
     run(photos, tmp_path, test_classes=test_classes, validation_classes=None, epochs=1)
@@ -233,6 +243,7 @@ def test_validation_classes_unless_there_are_too_few(test_classes, images, photo
     assert (tmp_path / "best.pt").exists() == (test_classes == 4)
 
 
+@pytest.mark.trains
 def test_what_a_run_prints(data, tmp_path, monkeypatch, capsys):
     scripted_scores(monkeypatch, [0.9, 0.3])
     result = run(data, tmp_path / "a")
@@ -255,6 +266,7 @@ def test_what_a_run_prints(data, tmp_path, monkeypatch, capsys):
     ]
 
 
+@pytest.mark.trains
 def test_no_class_is_seen_twice(tmp_path, monkeypatch):
     """Images of class c have the value 10 c everywhere."""
     _, labels = make_images()
@@ -305,6 +317,7 @@ def test_a_gallery_of_some_images():
     assert shown == [0, 2, 3, 1, 2, 3]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe(name, data, tmp_path):
     result = run(data, tmp_path, recipe=name, epochs=1, embedding_size=16)
@@ -316,6 +329,7 @@ def test_every_recipe(name, data, tmp_path):
     assert ("class_embeddings" in state) == (name == "adaptive_margin")
 
 
+@pytest.mark.trains
 def test_options(data, tmp_path):
     settings = TINY | dict([train.setting("warmup_epochs=1"), train.setting("clip_value=0.5")])
     result = run(data, tmp_path, backbone="resnet10t", image_size=16, autocast="bfloat16", workers=1, settings=settings)
@@ -413,6 +427,7 @@ def test_skip_broken(trained, tmp_path, capsys):
         embed.main(folder, photos, tmp_path / "index", skip_broken=True)
 
 
+@pytest.mark.trains
 def test_broken_images_are_found_before_the_training(tmp_path, capsys):
     photos, out = write_folder(tmp_path / "photos"), tmp_path / "run"
     names = ["class0/00.png", "class1/06.png", "class2/13.png", "class3/18.png", "class5/31.png", "class7/47.png"]
@@ -595,6 +610,7 @@ def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypa
         assert (status, line.startswith(f"embed.py: error: cannot read {tmp_path / 'torn' / name}: ")) == (2, True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_ends_the_training_with_its_name(workers, tmp_path):
     """One whose checksums are right; also where a worker process finds it, whose traceback the error brings along."""
@@ -617,12 +633,23 @@ def test_a_broken_image_ends_the_training_with_its_name(workers, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["train", "embed", "search"])
-def test_commands_begin_without_warnings(name):
-    """Those of packages that they import."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", "--help"], capture_output=True, text=True, env=environment
-    )
+HELP = """
+import contextlib, runpy, sys
+
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.processes
+def test_commands_begin_without_warnings():
+    """Those of packages that they import; one process, since starting takes seconds."""
+    names = ("train", "embed", "search")
+    paths = os.pathsep.join(map(str, (EXAMPLES.parent, EXAMPLES)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", HELP, *(str(EXAMPLES / f"{name}.py") for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: {name}.py")
+    assert re.findall(r"^usage: (\w+)\.py", done.stdout, re.MULTILINE) == list(names)

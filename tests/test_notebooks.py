@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import needs
+
 FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 NAMES = sorted({path.stem for path in FOLDER.glob("[0-9]*") if path.suffix in (".py", ".ipynb")})
 OF_A_MACHINE = re.compile(r"(?<![\w.])/(tmp|home|root|opt|usr|var|work|mnt|private|Users)/|[A-Za-z]:\\\\?Users")
@@ -14,7 +16,7 @@ LONGEST = 30  # lines that a cell must not reach: one idea a cell
 
 
 def cells_of_notebook(name):
-    nbformat = pytest.importorskip("nbformat", reason="nbformat reads the notebooks")
+    nbformat = needs("nbformat", "notebooks")
     return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells
 
 
@@ -44,7 +46,7 @@ def test_script_and_notebook_are_both_there(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_is_what_the_script_makes(name):
-    jupytext = pytest.importorskip("jupytext", reason="jupytext makes notebooks of scripts")
+    jupytext = needs("jupytext", "notebooks")
     made = [
         (cell.cell_type, cell.source.strip()) for cell in jupytext.read(FOLDER / f"{name}.py", fmt="py:light").cells
     ]

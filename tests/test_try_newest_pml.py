@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytorch_metric_learning
 
-pytestmark = pytest.mark.slow  # starts processes
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
 LACKING = """\

@@ -11,6 +11,9 @@ import torch
 from pytorch_metric_learning import reducers
 
 from pml_ext.losses import DivergenceLoss
+from tests.needs import needs
+
+pytestmark = pytest.mark.processes
 
 UPSTREAM = Path(__file__).parents[1] / "docs" / "upstream"
 NAME = "pytorch_metric_learning.losses.divergence_loss"
@@ -95,7 +98,7 @@ def test_equals_ours(upstream, reducer, dtype, tol):
     ],
 )
 def test_style_is_that_of_pml(tool, arguments):
-    pytest.importorskip(tool)
+    needs(tool, "dev")
     checked = subprocess.run(
         [sys.executable, "-m", tool, *arguments, "src", "tests"],
         cwd=UPSTREAM,

@@ -211,6 +211,7 @@ def test_lengths_are_checked_even_without_validation(make, without_validation):
         make()(EMB, LABELS[:5], ref_emb=EMB[:5] + 1, ref_labels=LABELS[:5])
 
 
+@pytest.mark.compiles
 def test_lengths_are_checked_when_compiled():
     compiled = torch.compile(MultiSimilarityLoss(), backend="eager")
     with pytest.raises(Exception, match=r"labels must have shape \(batch_size,\)"):

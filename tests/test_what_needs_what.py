@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 PAGE = Path(__file__).parents[1] / "docs" / "install.md"
 ROWS = re.findall(r"^\| (.*`.*) \| (.+) \|$", PAGE.read_text().split("## What needs what")[1], re.MULTILINE)
 BRINGS = {"timm": {"torchvision", "PIL"}, "matplotlib": {"PIL"}}

@@ -7,6 +7,7 @@ import torch
 
 from pml_ext.losses import (
     AdaptiveAdditiveMarginLoss,
+    CrossBatchMemory,
     DivergenceLoss,
     EnsembleLoss,
     HybridLoss,
@@ -14,6 +15,7 @@ from pml_ext.losses import (
     LabelSmoothingCrossEntropyLoss,
     MultiSimilarityLoss,
     ProxyAnchorLoss,
+    SelfSupervisedLoss,
 )
 from pml_ext.trunks import IntraBatchRefiner
 
@@ -21,17 +23,37 @@ NUM_CLASSES, SIZE = 5, 6
 LABELS = torch.tensor([4, 4, 1, 1, 1, 0, 0, 4, 3, 0, 2, 2])
 
 
+# What a case refuses, in the words of the table's columns (tests/contract/battery.py)
+REDUCED = frozenset(
+    {"Mean-, Sum-, AvgNonZero-, DivisorReducer", "ThresholdReducer", "ClassWeightedReducer", "PerAnchorReducer"}
+)
+UNKNOWN_TO_PML = frozenset({"PML's CrossBatchMemory", "PML's SelfSupervisedLoss"})  # which admit classes by name
+WITH_PARAMETERS = UNKNOWN_TO_PML | {"our SelfSupervisedLoss", "PML's DistributedLossWrapper"}
+WITHOUT_PAIRS = frozenset({"ref_emb", "our CrossBatchMemory"})
+PROXIES_ALONE = WITH_PARAMETERS | WITHOUT_PAIRS
+OF_LOSSES = REDUCED | UNKNOWN_TO_PML | {"weight regularizers", "other distances"}  # which go to the losses inside
+NOT_MINED = frozenset({"triplet miners", "pair miners"})
+IN_CHUNKS = frozenset({"fullgraph=True", "double backward"})
+
+
 class Case(NamedTuple):
     """How to make a loss for NUM_CLASSES and SIZE, and what it can do."""
 
     make: Callable[..., Any]
-    refs: bool  # takes ref_emb
-    wrapper_refs: bool  # CrossBatchMemory takes it
+    refuses: frozenset[str] = frozenset()  # columns
     per_class: bool = False  # its "element" losses are per class
-    reduced: bool = False  # its losses are already reduced: reducers see one number for each sub-loss
-    uses_labels: bool = True  # otherwise labels and indices_tuple are ignored
     batch_norm: bool = False  # eval mode is another loss
     without_pairs: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # what is left when nothing is mined
+
+    @property
+    def refs(self) -> bool:
+        """Whether it takes ref_emb."""
+        return "ref_emb" not in self.refuses
+
+    @property
+    def uses_labels(self) -> bool:
+        """Otherwise labels and indices_tuple are ignored."""
+        return "pair miners" not in self.refuses
 
 
 def make_margin_loss(embedding_size: int = SIZE, **kwargs: Any) -> AdaptiveAdditiveMarginLoss:
@@ -46,29 +68,31 @@ def make_intra_batch_loss(**kwargs: Any) -> IntraBatchLoss:
 
 
 CASES = {
-    "MultiSimilarityLoss": Case(MultiSimilarityLoss, refs=True, wrapper_refs=True),
-    "ProxyAnchorLoss": Case(lambda **kw: ProxyAnchorLoss(NUM_CLASSES, SIZE, **kw), False, False, per_class=True),
-    "AdaptiveAdditiveMarginLoss": Case(make_margin_loss, refs=False, wrapper_refs=False),
+    "MultiSimilarityLoss": Case(MultiSimilarityLoss, frozenset({"weight regularizers"})),
+    "ProxyAnchorLoss": Case(
+        lambda **kw: ProxyAnchorLoss(NUM_CLASSES, SIZE, **kw), PROXIES_ALONE | IN_CHUNKS, per_class=True
+    ),
+    "AdaptiveAdditiveMarginLoss": Case(make_margin_loss, PROXIES_ALONE | {"double backward"}),
     "HybridLoss": Case(
         lambda **kw: HybridLoss(NUM_CLASSES, SIZE, **kw),
-        refs=True,
-        wrapper_refs=True,
-        reduced=True,
+        WITH_PARAMETERS | REDUCED | IN_CHUNKS,
         without_pairs=lambda loss_func, emb: loss_func.proxy_weight * loss_func.proxy_loss(emb, LABELS),
     ),
-    "DivergenceLoss": Case(lambda **kw: DivergenceLoss(3, margin=4.0, **kw), False, False, uses_labels=False),
+    "DivergenceLoss": Case(
+        lambda **kw: DivergenceLoss(3, margin=4.0, **kw),
+        NOT_MINED
+        | UNKNOWN_TO_PML
+        | WITHOUT_PAIRS
+        | {"our SelfSupervisedLoss", "weight regularizers", "other distances"},
+    ),
     "EnsembleLoss": Case(
         lambda **kw: EnsembleLoss(MultiSimilarityLoss(), 2, divergence_weight=0.1, divergence_margin=4.0, **kw),
-        refs=True,
-        wrapper_refs=True,
-        reduced=True,
+        OF_LOSSES,
         without_pairs=lambda loss_func, emb: 0.1 * loss_func.divergence(emb),
     ),
     "EnsembleLoss of HybridLoss": Case(
         lambda **kw: EnsembleLoss(HybridLoss(NUM_CLASSES, SIZE // 2), 2, divergence_weight=0.5, **kw),
-        refs=True,
-        wrapper_refs=True,
-        reduced=True,
+        OF_LOSSES | WITH_PARAMETERS | IN_CHUNKS,
         without_pairs=lambda loss_func, emb: (
             0.5 * loss_func.divergence(emb)
             + sum(
@@ -79,24 +103,31 @@ CASES = {
     ),
     "EnsembleLoss of AdaptiveAdditiveMarginLoss": Case(
         lambda **kw: EnsembleLoss(lambda: make_margin_loss(SIZE // 2), 2, divergence_weight=0.5, **kw),
-        refs=False,
-        wrapper_refs=False,
-        reduced=True,
+        OF_LOSSES | PROXIES_ALONE | {"double backward"},
     ),
-}
-CASES |= {
     "LabelSmoothingCrossEntropyLoss": Case(
-        lambda **kw: LabelSmoothingCrossEntropyLoss(NUM_CLASSES, SIZE, **kw), refs=False, wrapper_refs=False
+        lambda **kw: LabelSmoothingCrossEntropyLoss(NUM_CLASSES, SIZE, **kw), PROXIES_ALONE | {"other distances"}
     ),
-    "IntraBatchLoss": Case(lambda **kw: make_intra_batch_loss(**kw), False, False, reduced=True, batch_norm=True),
+    "IntraBatchLoss": Case(make_intra_batch_loss, OF_LOSSES | PROXIES_ALONE | {"double backward"}, batch_norm=True),
     "IntraBatchLoss of HybridLoss": Case(
         lambda **kw: make_intra_batch_loss(loss=HybridLoss(NUM_CLASSES, SIZE), **kw),
-        refs=False,
-        wrapper_refs=False,
-        reduced=True,
+        OF_LOSSES | PROXIES_ALONE | IN_CHUNKS,
         without_pairs=lambda loss_func, emb: (
             0.03 * loss_func.refined_loss.proxy_loss(loss_func.refine(emb), LABELS) + loss_func.raw_loss(emb, LABELS)
         ),
+    ),
+}
+WRAPPED = {
+    "CrossBatchMemory of HybridLoss": Case(
+        lambda **kw: CrossBatchMemory(HybridLoss(NUM_CLASSES, SIZE, **kw), SIZE, memory_size=64),
+        PROXIES_ALONE | REDUCED | IN_CHUNKS,
+    ),
+    "SelfSupervisedLoss of MultiSimilarityLoss": Case(
+        lambda **kw: SelfSupervisedLoss(MultiSimilarityLoss(**kw)),
+        NOT_MINED
+        | PROXIES_ALONE
+        | {"weight regularizers", "MultipleLosses", "our DistributedLossWrapper"}
+        | {"MetricLossOnly", "TrainWithClassifier"},
     ),
 }
 

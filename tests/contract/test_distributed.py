@@ -6,10 +6,13 @@ import warnings
 
 import pytest
 import torch
-from pytorch_metric_learning.utils import distributed as pml_dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.contract.cases import CASES, LABELS, SIZE, embeddings, make
+from tests.pml_internals import pml_dist
+from tests.processes import start
+
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("contract")]  # they share a fixture
 
 WORLD_SIZE = 2
 
@@ -51,11 +54,11 @@ def worker(rank, init_file, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD_SIZE)
     rows = slice(rank * 6, (rank + 1) * 6)
-    found = {}
+    gathered = {}
     for name, case in CASES.items():
         for efficient in (False, True):
             if efficient and not case.refs:
-                found[name, efficient] = refusal(build(case)[1], rows)
+                gathered[name, efficient] = refusal(build(case)[1], rows)
                 continue
             model, loss_func = build(case)
             single_model, single_loss = copy.deepcopy(model), copy.deepcopy(loss_func)
@@ -67,38 +70,38 @@ def worker(rank, init_file, results):
                 sum_over_ranks(single_model, single_loss)
             else:
                 single_loss(single_model(embeddings(torch.float64).detach()), LABELS).backward()
-            found[name, efficient] = [gradients(m) for m in (model, single_model, loss_func, single_loss)]
+            gathered[name, efficient] = [gradients(m) for m in (model, single_model, loss_func, single_loss)]
     if rank == 0:
-        torch.save(found, results)
+        torch.save(gathered, results)
     del ddp, wrapped
     gc.collect()  # with something that holds the group, gloo's threads may abort the process while it exits
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def gathered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
     args = (str(folder / "rendezvous"), str(folder / "results.pt"))
-    torch.multiprocessing.spawn(worker, args=args, nprocs=WORLD_SIZE, join=True)
+    start(worker, args, WORLD_SIZE)
     return torch.load(args[1], weights_only=True)
 
 
 @pytest.mark.parametrize("efficient", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_model_gradients_are_exact(found, name, efficient):
+def test_model_gradients_are_exact(gathered, name, efficient):
     if efficient and not CASES[name].refs:
-        assert "ref_emb is not supported" in found[name, efficient]
+        assert "ref_emb is not supported" in gathered[name, efficient]
         return
-    model, single, _, _ = found[name, efficient]
+    model, single, _, _ = gathered[name, efficient]
     assert all(g.abs().max() > 1e-3 for g in single)
     for a, b in zip(model, single, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if list(make(case).parameters())])
-def test_proxy_gradients_are_world_size_times_too_large(found, name):
+def test_proxy_gradients_are_world_size_times_too_large(gathered, name):
     """PML's wrapper multiplies the loss by the world size, which DDP's mean undoes for the model alone."""
-    _, _, loss_func, single = found[name, False]
+    _, _, loss_func, single = gathered[name, False]
     for a, b in zip(loss_func, single, strict=True):
         assert b.any()
         torch.testing.assert_close(a, WORLD_SIZE * b, rtol=1e-9, atol=1e-15)

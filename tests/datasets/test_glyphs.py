@@ -34,6 +34,7 @@ def test_characters_are_what_the_docstring_says():
     assert "GREEK SMALL LETTER BETA" in Glyphs("train+test", samples_per_class=1).class_names
 
 
+@pytest.mark.slow
 def test_there_are_no_twins():
     """No two characters agree in 8 faces, and no training character looks like a test character in any face."""
     agreements = count_agreements(TRAIN_CHARACTERS + TEST_CHARACTERS)
@@ -104,6 +105,7 @@ def test_conventions_of_torchvision():
     assert isinstance(dataset, torch.utils.data.Dataset)
 
 
+@pytest.mark.slow
 def test_fast():
     start = time.process_time()
     assert len(Glyphs("train+test", samples_per_class=20)) == 10680

@@ -222,6 +222,7 @@ def test_folders_in_class_folders(tmp_path):
         open_data(tmp_path)
 
 
+@pytest.mark.slow
 def test_glyphs():
     data = open_data("Glyphs", seed=2)
     assert (data.num_classes, data.test.num_classes, data.in_channels, data.name) == (267, 267, 1, "glyphs")

@@ -7,8 +7,6 @@ import warnings
 import pytest
 import torch
 from pytorch_metric_learning import distances, miners
-from pytorch_metric_learning.reducers import SumReducer
-from pytorch_metric_learning.regularizers import LpRegularizer
 from torch import distributed as dist
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -19,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pml_ext.distributed import DistributedLossWrapper
 from pml_ext.losses import AdaptiveAdditiveMarginLoss, EnsembleLoss, HybridLoss, ProxyAnchorLoss
 from tests.contract.cases import LABELS, SIZE, embeddings
+from tests.processes import start
+
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("sharding")]  # they share a fixture
 
 SIZES = {2: [5, 7], 3: [3, 4, 5]}  # rows of each rank
 DATA = embeddings(torch.float64).detach()
@@ -111,7 +112,7 @@ def error_of(call):
 
 
 def others(rank, world, group, rows, folder):
-    found = {}
+    gathered = {}
     # several steps of an optimizer, whose state is split too
     results = []
     for where, part in ((group, rows), (None, list(range(len(DATA))))):
@@ -127,10 +128,10 @@ def others(rank, world, group, rows, folder):
         results.append([whole(p).detach().clone() for p in (*model.parameters(), *loss_func.parameters())])
         if where is not None:
             state = optimizer.state[loss_func.proxy_loss.proxies]["exp_avg"]
-            found["state rows"] = len(state.to_local())
-            found["model state"] = model.state_dict()
+            gathered["state rows"] = len(state.to_local())
+            gathered["model state"] = model.state_dict()
             split, split_optimizer = loss_func, optimizer
-    found["trained"] = tuple(results)
+    gathered["trained"] = tuple(results)
 
     # the checkpoint of a split loss, and that of an unsplit one
     checkpoint.save({"loss": split.state_dict()}, checkpoint_id=f"{folder}/split{world}")
@@ -138,8 +139,8 @@ def others(rank, world, group, rows, folder):
     state = {"loss": fresh.state_dict()}
     checkpoint.load(state, checkpoint_id=f"{folder}/unsplit")
     fresh.load_state_dict(state["loss"])
-    found["from unsplit"] = whole(fresh.proxy_loss.proxies).detach().clone()
-    found["optimizer keys"] = sorted(split_optimizer.state_dict()["state"])
+    gathered["from unsplit"] = whole(fresh.proxy_loss.proxies).detach().clone()
+    gathered["optimizer keys"] = sorted(split_optimizer.state_dict()["state"])
     plain = torch.optim.AdamW(split.parameters(), lr=0.01)
     DistributedLossWrapper(split)(DATA[rows], LABELS[rows]).backward()
     plain.step()
@@ -151,7 +152,7 @@ def others(rank, world, group, rows, folder):
     state = get_optimizer_state_dict(fresh, again)
     checkpoint.load(state, checkpoint_id=f"{folder}/optimizer{world}")
     set_optimizer_state_dict(fresh, again, state)
-    found["optimizer"] = tuple(
+    gathered["optimizer"] = tuple(
         whole(optimizer.state[loss.proxy_loss.proxies]["exp_avg"]).clone()
         for optimizer, loss in ((plain, split), (again, fresh))
     )
@@ -175,40 +176,40 @@ def others(rank, world, group, rows, folder):
             scaler.step(optimizer)
         scaler.update()
         norms.append([whole(norm).item(), whole(loss_func.proxy_loss.proxies.grad).norm().item()])
-    found["clipped"] = norms
+    gathered["clipped"] = norms
 
     # other ways to say which ranks, and how proxies start
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(6)
-    found["mesh"] = whole(ProxyAnchorLoss(900, 40, process_group=mesh).proxies).detach().clone()
+    gathered["mesh"] = whole(ProxyAnchorLoss(900, 40, process_group=mesh).proxies).detach().clone()
 
     torch.manual_seed(6)
     learners = EnsembleLoss(lambda: ProxyAnchorLoss(5, SIZE // 2, process_group=group), 2).losses.values()
-    found["learners"] = [whole(learner.proxies).detach().clone() for learner in learners]
+    gathered["learners"] = [whole(learner.proxies).detach().clone() for learner in learners]
     emb = DATA.clone().requires_grad_()
     net = DistributedLossWrapper(MAKERS["HybridLoss"](group).double())
     (grad,) = torch.autograd.grad(net(emb[rows], LABELS[rows]), emb, create_graph=True)
-    found["penalty"] = error_of(lambda: grad.square().sum().backward())
+    gathered["penalty"] = error_of(lambda: grad.square().sum().backward())
     alone = [dist.new_group([r]) for r in range(world)][rank]
     other = DistributedLossWrapper(MAKERS["ProxyAnchorLoss"](group).double(), process_group=alone)
-    found["other group"] = error_of(lambda: other(DATA[rows], LABELS[rows]))
-    found["classes"] = error_of(lambda: ProxyAnchorLoss(5 + rank, SIZE, process_group=group))
-    found["margins"] = error_of(lambda: MAKERS["AdaptiveAdditiveMarginLoss, cosine"](group).get_margins(LABELS))
+    gathered["other group"] = error_of(lambda: other(DATA[rows], LABELS[rows]))
+    gathered["classes"] = error_of(lambda: ProxyAnchorLoss(5 + rank, SIZE, process_group=group))
+    gathered["margins"] = error_of(lambda: MAKERS["AdaptiveAdditiveMarginLoss, cosine"](group).get_margins(LABELS))
     needy = DATA[rows].clone().requires_grad_(rank == 0)
-    found["gradient on one"] = error_of(lambda: net(needy, LABELS[rows]))
+    gathered["gradient on one"] = error_of(lambda: net(needy, LABELS[rows]))
     hybrid = DistributedLossWrapper(MAKERS["HybridLoss"](group).double(), efficient=True)
-    found["efficient"] = error_of(lambda: hybrid(DATA[rows], LABELS[rows]))
-    found["bare"] = error_of(lambda: MAKERS["ProxyAnchorLoss"](group)(DATA.float(), LABELS))
+    gathered["efficient"] = error_of(lambda: hybrid(DATA[rows], LABELS[rows]))
+    gathered["bare"] = error_of(lambda: MAKERS["ProxyAnchorLoss"](group)(DATA.float(), LABELS))
     wrapped = DistributedLossWrapper(MAKERS["ProxyAnchorLoss"](group).double())
-    found["labels"] = error_of(lambda: wrapped(DATA[rows], LABELS[rows] + (3 if rank == 0 else 0)))
-    found["logits"] = error_of(lambda: wrapped.loss.get_logits(DATA))
-    found["distance"] = error_of(lambda: proxy_anchor(distance=distances.LpDistance())(group))
-    found["group"] = error_of(lambda: proxy_anchor()("all"))
+    gathered["labels"] = error_of(lambda: wrapped(DATA[rows], LABELS[rows] + (3 if rank == 0 else 0)))
+    gathered["logits"] = error_of(lambda: wrapped.loss.get_logits(DATA))
+    gathered["distance"] = error_of(lambda: proxy_anchor(distance=distances.LpDistance())(group))
+    gathered["group"] = error_of(lambda: proxy_anchor()("all"))
     copied = copy.deepcopy(wrapped.loss)
-    found["copy"] = torch.equal(whole(copied.proxies), whole(wrapped.loss.proxies)) and (
+    gathered["copy"] = torch.equal(whole(copied.proxies), whole(wrapped.loss.proxies)) and (
         copied.proxies.to_local().data_ptr() != wrapped.loss.proxies.to_local().data_ptr()
     )
-    return found
+    return gathered
 
 
 def worker(rank, world, folder):
@@ -217,27 +218,27 @@ def worker(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world)
     group = dist.group.WORLD
     rows = torch.arange(len(DATA)).split(SIZES[world])[rank].tolist()
-    found = {}
+    gathered = {}
     for name, make in MAKERS.items():
         labels = LABELS % 4 if "4 classes" in name else LABELS
-        found[name] = together(make, group, rows, labels)
+        gathered[name] = together(make, group, rows, labels)
     mined = miners.BatchHardMiner()(DATA, LABELS)
     for name in ("ProxyAnchorLoss", "AdaptiveAdditiveMarginLoss, cosine", "HybridLoss"):
-        found[f"{name}, mined"] = together(MAKERS[name], group, rows, LABELS, mined)
-    found |= others(rank, world, group, rows, folder)
-    torch.save(found, f"{folder}/results{world}.{rank}")
+        gathered[f"{name}, mined"] = together(MAKERS[name], group, rows, LABELS, mined)
+    gathered |= others(rank, world, group, rows, folder)
+    torch.save(gathered, f"{folder}/results{world}.{rank}")
     del group
     gc.collect()  # with something that holds the group, gloo's threads may abort the process while it exits
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def found(request, tmp_path_factory):
-    """What each rank has found, and the folder with the checkpoints."""
+def gathered(request, tmp_path_factory):
+    """What each rank has gathered, and the folder with the checkpoints."""
     folder, world = tmp_path_factory.mktemp("shards"), request.param
     unsplit = build(MAKERS["HybridLoss"], None)[1]
     checkpoint.save({"loss": unsplit.state_dict()}, checkpoint_id=str(folder / "unsplit"), no_dist=True)
-    torch.multiprocessing.spawn(worker, (world, str(folder)), world, join=True)
+    start(worker, (world, str(folder)), world)
     results = [torch.load(folder / f"results{world}.{rank}", weights_only=False) for rank in range(world)]
     return results, folder, unsplit
 
@@ -251,18 +252,18 @@ MINED = [f"{name}, mined" for name in ("ProxyAnchorLoss", "AdaptiveAdditiveMargi
 
 
 @pytest.mark.parametrize("name", [*MAKERS, *MINED])
-def test_value_and_gradients_are_those_of_one_process(found, name):
-    for one in found[0]:
+def test_value_and_gradients_are_those_of_one_process(gathered, name):
+    for one in gathered[0]:
         torch.testing.assert_close(*one[name]["loss"], rtol=1e-9, atol=1e-12)
         assert all(g.abs().max() > 1e-6 for g in one[name]["model"][1])
         assert_same(one[name]["model"])
         assert_same(one[name]["loss_func"])
 
 
-def test_each_rank_has_its_part(found):
-    ranks = len(found[0])
+def test_each_rank_has_its_part(gathered):
+    ranks = len(gathered[0])
     rows = {2: [3, 2], 3: [2, 2, 1]}[ranks]
-    for rank, one in enumerate(found[0]):
+    for rank, one in enumerate(gathered[0]):
         assert one["ProxyAnchorLoss"]["rows"] == [rows[rank]]
         assert one["EnsembleLoss"]["rows"] == [rows[rank]] * 2
         assert one["ProxyAnchorLoss, 4 classes"]["rows"] == [{2: [2, 2], 3: [2, 2, 0]}[ranks][rank]]
@@ -271,21 +272,21 @@ def test_each_rank_has_its_part(found):
         assert one["state rows"] == rows[rank]
 
 
-def test_training(found):
-    for one in found[0]:
+def test_training(gathered):
+    for one in gathered[0]:
         assert_same(one["trained"], rtol=1e-7, atol=1e-9)
 
 
-def test_mixed_precision_and_clipping(found):
-    for one in found[0]:
+def test_mixed_precision_and_clipping(gathered):
+    for one in gathered[0]:
         split, single = one["clipped"]
         assert split == pytest.approx(single, rel=0.02)
         assert split[1] == pytest.approx(0.01, rel=1e-3)  # clipped
 
 
-def test_checkpoints(found):
+def test_checkpoints(gathered):
     """Saved on all ranks, loaded in one process, and the other way round; the optimizer's state too."""
-    results, folder, unsplit = found
+    results, folder, unsplit = gathered
     for one in results:
         assert torch.equal(one["from unsplit"], unsplit.proxy_loss.proxies)
         assert torch.equal(*one["optimizer"])
@@ -297,17 +298,17 @@ def test_checkpoints(found):
     torch.testing.assert_close(single.proxy_loss.proxies, results[0]["trained"][0][-1])
 
 
-def test_proxies_start_as_those_of_an_unsplit_loss(found):
+def test_proxies_start_as_those_of_an_unsplit_loss(gathered):
     """With the deviation for all classes, not for those of a rank, and other numbers on each rank."""
-    for one in found[0]:
+    for one in gathered[0]:
         assert one["mesh"].std().item() == pytest.approx((2 / 900) ** 0.5, rel=0.02)
-        part = -(-900 // len(found[0]))
+        part = -(-900 // len(gathered[0]))
         assert not torch.equal(one["mesh"][:part], one["mesh"][part : 2 * part])
-        assert torch.equal(one["mesh"], found[0][0]["mesh"])
+        assert torch.equal(one["mesh"], gathered[0][0]["mesh"])
 
 
-def test_errors_and_copies(found):
-    for rank, one in enumerate(found[0]):
+def test_errors_and_copies(gathered):
+    for rank, one in enumerate(gathered[0]):
         for key in ("bare", "efficient"):
             assert "must be called through pml_ext.distributed.DistributedLossWrapper with efficient=False" in one[key]
         expected = "labels must be < num_classes = 5" if rank == 0 else "got an error on rank 0"
@@ -322,25 +323,3 @@ def test_errors_and_copies(found):
         assert one["distance"].startswith("ValueError: distance must be a CosineSimilarity")
         assert one["group"].startswith("TypeError: process_group must be a ProcessGroup or a DeviceMesh, got str")
         assert one["copy"]
-
-
-def test_one_rank(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        loss_func = build(MAKERS["HybridLoss"], dist.group.WORLD)[1]
-        expected = build(MAKERS["HybridLoss"], None)[1](DATA, LABELS)
-        torch.testing.assert_close(DistributedLossWrapper(loss_func)(DATA, LABELS), expected)
-        with pytest.raises(ValueError, match="weight_regularizer must not be given with process_group"):
-            proxy_anchor(weight_regularizer=LpRegularizer())(dist.group.WORLD)
-        summed = DistributedLossWrapper(proxy_anchor(reducer=SumReducer())(dist.group.WORLD))
-        with pytest.raises(ValueError, match="a loss with process_group must have a default reducer"):
-            summed(DATA.float(), LABELS)
-        with pytest.raises(ValueError, match="must be a mesh of one dimension, got 2"):
-            proxy_anchor()(init_device_mesh("cpu", (1, 1)))
-    finally:
-        dist.destroy_process_group()
-
-
-def test_without_ranks():
-    with pytest.raises(ValueError, match=r"process_group must be given after torch\.distributed\.init_process_group"):
-        ProxyAnchorLoss(5, SIZE, process_group="all")

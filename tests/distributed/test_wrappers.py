@@ -20,6 +20,9 @@ from pml_ext.losses import CrossBatchMemory, HybridLoss, IntraBatchLoss, MultiSi
 from pml_ext.trunks import IntraBatchRefiner
 from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, embeddings, make
 from tests.pml_internals import pml_dist
+from tests.processes import start
+
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("wrappers")]  # they share a fixture
 
 SIZES = {2: [5, 7], 3: [3, 4, 5]}  # rows of each rank
 DATA = embeddings(torch.float64).detach()
@@ -122,16 +125,16 @@ def error_of(call):
 
 def others(rank, world, rows, splits):
     """Return what does not fit the two comparisons above."""
-    found = {}
+    gathered = {}
 
     # every rank draws its own parameters; those of the first rank hold
     torch.manual_seed(100 + rank)
     loss_func = IntraBatchLoss(NUM_CLASSES, SIZE)
     loss_func.norm.running_mean.normal_()
     DistributedLossWrapper(loss_func)
-    found["broadcast"] = {name: x.clone() for name, x in loss_func.state_dict().items()}
+    gathered["broadcast"] = {name: x.clone() for name, x in loss_func.state_dict().items()}
     torch.manual_seed(100)
-    found["first rank's"] = IntraBatchLoss(NUM_CLASSES, SIZE).state_dict()
+    gathered["first rank's"] = IntraBatchLoss(NUM_CLASSES, SIZE).state_dict()
 
     # miners, ours and PML's, in both modes
     for name, miner in (("hard", miners.BatchHardMiner()), ("random", miners.UniformHistogramMiner())):
@@ -147,7 +150,7 @@ def others(rank, world, rows, splits):
             mined = miner(whole(DATA), LABELS)
         expected = MultiSimilarityLoss()(whole(DATA), LABELS, mined)
         expected.backward()
-        found["miner", name] = {
+        gathered["miner", name] = {
             "loss": (loss.detach(), expected.detach()),
             "model": (grads(model), grads(whole)),
         }
@@ -158,8 +161,8 @@ def others(rank, world, rows, splits):
         for kind in (pml_dist.DistributedMinerWrapper, DistributedMinerWrapper):
             mined = kind(miners.MultiSimilarityMiner(), efficient=efficient)(data[part], equal[part])
             loss = DistributedLossWrapper(losses.ContrastiveLoss(), efficient=efficient)(data[part], equal[part], mined)
-            found["mined", efficient, kind.__module__] = loss
-    found["mined", False, "expected"] = losses.ContrastiveLoss()(
+            gathered["mined", efficient, kind.__module__] = loss
+    gathered["mined", False, "expected"] = losses.ContrastiveLoss()(
         data, equal, miners.MultiSimilarityMiner()(data, equal)
     )
 
@@ -175,7 +178,7 @@ def others(rank, world, rows, splits):
         emb = whole(DATA)
         expected = loss_func(emb, LABELS, None, emb * 2 + 1, LABELS if same else LABELS.clone())
         expected.backward()
-        found["refs", same] = {"loss": (loss.detach(), expected.detach()), "model": (grads(model), grads(whole))}
+        gathered["refs", same] = {"loss": (loss.detach(), expected.detach()), "model": (grads(model), grads(whole))}
 
     # a memory, over several batches
     for kind in (CrossBatchMemory, losses.CrossBatchMemory):
@@ -191,9 +194,9 @@ def others(rank, world, rows, splits):
             values.append(
                 (wrapped(emb[rows], LABELS[rows], enqueue_mask=own).detach(), single(emb, LABELS, None, mask).detach())
             )
-        found["memory", kind.__module__] = values
-        found["memory rows", kind.__module__] = (memory.embedding_memory.clone(), single.embedding_memory.clone())
-    found["memory, tuple"] = error_of(lambda: wrapped(emb[rows], LABELS[rows], (torch.tensor([0]),) * 3))
+        gathered["memory", kind.__module__] = values
+        gathered["memory rows", kind.__module__] = (memory.embedding_memory.clone(), single.embedding_memory.clone())
+    gathered["memory, tuple"] = error_of(lambda: wrapped(emb[rows], LABELS[rows], (torch.tensor([0]),) * 3))
 
     # gradients of several batches add up
     model, loss_func = build(lambda: make(CASES["HybridLoss"]))
@@ -203,7 +206,7 @@ def others(rank, world, rows, splits):
     wrapped(ddp(DATA[rows] + 1), LABELS[rows]).backward()
     whole_model, whole_loss = build(lambda: make(CASES["HybridLoss"]))
     (whole_loss(whole_model(DATA), LABELS) + whole_loss(whole_model(DATA + 1), LABELS)).backward()
-    found["accumulated"] = {
+    gathered["accumulated"] = {
         "model": (grads(model), grads(whole_model)),
         "loss_func": (grads(loss_func), grads(whole_loss)),
     }
@@ -220,7 +223,7 @@ def others(rank, world, rows, splits):
             loss(net(DATA[part] + step), LABELS[part]).backward()
             optimizer.step()
         steps.append([p.detach().clone() for p in (*net.parameters(), *loss.parameters())])
-    found["trained"] = tuple(steps)
+    gathered["trained"] = tuple(steps)
 
     # half precision, gradient checkpointing
     model, loss_func = build(lambda: make(CASES["HybridLoss"]))
@@ -232,7 +235,13 @@ def others(rank, world, rows, splits):
     loss.backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = loss_func(model(DATA.float()), LABELS)
-    found["half"] = (emb.dtype, loss.dtype, loss.detach(), expected.detach(), [p.dtype for p in loss_func.parameters()])
+    gathered["half"] = (
+        emb.dtype,
+        loss.dtype,
+        loss.detach(),
+        expected.detach(),
+        [p.dtype for p in loss_func.parameters()],
+    )
 
     # the user's generators are left alone
     torch.manual_seed(5)
@@ -243,7 +252,7 @@ def others(rank, world, rows, splits):
     torch.manual_seed(5)
     IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.5))
     torch.randint(2**31, ())  # the one number that a call takes
-    found["generator"] = (after, torch.rand(3))
+    gathered["generator"] = (after, torch.rand(3))
 
     # the loss itself inside of a checkpoint: both runs must draw the same dropout
     noisy = DistributedLossWrapper(IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.5)).double())
@@ -258,53 +267,53 @@ def others(rank, world, rows, splits):
         loss = torch.utils.checkpoint.checkpoint(run, emb, use_reentrant=False) if again else run(emb)
         loss.backward()
         two.append(emb.grad)
-    found["checkpointed loss"] = tuple(two)
+    gathered["checkpointed loss"] = tuple(two)
 
     # a rank without rows, in both modes
     sparse = DistributedLossWrapper(HybridLoss(NUM_CLASSES, SIZE).double(), efficient=True)
     loss = sparse((DATA if rank == 0 else DATA[:0]).clone().requires_grad_(), LABELS if rank == 0 else LABELS[:0])
     loss.backward()
-    found["empty rank, efficient"] = loss.detach()
+    gathered["empty rank, efficient"] = loss.detach()
     wrapped = DistributedLossWrapper(build(lambda: make(CASES["HybridLoss"]))[1])
     own = DATA if rank == 0 else DATA[:0]
     labels = LABELS if rank == 0 else LABELS[:0]
     loss = wrapped(own.clone().requires_grad_(), labels)
     loss.backward()
-    found["empty rank"] = (loss.detach(), build(lambda: make(CASES["HybridLoss"]))[1](DATA, LABELS).detach())
+    gathered["empty rank"] = (loss.detach(), build(lambda: make(CASES["HybridLoss"]))[1](DATA, LABELS).detach())
 
     # bad input on one rank
     wrapped = DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES, SIZE).double())
     bad = LABELS[rows] + (10 if rank == 1 else 0)
-    found["bad labels"] = error_of(lambda: wrapped(DATA[rows], bad))
-    found["no tensor"] = error_of(lambda: wrapped(None if rank == 1 else DATA[rows], LABELS[rows]))
+    gathered["bad labels"] = error_of(lambda: wrapped(DATA[rows], bad))
+    gathered["no tensor"] = error_of(lambda: wrapped(None if rank == 1 else DATA[rows], LABELS[rows]))
     pairs = DistributedLossWrapper(MultiSimilarityLoss())
-    found["width"] = error_of(lambda: pairs(DATA[rows, : SIZE - (rank == 1)], LABELS[rows]))
-    found["dtype"] = error_of(lambda: pairs(DATA[rows].float() if rank == 1 else DATA[rows], LABELS[rows]))
+    gathered["width"] = error_of(lambda: pairs(DATA[rows, : SIZE - (rank == 1)], LABELS[rows]))
+    gathered["dtype"] = error_of(lambda: pairs(DATA[rows].float() if rank == 1 else DATA[rows], LABELS[rows]))
     some = tuple(torch.tensor([0, 1]) for _ in range(3))
-    found["tuple on one"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], some if rank == 1 else None))
+    gathered["tuple on one"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], some if rank == 1 else None))
     far = tuple(torch.tensor([0, 99]) for _ in range(3))
     for efficient in (False, True):
         wrapped = DistributedLossWrapper(MultiSimilarityLoss(), efficient=efficient)
         good = None if efficient else some
         mined = far if rank == 1 else good
-        found["far index", efficient] = error_of(lambda w=wrapped, mined=mined: w(DATA[rows], LABELS[rows], mined))
+        gathered["far index", efficient] = error_of(lambda w=wrapped, mined=mined: w(DATA[rows], LABELS[rows], mined))
     memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=30))
     mask = torch.ones(len(rows) + 1, dtype=torch.bool)
     own = mask if rank == 1 else mask[1:]
-    found["mask on one"] = error_of(
+    gathered["mask on one"] = error_of(
         lambda: memory(DATA[rows], LABELS[rows], enqueue_mask=mask[1:] if rank == 1 else None)
     )
-    found["mask too long"] = error_of(lambda: memory(DATA[rows], LABELS[rows], enqueue_mask=own))
-    found["memory, refs"] = error_of(lambda: memory(DATA[rows], LABELS[rows], ref_emb=DATA if rank == 1 else None))
+    gathered["mask too long"] = error_of(lambda: memory(DATA[rows], LABELS[rows], enqueue_mask=own))
+    gathered["memory, refs"] = error_of(lambda: memory(DATA[rows], LABELS[rows], ref_emb=DATA if rank == 1 else None))
     mining = DistributedMinerWrapper(miners.BatchHardMiner())
-    found["miner"] = error_of(lambda: mining(DATA[rows][0] if rank == 1 else DATA[rows], LABELS[rows]))
-    found["classes"] = error_of(lambda: DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES + rank, SIZE)))
-    found["negative labels"] = error_of(
+    gathered["miner"] = error_of(lambda: mining(DATA[rows][0] if rank == 1 else DATA[rows], LABELS[rows]))
+    gathered["classes"] = error_of(lambda: DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES + rank, SIZE)))
+    gathered["negative labels"] = error_of(
         lambda: DistributedLossWrapper(losses.ContrastiveLoss())(DATA[rows], LABELS[rows] - 1)
     )
     differing = tuple(torch.tensor([0, 1 + rank]) for _ in range(3))
-    found["tuples differ"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], differing))
-    return found
+    gathered["tuples differ"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], differing))
+    return gathered
 
 
 def worker(rank, world, init_file, results):
@@ -312,25 +321,25 @@ def worker(rank, world, init_file, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world)
     splits = [part.tolist() for part in torch.arange(len(DATA)).split(SIZES[world])]
-    rows, found = splits[rank], {}
+    rows, gathered = splits[rank], {}
     for name, case in CASES.items():
-        found[name, False] = together(lambda case=case: make(case), rows)
+        gathered[name, False] = together(lambda case=case: make(case), rows)
         if case.refs:
-            found[name, True] = sums(case, rows, splits)
+            gathered[name, True] = sums(case, rows, splits)
     for name, make_loss in pml_losses().items():
-        found[name, False] = together(make_loss, rows)
-    found |= others(rank, world, rows, splits)
-    torch.save(found, f"{results}.{rank}")
+        gathered[name, False] = together(make_loss, rows)
+    gathered |= others(rank, world, rows, splits)
+    torch.save(gathered, f"{results}.{rank}")
     gc.collect()  # with something that holds the group, gloo's threads may abort the process while it exits
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def found(request, tmp_path_factory):
-    """What each rank has found."""
+def gathered(request, tmp_path_factory):
+    """What each rank has gathered."""
     folder = tmp_path_factory.mktemp("gloo")
     results = str(folder / "results")
-    torch.multiprocessing.spawn(worker, (request.param, str(folder / "rendezvous"), results), request.param, join=True)
+    start(worker, (request.param, str(folder / "rendezvous"), results), request.param)
     return [torch.load(f"{results}.{rank}", weights_only=False) for rank in range(request.param)]
 
 
@@ -342,8 +351,8 @@ def assert_same(pair, rtol=1e-9, atol=1e-13):
 
 
 @pytest.mark.parametrize("name", [*CASES, *pml_losses()])
-def test_value_and_gradients_are_those_of_one_process(found, name):
-    for one in found:
+def test_value_and_gradients_are_those_of_one_process(gathered, name):
+    for one in gathered:
         result = one[name, False]
         torch.testing.assert_close(*result["loss"], rtol=1e-9, atol=1e-13)
         assert any(g.abs().max() > 1e-6 for g in result["model"][1])
@@ -352,41 +361,41 @@ def test_value_and_gradients_are_those_of_one_process(found, name):
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refs])
-def test_efficient_is_the_sum_over_ranks(found, name):
-    for one in found:
+def test_efficient_is_the_sum_over_ranks(gathered, name):
+    for one in gathered:
         result = one[name, True]
         torch.testing.assert_close(*result["loss"], rtol=1e-9, atol=1e-13)
         assert_same(result["model"])
         assert_same(result["loss_func"])
 
 
-def test_ranks_agree(found):
-    for key, result in found[0].items():
+def test_ranks_agree(gathered):
+    for key, result in gathered[0].items():
         if isinstance(result, dict) and "loss" in result:
-            for other in found[1:]:
+            for other in gathered[1:]:
                 assert torch.equal(other[key]["loss"][0], result["loss"][0]), key
 
 
-def test_parameters_and_buffers_are_those_of_the_first_rank(found):
-    for one in found:
+def test_parameters_and_buffers_are_those_of_the_first_rank(gathered):
+    for one in gathered:
         for name, x in one["broadcast"].items():
-            assert torch.equal(x, found[0]["broadcast"][name])
+            assert torch.equal(x, gathered[0]["broadcast"][name])
             if "running_mean" not in name:
                 assert torch.equal(x, one["first rank's"][name]), name
-    assert found[0]["broadcast"]["norm.running_mean"].any()
+    assert gathered[0]["broadcast"]["norm.running_mean"].any()
 
 
 @pytest.mark.parametrize("key", [("miner", "hard"), ("miner", "random"), ("refs", True), ("refs", False)], ids=str)
-def test_miners_and_references(found, key):
-    for one in found:
+def test_miners_and_references(gathered, key):
+    for one in gathered:
         torch.testing.assert_close(*one[key]["loss"], rtol=1e-9, atol=1e-13)
         assert_same(one[key]["model"])
     if key[0] == "refs":
-        assert found[0]["refs", True]["loss"][0] != found[0]["refs", False]["loss"][0]
+        assert gathered[0]["refs", True]["loss"][0] != gathered[0]["refs", False]["loss"][0]
 
 
-def test_miner_wrappers_of_both_libraries_fit(found):
-    for one in found:
+def test_miner_wrappers_of_both_libraries_fit(gathered):
+    for one in gathered:
         torch.testing.assert_close(
             one["mined", False, "pml_ext.distributed.miner_wrapper"], one["mined", False, "expected"]
         )
@@ -396,8 +405,8 @@ def test_miner_wrappers_of_both_libraries_fit(found):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_memory(found):
-    for one in found:
+def test_memory(gathered):
+    for one in gathered:
         for kind in ("pml_ext.losses.cross_batch_memory", "pytorch_metric_learning.losses.cross_batch_memory"):
             for value, expected in one["memory", kind]:
                 torch.testing.assert_close(value, expected)
@@ -405,31 +414,31 @@ def test_memory(found):
         assert "indices_tuple must not be given with CrossBatchMemory" in one["memory, tuple"]
 
 
-def test_accumulation_and_training(found):
-    for one in found:
+def test_accumulation_and_training(gathered):
+    for one in gathered:
         assert_same(one["accumulated"]["model"])
         assert_same(one["accumulated"]["loss_func"])
         assert_same(one["trained"])
 
 
-def test_half_precision_and_checkpointing(found):
-    for one in found:
+def test_half_precision_and_checkpointing(gathered):
+    for one in gathered:
         emb_dtype, loss_dtype, loss, expected, dtypes = one["half"]
         assert (emb_dtype, loss_dtype) == (torch.bfloat16, torch.float32)
         torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
         assert set(dtypes) == {torch.float32}
 
 
-def test_generators_and_empty_ranks(found):
-    for one in found:
+def test_generators_and_empty_ranks(gathered):
+    for one in gathered:
         assert torch.equal(*one["generator"])
         torch.testing.assert_close(*one["empty rank"])
-        assert one["empty rank, efficient"] == found[0]["empty rank, efficient"] > 0
+        assert one["empty rank, efficient"] == gathered[0]["empty rank, efficient"] > 0
         assert torch.equal(*one["checkpointed loss"])
 
 
-def test_bad_input_raises_on_all_ranks(found):
-    for rank, one in enumerate(found):
+def test_bad_input_raises_on_all_ranks(gathered):
+    for rank, one in enumerate(gathered):
         if rank == 1:
             assert one["bad labels"].startswith("ValueError: labels must be < num_classes = 5")
             assert one["no tensor"].startswith("TypeError: embeddings must be a torch.Tensor, got NoneType")
@@ -458,9 +467,12 @@ def test_bad_input_raises_on_all_ranks(found):
 
 
 def slow_worker(rank, init_file, results):
-    """The second rank does not come."""
+    """The second rank does not come to the loss."""
     warnings.simplefilter("ignore")
-    timeout = datetime.timedelta(seconds=2)
+    store = dist.FileStore(f"{init_file}.here", 2)
+    store.set(str(rank), "here")
+    store.wait(["0", "1"])  # or the first might not wait long enough for the second to start
+    timeout = datetime.timedelta(seconds=3)
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2, timeout=timeout)
     wrapped = DistributedLossWrapper(MultiSimilarityLoss())
     if rank == 0:
@@ -473,41 +485,6 @@ def slow_worker(rank, init_file, results):
 
 def test_a_rank_that_does_not_come_is_an_error(tmp_path):
     results = str(tmp_path / "results")
-    torch.multiprocessing.spawn(slow_worker, (str(tmp_path / "rendezvous"), results), 2, join=True)
+    start(slow_worker, (str(tmp_path / "rendezvous"), results), 2)
     error = torch.load(results, weights_only=False)
     assert error.startswith("RuntimeError: all_gather of the sizes of the batches failed, a rank may be slow or dead")
-
-
-class TestOneProcess:
-    """Without a process group."""
-
-    def test_the_loss_itself(self):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for case in CASES.values():
-                wrapped = DistributedLossWrapper(make(case).double())
-                torch.testing.assert_close(wrapped(DATA, LABELS), make(case).double()(DATA, LABELS))
-            memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE))
-            single = CrossBatchMemory(MultiSimilarityLoss(), SIZE)
-            mask = torch.arange(len(DATA)) < 6
-            torch.testing.assert_close(
-                memory(DATA.float(), LABELS, enqueue_mask=mask), single(DATA.float(), LABELS, None, mask)
-            )
-            miner = DistributedMinerWrapper(miners.BatchHardMiner())
-            assert all(
-                torch.equal(a, b)
-                for a, b in zip(miner(DATA, LABELS), miners.BatchHardMiner()(DATA, LABELS), strict=True)
-            )
-
-    def test_what_can_be_wrapped(self):
-        with pytest.raises(TypeError, match="loss must be a BaseMetricLossFunction or CrossBatchMemory, got Linear"):
-            DistributedLossWrapper(torch.nn.Linear(2, 2))
-        with pytest.raises(ValueError, match="efficient must be False for CrossBatchMemory"):
-            DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE), efficient=True)
-        with pytest.raises(TypeError, match="miner must be a BaseMiner, got MultiSimilarityLoss"):
-            DistributedMinerWrapper(MultiSimilarityLoss())
-
-    def test_memory_has_references_of_its_own(self):
-        memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE))
-        with pytest.raises(ValueError, match="ref_emb must not be given with CrossBatchMemory"):
-            memory(DATA.float(), LABELS, ref_emb=DATA.float())

@@ -315,6 +315,7 @@ def test_close_classes_keep_their_distance():
         np.testing.assert_allclose(found, margins, atol=1e-6)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("num_classes", [5, 2000])
 def test_compiles(num_classes):
     """Dense where one chunk holds all classes, an opaque call beyond."""

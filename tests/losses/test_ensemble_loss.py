@@ -6,7 +6,6 @@ import torch
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.reducers import DoNothingReducer, SumReducer
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from pml_ext.losses import (
     AdaptiveAdditiveMarginLoss,
@@ -18,6 +17,7 @@ from pml_ext.losses import (
     ProxyAnchorLoss,
     SelfSupervisedLoss,
 )
+from tests.pml_internals import c_f
 
 M, D, NUM_CLASSES = 3, 4, 5
 EMB = torch.randn(8, M * D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

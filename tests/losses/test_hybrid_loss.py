@@ -7,10 +7,10 @@ from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.reducers import DoNothingReducer, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
-from pytorch_metric_learning.utils import common_functions as c_f
 
 from benchmarks import hybrid_defaults
 from pml_ext.losses import CrossBatchMemory, HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from tests.pml_internals import c_f
 
 NUM_CLASSES, SIZE = 6, 5
 EMB = torch.randn(9, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import miners
-from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
 from pml_ext.losses import LabelSmoothingCrossEntropyLoss
+from tests.pml_internals import c_f, lmu
 
 NUM_CLASSES, SIZE = 5, 6
 EMB = torch.randn(9, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

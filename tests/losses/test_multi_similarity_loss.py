@@ -144,6 +144,7 @@ def test_labels_are_not_needed_with_indices():
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not COMPILER, reason="no C++ compiler"))]
 )
@@ -156,6 +157,7 @@ def test_compiles_without_graph_break(backend):
     torch.testing.assert_close(torch.autograd.grad(actual, emb), torch.autograd.grad(expected, emb))
 
 
+@pytest.mark.compiles
 def test_compiles_with_half_int32_and_reference():
     loss_func = MultiSimilarityLoss()
     compiled = torch.compile(loss_func, fullgraph=True, backend="eager")

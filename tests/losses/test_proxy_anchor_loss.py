@@ -173,6 +173,7 @@ def test_statistics_of_the_reducer_are_recorded():
         assert loss_func.reducer.reducers["neg_loss"].divisor == 6
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("num_classes", [6, 2000])
 def test_compiles(num_classes):
     """As one graph where one chunk holds all classes, with an opaque call beyond."""

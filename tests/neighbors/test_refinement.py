@@ -23,6 +23,7 @@ def test_item_by_item(output):
     assert not all_refined.requires_grad
 
 
+@pytest.mark.slow
 def test_many_items_take_seconds():
     """10,000 items of 128 numbers in less than a minute of processor time, statistics on or not."""
     emb = torch.randn(10_000, 128)

@@ -50,6 +50,7 @@ def test_every_number_says_where_it_comes_from(name):
     assert "given" not in made.notes["lr"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS[1:])
 @pytest.mark.parametrize("name", ["mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "proxy_anchor"])
 def test_paper_presets_build(name, preset):
@@ -60,6 +61,7 @@ def test_paper_presets_build(name, preset):
     assert bool(frozen) == (preset in ("paper:cub", "paper:cars") and name not in ("intra_batch", "attention_ensemble"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "preset", "expected"),
     [

@@ -126,9 +126,11 @@ def test_gradcheck(problem, per_class):
     emb, proxies, labels, shift = problem
 
     def parts(emb, proxies):
-        return proxy_anchor_loss(emb, proxies, labels, 4.0, 0.1, shift, per_class=per_class, chunk_size=2)
+        return proxy_anchor_loss(
+            emb, proxies, labels, 4.0, 0.1, shift, per_class=per_class, chunk_size=max(2, len(proxies) // 4)
+        )
 
-    assert torch.autograd.gradcheck(parts, (leaf(emb), leaf(proxies)))
+    assert torch.autograd.gradcheck(parts, (leaf(emb), leaf(proxies)), fast_mode=len(proxies) > 25)
 
 
 @pytest.mark.parametrize("needed", [0, 1])

@@ -234,6 +234,7 @@ def test_parameter_groups_and_frozen_norms():
 
 
 class TestFromBackbone:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "split", "stage"),
         [
@@ -274,6 +275,7 @@ class TestFromBackbone:
         trunk = AttentionEnsemble.from_backbone("botnet26t_256", "stages.1", 2, 8, input_size=(3, 256, 256))
         assert [type(m).__name__ for m in trunk.attention[0]] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2
 
+    @pytest.mark.slow
     def test_paper(self):
         """GoogLeNet, eight learners, 512 numbers: the shapes and sizes of the paper."""
         trunk = AttentionEnsemble.from_backbone("googlenet")
@@ -463,6 +465,7 @@ def test_any_pml_loss_takes_the_whole_vector():
     assert trunk.mask_conv.weight.grad.any()
 
 
+@pytest.mark.compiles
 class TestExport:
     @pytest.fixture
     def trunk(self):

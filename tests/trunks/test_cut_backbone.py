@@ -23,6 +23,8 @@ CUTS = {
     "vit_tiny_patch16_224": "blocks.3",
 }
 
+SMALLEST = "resnet18"
+
 
 def create(name):
     if name == "googlenet":
@@ -32,7 +34,9 @@ def create(name):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == SMALLEST else pytest.mark.slow) for name in CUTS]
+)
 def test_parts_are_the_whole(name, training):
     """Values, gradients and running statistics, after train() and eval() have been called both."""
     whole = create(name).eval()

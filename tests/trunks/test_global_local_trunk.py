@@ -14,6 +14,7 @@ from torch import nn
 
 from pml_ext.losses import HybridLoss
 from pml_ext.trunks import GlobalLocalTrunk, param_groups
+from tests.needs import needs
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 BACKBONES = {
@@ -51,6 +52,7 @@ def make_small(**kwargs):
     return GlobalLocalTrunk("resnet18", 16, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones(name):
     trunk = GlobalLocalTrunk(name, embedding_size=12, attention="solar", **BACKBONES[name]).eval()
@@ -211,6 +213,7 @@ def test_channels_last():
     torch.testing.assert_close(trunk(IMAGES.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.compiles
 class TestExport:
     """In eval mode the exported trunk gives the same embeddings, for other batch sizes too."""
 
@@ -235,7 +238,8 @@ class TestExport:
 
     @pytest.mark.skipif(torch.__version__.startswith("2.5."), reason="its exporter fails with a recent protobuf")
     def test_onnx(self, trunk, tmp_path):
-        onnxruntime = pytest.importorskip("onnxruntime")
+        needs("onnxscript")  # which torch.onnx needs, with onnx
+        onnxruntime = needs("onnxruntime")
         path = tmp_path / "trunk.onnx"
         torch.onnx.export(trunk, (IMAGES,), str(path), input_names=["images"], dynamo=True)
         session = onnxruntime.InferenceSession(str(path))

@@ -198,6 +198,7 @@ def test_every_dropout_of_a_layer():
     assert widths == [D, 4 * D, D]
 
 
+@pytest.mark.slow
 def test_dropout_of_attention_is_the_same_on_average():
     refiner = make(dropout=0.3).train()
     attend = refiner.layers[0].attend

@@ -24,6 +24,7 @@ def make(**kwargs):
     return PooledTrunk(backbone, 8, **({"feature_channels": 6} | kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones(name):
     trunk = PooledTrunk(name, 12, **BACKBONES[name]).eval()

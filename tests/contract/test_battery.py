@@ -1,0 +1,227 @@
+"""Every loss has every property of the battery, or says why not, as the page on compatibility tells."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from pytorch_metric_learning import losses
+
+import pml_ext.losses
+from pml_ext.losses import MultiSimilarityLoss, ProxyAnchorLoss
+from tests.contract.battery import NOT_MINED, PROPERTIES, outcome
+from tests.contract.cases import CASES, NUM_CLASSES, SIZE, Case
+from tests.contract.page import COMMAND, PAGE, ROWS, VERSIONS, parse, render
+
+TEXT = PAGE.read_text(encoding="utf-8")
+CELLS, PAGE_VERSIONS = parse(TEXT)
+COLUMNS = [name for name, declared in PROPERTIES.items() if declared.table]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def marks_of(name):
+    return [getattr(pytest.mark, mark) for mark in PROPERTIES[name].marks]
+
+
+def runs():
+    """Return each row with each property; on each device where the property takes one."""
+    for name, declared in PROPERTIES.items():
+        on_devices = "device" in inspect.signature(declared.check).parameters
+        for row, device in itertools.product(ROWS if declared.table else CASES, DEVICES[: 1 + on_devices]):
+            kwargs = {"device": device} if on_devices else {}
+            yield pytest.param(row, name, kwargs, marks=marks_of(name), id=", ".join([row, name, *kwargs.values()]))
+
+
+@pytest.mark.parametrize(("row", "name", "kwargs"), list(runs()))
+def test_battery(row, name, kwargs):
+    reason = outcome(name, ROWS[row], **kwargs)
+    if PROPERTIES[name].table is None:
+        assert reason is None
+    elif VERSIONS == PAGE_VERSIONS or not PROPERTIES[name].varies:
+        assert (reason is not None) == (name in ROWS[row].refuses), f"{row}, {name}: {reason}"
+        assert reason == CELLS.get((row, name), "no cell"), f"{PAGE.name} is old, run: {COMMAND}"
+
+
+def test_page_is_made_of_its_cells():
+    assert set(CELLS) == set(itertools.product(ROWS, COLUMNS)), f"run: {COMMAND}"
+    assert render(CELLS, PAGE_VERSIONS) == TEXT, f"run: {COMMAND}"
+
+
+def test_what_is_refused_is_a_column():
+    assert set().union(*(case.refuses for case in ROWS.values())) <= set(COLUMNS)
+
+
+def test_every_exported_loss_has_a_case():
+    exported = [getattr(pml_ext.losses, name) for name in pml_ext.losses.__all__]
+    ours = {cls.__name__ for cls in exported if issubclass(cls, losses.BaseMetricLossFunction)}
+    assert ours == {name.split()[0] for name in CASES}
+    assert {cls.__name__ for cls in exported} - ours == {"CrossBatchMemory", "SelfSupervisedLoss"}
+
+
+# Losses that are wrong on purpose, and the properties that they lack
+
+
+def altered(name, alter):
+    """Return a mixin that changes the entries of a loss by a function."""
+
+    def compute_loss(self, *args):
+        entries = super(cls, self).compute_loss(*args)
+        return {name: entry | alter(entry, *args) for name, entry in entries.items()}
+
+    cls = type(name, (), {"compute_loss": compute_loss})
+    return cls
+
+
+def position(entry, *_):
+    return {"losses": entry["losses"] * torch.arange(1, 1 + len(entry["losses"]))}
+
+
+def per_pair(entry, emb, labels, indices_tuple, *_):
+    return {} if indices_tuple is None else {"losses": entry["losses"] + 1 + len(indices_tuple[0])}
+
+
+def per_other_class(entry, emb, labels, *_):
+    return {"losses": entry["losses"] / (labels != labels[:1]).sum()}
+
+
+def overwriting(entry, emb, *_):
+    emb.data.mul_(2)
+    return {}
+
+
+CALLS = itertools.count(1)
+Backwards = altered("Backwards", lambda entry, *_: {"losses": -entry["losses"]})
+Detached = altered("Detached", lambda entry, *_: {"losses": entry["losses"].detach()})
+Misplaced = altered("Misplaced", lambda entry, *_: {"indices": entry["indices"].flip(0)})
+Overwriting, PerOtherClass = altered("Overwriting", overwriting), altered("PerOtherClass", per_other_class)
+PerPair, Positioned = altered("PerPair", per_pair), altered("Positioned", position)
+Restless = altered("Restless", lambda entry, *_: {"losses": entry["losses"] * next(CALLS)})
+Single = altered("Single", lambda entry, *_: {"losses": entry["losses"].float()})
+Silent = altered("Silent", lambda entry, *_: {"losses": 0 * entry["losses"]})
+Unstable = altered("Unstable", lambda entry, emb, *_: {"losses": entry["losses"] + emb.pow(2).sum(1).sqrt()})
+
+
+class Constant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.pow(2).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0].detach() * grad.detach()[:, None]
+
+
+OnceOnly = altered(
+    "OnceOnly", lambda entry, emb, *_: {"losses": Constant.apply(emb)}
+)  # autograd takes its gradient for a constant
+
+
+class Deaf:
+    """Ignores what is mined, and the references."""
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        return super().compute_loss(embeddings, labels, None, embeddings, labels)
+
+
+class Imprecise:
+    """Computes in the dtype of the embeddings."""
+
+    def forward(self, embeddings, *args):
+        return super().forward(embeddings, *args).to(embeddings.dtype)
+
+
+class InHalf:
+    """Does as autocast says."""
+
+    def forward(self, embeddings, *args):
+        return super().forward(embeddings, *args) + (embeddings @ embeddings.T).mean()
+
+
+class Kept:
+    """Needs its value for the gradient."""
+
+    def forward(self, *args):
+        return super().forward(*args).exp()
+
+
+class Lenient:
+    """Takes whatever it gets."""
+
+    def __init__(self, no_such_argument=None, **kwargs):
+        super().__init__(**kwargs)
+        self.add_to_recordable_attributes(name="vector", is_stat=False)
+        self.vector = [1, 2]
+
+    def forward(self, embeddings, labels=None, *args):
+        return super().forward(embeddings, torch.arange(len(embeddings)) // 2 if labels is None else labels, *args)
+
+
+class TrainingOnly:
+    """Drops embeddings out."""
+
+    def forward(self, embeddings, *args):
+        return super().forward(torch.nn.functional.dropout(embeddings, training=self.training), *args)
+
+
+NOT_DETACHED = {  # properties that a loss without a gradient has, or that another base must show
+    *("forward has the arguments of pml", "order of the batch does not matter", "eval computes a loss"),
+    *("labels are required", "unknown arguments are refused", "docstring has all sections", "moves with to"),
+    *("repeated pairs count once", "reducers of single sub losses", "statistics are collected", "state dict"),
+    *("weight regularizers", "TrainWithClassifier"),
+}
+WRONG = {
+    Backwards: {"positive scalar with a gradient for each sample", "what it trains is searched by inference model"},
+    Deaf: {"ref_emb", "docstring has all sections"},
+    Detached: set(PROPERTIES) - NOT_DETACHED,
+    Imprecise: {"float16", "bfloat16"},
+    InHalf: {"autocast"},
+    Kept: {"value can be scaled in place"},
+    Lenient: {
+        *("forward has the arguments of pml", "labels are required", "unknown arguments are refused"),
+        "statistics are collected",
+    },
+    Misplaced: {"ClassWeightedReducer"},
+    OnceOnly: {"double backward", "function transforms"},
+    Overwriting: {"inputs are not changed"},
+    PerOtherClass: {"finite with one class one sample or none"},
+    PerPair: {"empty tuples", "repeated pairs count once"},
+    Positioned: {"order of the batch does not matter", "ClassWeightedReducer"},
+    Restless: {
+        *("MultipleLosses", "PML's DistributedLossWrapper", "our DistributedLossWrapper", "state dict"),
+        *("embedding regularizers", "weight regularizers", "reducers of single sub losses"),
+    },
+    Silent: {"TrainWithClassifier", "MetricLossOnly"},
+    Single: {"moves with to"},
+    TrainingOnly: {"eval computes a loss"},
+    Unstable: {"finite gradients of zeros of equal rows and of large halves"},
+}
+
+
+def test_every_property_is_missed_by_a_wrong_loss():
+    assert set().union(*WRONG.values()) == set(PROPERTIES)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        pytest.param(fault, name, marks=marks_of(name), id=f"{fault.__name__}, {name}")
+        for fault, names in WRONG.items()
+        for name in sorted(names)
+    ],
+)
+def test_wrong_losses_are_noticed(fault, name):
+    if name == "weight regularizers":
+        wrong = type("ProxyAnchorLoss", (fault, ProxyAnchorLoss), {})
+        case = Case(lambda **kw: wrong(NUM_CLASSES, SIZE, **kw))
+    else:
+        case = Case(type("MultiSimilarityLoss", (fault, MultiSimilarityLoss), {}))  # the name that PML's wrappers admit
+    kwargs = {"device": "cpu"} if "device" in inspect.signature(PROPERTIES[name].check).parameters else {}
+    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
+        outcome(name, case, **kwargs)
+
+
+def test_without_effect_is_no_yes():
+    case = Case(type("MultiSimilarityLoss", (Deaf, MultiSimilarityLoss), {}))
+    for name in ("triplet miners", "pair miners"):
+        assert outcome(name, case) == NOT_MINED
