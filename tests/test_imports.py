@@ -80,7 +80,7 @@ MODULES = {module_of(path): path for path in files()}
 
 def imports_of(path, source=None):
     """Return the imports of a file; ``from package import name`` counts as ``package.name`` if that is a module."""
-    found = []
+    imports = []
     tree = ast.parse(path.read_text(encoding="utf-8") if source is None else source)
     inside = {
         id(child)
@@ -99,8 +99,8 @@ def imports_of(path, source=None):
             ]
         else:
             continue
-        found += [Import(path, node.lineno, target, id(node) in inside) for target in dict.fromkeys(targets)]
-    return found
+        imports += [Import(path, node.lineno, target, id(node) in inside) for target in dict.fromkeys(targets)]
+    return imports
 
 
 IMPORTS = [imported for path in files() for imported in imports_of(path)]

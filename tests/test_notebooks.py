@@ -85,8 +85,8 @@ def last_statement(source):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_of_a_machine(name):
-    found = [text for cell in cells_of_notebook(name) for text in texts(cell) if OF_A_MACHINE.search(text)]
-    assert not found
+    machine_words = [text for cell in cells_of_notebook(name) for text in texts(cell) if OF_A_MACHINE.search(text)]
+    assert not machine_words
     assert not OF_A_MACHINE.search((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
 
 

@@ -78,8 +78,8 @@ def test_matches_reference(metric, normalize, direction, missing, dtype, tol, de
     expected = reference(EMB.numpy(), LABELS.numpy(), PROXIES.numpy(), margins, 8.0)
     loss_func = make(dtype, class_embeddings=text, class_metric=metric, scale=8.0, chunk_size=4, **setting).to(device)
     assert loss_func(EMB.to(device, dtype), LABELS).item() == pytest.approx(expected, rel=tol)
-    found = loss_func.get_margins(torch.arange(NUM_CLASSES, device=device)).cpu().numpy()
-    np.testing.assert_allclose(found, margins, atol=1e-6)
+    actual = loss_func.get_margins(torch.arange(NUM_CLASSES, device=device)).cpu().numpy()
+    np.testing.assert_allclose(actual, margins, atol=1e-6)
 
 
 @pytest.mark.parametrize("direction", ["distance", "similarity"])
@@ -287,9 +287,9 @@ def test_close_classes_by_euclidean_distance():
     text = TEXT.clone()
     text[1] = text[0] + 1e-4
     margins = margins_by_loops(text.numpy(), "euclidean", True, 0.3, 0.0, "distance")
-    found = make(torch.float32, class_embeddings=text, class_metric="euclidean").get_margins(torch.tensor([0]))
+    actual = make(torch.float32, class_embeddings=text, class_metric="euclidean").get_margins(torch.tensor([0]))
     assert 0 < margins[0, 1] < 1e-4
-    assert found[0, 1].item() == pytest.approx(margins[0, 1], rel=1e-2)
+    assert actual[0, 1].item() == pytest.approx(margins[0, 1], rel=1e-2)
 
 
 def test_labels_of_margins_are_checked():
@@ -311,8 +311,8 @@ def test_close_classes_keep_their_distance():
     text = 100 + torch.randn(NUM_CLASSES, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     for metric in METRICS:
         margins = margins_by_loops(text.numpy(), metric, True, 0.3, 0.0, "distance")
-        found = make(torch.float32, class_embeddings=text, class_metric=metric).get_margins(torch.arange(NUM_CLASSES))
-        np.testing.assert_allclose(found, margins, atol=1e-6)
+        actual = make(torch.float32, class_embeddings=text, class_metric=metric).get_margins(torch.arange(NUM_CLASSES))
+        np.testing.assert_allclose(actual, margins, atol=1e-6)
 
 
 @pytest.mark.compiles

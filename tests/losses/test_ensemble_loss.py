@@ -84,9 +84,9 @@ def test_is_the_sum_of_its_parts(weight):
     parts = sum(MultiSimilarityLoss()(own, LABELS) for own in slices(EMB))
     torch.testing.assert_close(loss_func(EMB, LABELS), parts + weight * DivergenceLoss(M, 2.0)(EMB))
     loss_func.set_reducer(DoNothingReducer())
-    found = loss_func(EMB, LABELS)
-    assert list(found) == ["learner_loss", "divergence_loss"]
-    torch.testing.assert_close(found["learner_loss"]["losses"], parts)
+    terms = loss_func(EMB, LABELS)
+    assert list(terms) == ["learner_loss", "divergence_loss"]
+    torch.testing.assert_close(terms["learner_loss"]["losses"], parts)
 
 
 def with_parameters(size=D):
@@ -142,9 +142,9 @@ class Scaled(MultiSimilarityLoss):
         self.scale = torch.nn.Parameter(torch.rand(()))
 
     def compute_loss(self, *args):
-        found = super().compute_loss(*args)
-        found["loss"]["losses"] = found["loss"]["losses"] * self.scale
-        return found
+        terms = super().compute_loss(*args)
+        terms["loss"]["losses"] = terms["loss"]["losses"] * self.scale
+        return terms
 
 
 class Resettable(Scaled):
@@ -260,9 +260,9 @@ def test_memory_takes_the_miner_and_refuses_proxies():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_two_views(symmetric):
     first, second = EMB, EMB.flip(1)
-    found = SelfSupervisedLoss(EnsembleLoss(MultiSimilarityLoss(), M, divergence_weight=0), symmetric)(first, second)
+    actual = SelfSupervisedLoss(EnsembleLoss(MultiSimilarityLoss(), M, divergence_weight=0), symmetric)(first, second)
     each = SelfSupervisedLoss(MultiSimilarityLoss(), symmetric)
-    torch.testing.assert_close(found, sum(each(a, b) for a, b in zip(slices(first), slices(second), strict=True)))
+    torch.testing.assert_close(actual, sum(each(a, b) for a, b in zip(slices(first), slices(second), strict=True)))
     for inner in (ProxyAnchorLoss(NUM_CLASSES, D), HybridLoss(NUM_CLASSES, D)):
         with pytest.raises(TypeError, match=r"loss\.losses\['learner_0'\] must be one that takes two views"):
             SelfSupervisedLoss(EnsembleLoss(inner, M))

@@ -191,9 +191,9 @@ def test_what_the_miner_returns_is_checked():
 
 def test_sub_losses_stats_and_repr():
     each = make(reducer=DoNothingReducer(), proxy_weight=2.0)
-    found = each(EMB, LABELS)
-    assert set(found) == {"pair_loss", "proxy_loss"}
-    torch.testing.assert_close(found["proxy_loss"]["losses"], 2 * each.proxy_loss(EMB, LABELS))
+    terms = each(EMB, LABELS)
+    assert set(terms) == {"pair_loss", "proxy_loss"}
+    torch.testing.assert_close(terms["proxy_loss"]["losses"], 2 * each.proxy_loss(EMB, LABELS))
     recording = make(collect_stats=True)
     recording(EMB, LABELS)
     assert recording.pair_loss_value == pytest.approx(recording.pair_loss(EMB, LABELS).item())

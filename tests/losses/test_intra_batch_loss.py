@@ -60,9 +60,9 @@ def test_value_from_its_parts():
 
 def test_scale_of_the_embeddings_matters_to_the_raw_part_alone():
     loss_func = make(reducer=DoNothingReducer())
-    found, scaled = loss_func(EMB, LABELS), loss_func(3 * EMB, LABELS)
-    torch.testing.assert_close(scaled["refined_loss"]["losses"], found["refined_loss"]["losses"])
-    assert not torch.isclose(scaled["raw_loss"]["losses"], found["raw_loss"]["losses"])
+    plain, scaled = loss_func(EMB, LABELS), loss_func(3 * EMB, LABELS)
+    torch.testing.assert_close(scaled["refined_loss"]["losses"], plain["refined_loss"]["losses"])
+    assert not torch.isclose(scaled["raw_loss"]["losses"], plain["raw_loss"]["losses"])
 
 
 def test_weights():
@@ -299,10 +299,10 @@ def test_state_dicts_of_the_first_version(inner):
 
 def test_statistics():
     loss_func = make(collect_stats=True, refined_weight=0.5, raw_weight=2.0)
-    found = loss_func(EMB, LABELS)
+    loss = loss_func(EMB, LABELS)
     assert loss_func.raw_loss_value == pytest.approx(loss_func.raw_loss(EMB, LABELS).item())
     total = 0.5 * loss_func.refined_loss_value + 2 * loss_func.raw_loss_value
-    assert total == pytest.approx(found.item())
+    assert total == pytest.approx(loss.item())
 
 
 def test_input_is_checked_once(monkeypatch):

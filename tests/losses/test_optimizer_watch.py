@@ -22,7 +22,7 @@ MESSAGE = r"has parameters that 100 batches have not changed: give loss_func.par
 
 
 def train(loss_func, batches, optimizer=None, zero_first=True):
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(batches):
             if optimizer is not None and zero_first:
@@ -33,7 +33,7 @@ def train(loss_func, batches, optimizer=None, zero_first=True):
             loss.backward()
             if optimizer is not None:
                 optimizer.step()
-    return [str(entry.message) for entry in found if "have not changed" in str(entry.message)]
+    return [str(entry.message) for entry in caught if "have not changed" in str(entry.message)]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ def test_sum_over_batch_size(make):
     torch.manual_seed(0)
     summed = make(reducer=reducers.SumReducer())(EMB, LABELS)
     torch.manual_seed(0)
-    found = make(reducer=BatchAverageReducer())(EMB, LABELS)
-    assert found > 0
-    torch.testing.assert_close(found, summed / 8)
+    loss = make(reducer=BatchAverageReducer())(EMB, LABELS)
+    assert loss > 0
+    torch.testing.assert_close(loss, summed / 8)
 
 
 def test_repeated_pairs_count_each_time():
