@@ -359,29 +359,16 @@ def test_thumbnails_fit():
     assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[1]
 
 
-def noise_report(length, folder, num_points=2000):
-    labels = torch.arange(length) % (length // 20)
-    embeddings = torch.randn(length // 20, 512)[labels] + 2 * torch.randn(length, 512)
-    images = torch.randint(256, (length, 3, 64, 64), dtype=torch.uint8)  # nothing compresses worse
-    start = time.process_time()
-    path = retrieval_report(embeddings, labels, images, path=folder / "report.html", num_points=num_points)
-    return path, time.process_time() - start
-
-
-@pytest.mark.slow
-def test_size_and_time(tmp_path):
-    path, seconds = noise_report(2000, tmp_path)
-    assert 1e6 < path.stat().st_size < 10e6
-    assert seconds < 60  # t-SNE of 2,000 points included
-    assert len(Page(path).data["points"]) == 2000
-
-
 @pytest.mark.slow
 def test_size_and_time_of_10000(tmp_path):
-    path, seconds = noise_report(10_000, tmp_path)
-    print(f"{seconds:.1f} s, {path.stat().st_size / 1e6:.2f} MB")
-    assert path.stat().st_size < 10e6
-    assert seconds < 90
+    labels = torch.arange(10_000) % 500
+    embeddings = torch.randn(500, 512)[labels] + 2 * torch.randn(10_000, 512)
+    images = torch.randint(256, (10_000, 3, 64, 64), dtype=torch.uint8)  # nothing compresses worse
+    start = time.process_time()
+    path = retrieval_report(embeddings, labels, images, path=tmp_path / "report.html", num_points=2000)
+    assert time.process_time() - start < 60  # t-SNE of 2,000 points included
+    assert 1e6 < path.stat().st_size < 10e6
+    assert len(Page(path).data["points"]) == 2000
     assert "2,000 of 10,000 images, drawn at random" in path.read_text(encoding="utf-8")
 
 
