@@ -6,6 +6,7 @@ from pytorch_metric_learning import losses
 from torch import Tensor
 
 from pml_ext.losses.ensemble_loss import EnsembleLoss
+from pml_ext.precision import full_precision, upcast_half
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
@@ -56,7 +57,10 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
         if ref_emb.shape != embeddings.shape:
             shapes = f"{tuple(embeddings.shape)}, got {tuple(ref_emb.shape)}"
             raise ValueError(f"ref_emb must have the shape of embeddings, {shapes}")
-        loss: Tensor = super().forward(embeddings, ref_emb)
+        with full_precision(embeddings.device):  # autocast on a CPU joins no float16
+            # by name: torch.compile fails on super() inside of with
+            forward: Any = losses.SelfSupervisedLoss.forward
+            loss: Tensor = forward(self, upcast_half(embeddings), upcast_half(ref_emb))
         return loss
 
     @classmethod
