@@ -13,6 +13,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import harness
 import torch
 import torch.distributed as dist
 from harness import make_parser, markdown_table, metadata, peak_since, save, start_peak, time_in_turn
@@ -80,7 +81,9 @@ def measure(way, name, num_classes, steps):
     """Return what the first rank measures, and the largest peak of all."""
     with tempfile.TemporaryDirectory() as folder:
         world = WAYS[way]
-        torch.multiprocessing.spawn(worker, (way, name, num_classes, steps, folder), world, join=True)
+        torch.multiprocessing.start_processes(
+            worker, (way, name, num_classes, steps, folder), world, start_method=harness.START_METHOD
+        )
         ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
     return ranks[0] | {"peak_mb": max(one["peak_mb"] for one in ranks)}
 

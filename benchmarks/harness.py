@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+START_METHOD = "spawn"  # of processes
+
 
 class Measured(NamedTuple):
     """The seconds of each step, and the peak of memory in MB above what was there before."""
@@ -93,13 +95,13 @@ def measure_in_turn(measure, jobs, rounds, *common):
 
 def in_fresh_process(function, *arguments):
     """Return what a function of a module returns in a new process, whose memory is that of this call."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def in_processes(function, jobs, processes, describe=lambda result: ""):
     """Yield the results as they come, each of a process of its own, and show how far it is."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     with (
         context.Pool(processes, initializer=quiet, maxtasksperchild=1) as pool,
         tqdm(total=len(jobs), unit="run") as bar,

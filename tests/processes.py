@@ -4,7 +4,8 @@ import multiprocessing
 
 import torch
 
-multiprocessing.get_context("forkserver").set_forkserver_preload(
+START_METHOD = "forkserver"
+multiprocessing.get_context(START_METHOD).set_forkserver_preload(
     ["torch.distributed", "torch_geometric", "timm", "pytorch_metric_learning.losses", "pytorch_metric_learning.miners"]
 )
 
@@ -14,4 +15,4 @@ def start(worker, args, world):
 
     They are forked from a server that has imported torch and has computed nothing: importing it in each takes seconds.
     """
-    torch.multiprocessing.start_processes(worker, args, nprocs=world, start_method="forkserver")
+    torch.multiprocessing.start_processes(worker, args, nprocs=world, start_method=START_METHOD)

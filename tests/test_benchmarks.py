@@ -28,11 +28,18 @@ from benchmarks import (
     second_order_attention,
 )
 from pml_ext.trunks import AttentionEnsemble
+from tests.processes import START_METHOD
 
 pytestmark = pytest.mark.trains
 
 FOLDER = Path(harness.__file__).parent
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@pytest.fixture(autouse=True)
+def forked_processes(monkeypatch):
+    """Fork processes from a server that has imported torch: it takes each of them seconds."""
+    monkeypatch.setattr(harness, "START_METHOD", START_METHOD)
 
 
 @pytest.fixture
@@ -89,7 +96,9 @@ def test_each_measurement_has_a_process_of_its_own(in_this_process):
     assert measured == {("a", 1): ([10, 10, 10], 1), ("b", 2): ([20, 20, 20], 7)}
 
 
-def test_a_fresh_process_is_another_one():
+@pytest.mark.parametrize("method", ["spawn", START_METHOD])
+def test_a_fresh_process_is_another_one(method, monkeypatch):
+    monkeypatch.setattr(harness, "START_METHOD", method)
     first, second = (harness.in_fresh_process(os.getpid) for _ in range(2))
     assert len({first, second, os.getpid()}) == 3
 
