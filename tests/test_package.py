@@ -54,13 +54,14 @@ def test_subpackages_load_on_first_use():
 
 @pytest.mark.processes
 def test_import_time():
-    """At most 1.15 times PML's own in seconds of the CPU, best of 2 fresh interpreters each."""
-    clock = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
-    ours, theirs = [], []
-    for _ in range(2):
-        ours.append(float(python(clock.format("pml_ext, pml_ext.losses"))))
-        theirs.append(float(python(clock.format("pytorch_metric_learning.losses"))))
-    assert min(ours) <= 1.15 * min(theirs)
+    """At most 5% on top of PML's own import, in seconds of the CPU of one interpreter, best of 3 at the most."""
+    clock = "import time; t = [time.process_time()]\n"
+    for module in ("pytorch_metric_learning.losses", "pml_ext.losses"):
+        clock += f"import {module}; t.append(time.process_time())\n"
+    shares = []
+    while len(shares) < 3 and (not shares or min(shares) > 0.05):
+        shares.append(float(python(clock + "print((t[2] - t[1]) / (t[1] - t[0]))")))
+    assert 0 < min(shares) <= 0.05
 
 
 def test_metadata():
