@@ -71,7 +71,7 @@ def learner_similarity(embeddings: Tensor, num_learners: int) -> float:
     return cosines.triu(1).sum().item() / max(pairs, 1)
 
 
-class Divergence:
+class DivergenceMixin:
     r"""What the loss and the regularizer of divergence share.
 
     Args:

@@ -1,7 +1,8 @@
-"""What this package uses of PML beyond its public face: all that another version of PML would change is here.
+"""What this package uses of PML beyond its public face.
 
 PML 2.9 has no public base for networks, and its losses have hooks that PML 3, by its documentation, has not: records of
-settings and statistics, names of sub-losses, reduction types, regularizers that a base class finds by name.
+settings and statistics, names of sub-losses, reduction types, regularizers that a base class finds by name. What else
+differs there are public hooks (``get_default_distance``) and names of wrappers, which stand where they are used.
 """
 
 from collections.abc import Sequence
@@ -106,10 +107,3 @@ def element_term(losses: Tensor, divisor: int | None = None) -> dict[str, Any]:
 def reduced_term(value: Tensor) -> dict[str, Any]:
     """Return what reducers take for one number."""
     return {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-
-
-def is_batch_itself(
-    embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
-) -> bool:
-    """Whether references are the batch itself, in which nothing is compared with itself: PML 2 tells it by identity."""
-    return ref_emb is None or (ref_emb is embeddings and (ref_labels is None or ref_labels is labels))

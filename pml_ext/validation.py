@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pml_ext.pml_internals import is_batch_itself
 from pml_ext.types import Indices
 
 _RENUMBER = (
@@ -62,6 +61,13 @@ def already_valid() -> Iterator[None]:
         yield
     finally:
         _already_valid.reset(token)
+
+
+def is_batch_itself(
+    embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
+) -> bool:
+    """Whether references are the batch itself, in which nothing is compared with itself: PML 2 tells it by identity."""
+    return ref_emb is None or (ref_emb is embeddings and (ref_labels is None or ref_labels is labels))
 
 
 def check_settings(positive: Mapping[str, float], finite: Mapping[str, float] = MappingProxyType({})) -> None:
@@ -236,7 +242,7 @@ def check_integers(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
 
 
-def check_lengths(embeddings: Tensor, labels: Tensor | None) -> None:
+def check_lengths(embeddings: Tensor, labels: Tensor | None, name: str = "labels") -> None:
     """Check that there is one label for each embedding.
 
     Raises:
@@ -244,7 +250,7 @@ def check_lengths(embeddings: Tensor, labels: Tensor | None) -> None:
     """
     if labels is not None and labels.shape != embeddings.shape[:1]:
         rule = f"(batch_size,) = ({len(embeddings)},)"
-        raise ValueError(f"labels must have shape {rule}, one for each embedding, got {tuple(labels.shape)}")
+        raise ValueError(f"{name} must have shape {rule}, one for each embedding, got {tuple(labels.shape)}")
 
 
 def _check_labels(name: str, labels: Tensor | None, length: int) -> None:

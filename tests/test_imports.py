@@ -4,6 +4,7 @@ All imports are read, those under ``TYPE_CHECKING`` and inside functions too.
 """
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pml_ext"
 
 LAYERS = [  # lowest first; a module imports from its own sub-package and from the layers below it
-    {"types", "version", "extras", "precision", "modes"},
+    {"types", "version", "extras", "precision", "modes", "validation"},
     {"pml_internals"},
-    {"validation"},
     {"learners", "reducers", "class_embeddings"},
     {"streaming", "regularizers"},
     {"trunks", "neighbors", "distributed", "datasets"},
@@ -43,10 +43,12 @@ HEAVY = {  # what functions may import, to spare others the time
 
 PUBLIC = {"distances", "losses", "miners", "reducers", "regularizers", "samplers"}  # in PML 2 and, by its docs, in 3
 ONLY_IN_2 = {  # public in PML 2, gone in 3: parts of this package stand on them as wholes
-    "recipes/trainer.py": "trainers",
-    "recipes/evaluation.py": "utils",  # AccuracyCalculator, FaissKMeans
-    "datasets/sources.py": "datasets",
+    "recipes/trainer.py": {"trainers"},
+    "recipes/evaluation.py": {"utils.accuracy_calculator", "utils.inference"},
+    "datasets/sources.py": {"datasets"},
 }
+LOADERS = {"__init__.py", "extras.py", "report.py"}
+"""Files that load modules by a name in a string: parts of the package on first use, and packages of extras."""
 INTERNAL = re.compile(
     r"_sub_loss_names|_record_these|add_to_recordable_attributes|reset_stats|regularization_to_loss_dict"
     r"|zero_loss|(?<!self)\.data = |\bc_f\b|\blmu\b"
@@ -78,6 +80,14 @@ def module_of(path):
 MODULES = {module_of(path): path for path in files()}
 
 
+def is_module(name):
+    """Return whether a dotted name of this package or of PML is a module."""
+    if name.split(".")[0] != "pytorch_metric_learning":
+        return name in MODULES
+    parent = importlib.import_module(name.rpartition(".")[0])
+    return hasattr(parent, "__path__") and importlib.util.find_spec(name) is not None
+
+
 def imports_of(path, source=None):
     """Return the imports of a file; ``from package import name`` counts as ``package.name`` if that is a module."""
     imports = []
@@ -94,7 +104,7 @@ def imports_of(path, source=None):
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}:{node.lineno} has a relative import"
             targets = [
-                whole if node.module == "pytorch_metric_learning" or whole in MODULES else node.module
+                whole if is_module(whole) else node.module
                 for whole in (f"{node.module}.{alias.name}" for alias in node.names)
             ]
         else:
@@ -130,8 +140,10 @@ def against_layers(imported):
     if source in ("", target):  # the package itself only names its parts
         return False
     level = {part: i for i, parts in enumerate(LAYERS) for part in parts}
+    if not target:
+        return True
     allowed = level[target] < level[source] or (level[source] == level[target] == 0)
-    return not target or not allowed or target in UNRELATED.get(source, ())
+    return not allowed or target in UNRELATED.get(source, ())
 
 
 def test_every_part_has_a_layer():
@@ -181,12 +193,47 @@ def test_imports_inside_functions_spare_time_and_say_so():
 def test_internals_of_pml_are_in_one_module():
     wrong = []
     for imported in IMPORTS:
-        pml, *names = imported.target.split(".")
+        pml, _, name = imported.target.partition(".")
         if pml == "pytorch_metric_learning" and imported.path != SEAM:
-            own = ONLY_IN_2.get(imported.path.relative_to(PACKAGE).as_posix())
-            if names[0] != own and not (names[0] in PUBLIC and len(names) == 1):
-                wrong.append(str(imported))
+            own = ONLY_IN_2.get(imported.path.relative_to(PACKAGE).as_posix(), set())
+            wrong += [] if name in PUBLIC | own else [str(imported)]
     assert wrong == []
+
+
+def strings_that_load(path, source=None):
+    """Return the calls that import a module by a string, and attributes of PML's packages that are modules."""
+    tree = ast.parse(path.read_text(encoding="utf-8") if source is None else source)
+    names = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "pytorch_metric_learning"
+        for alias in node.names
+    }
+    calls = [
+        f"{path.name}:{node.lineno} {ast.unparse(node.func)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and re.search(r"(^|\.)(import_module|__import__)$", ast.unparse(node.func))
+    ]
+    attributes = [
+        f"{path.name}:{node.lineno} {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in names
+        and is_module(f"{names[node.value.id]}.{node.attr}")
+    ]
+    return [] if path.name in LOADERS else calls, [] if path == SEAM else attributes
+
+
+def test_no_module_is_loaded_by_a_string_or_reached_through_another():
+    assert [entry for path in files() for entries in strings_that_load(path) for entry in entries] == []
+    hybrid = PACKAGE / "losses" / "hybrid_loss.py"
+    for source in (
+        "from pytorch_metric_learning import losses; losses.mixins.WeightMixin",
+        'import importlib; importlib.import_module("pytorch_metric_learning.utils.common_functions")',
+        '__import__("pml_ext.recipes")',
+    ):
+        assert any(strings_that_load(hybrid, source)), source
 
 
 def test_hooks_of_pml_are_named_in_one_module():
@@ -212,6 +259,18 @@ def test_hooks_of_pml_are_named_in_one_module():
             "from pytorch_metric_learning.utils import common_functions",
             test_internals_of_pml_are_in_one_module,
         ),
+        (
+            "losses/hybrid_loss.py",
+            "from pytorch_metric_learning.losses import mixins",
+            test_internals_of_pml_are_in_one_module,
+        ),
+        (
+            "recipes/evaluation.py",
+            "from pytorch_metric_learning.utils import common_functions as c",
+            test_internals_of_pml_are_in_one_module,
+        ),
+        ("losses/hybrid_loss.py", "import pytorch_metric_learning", test_internals_of_pml_are_in_one_module),
+        ("losses/hybrid_loss.py", "import pml_ext", test_imports_keep_to_the_layers),
         (
             "losses/hybrid_loss.py",
             "from pytorch_metric_learning.losses.mixins import x",

@@ -209,6 +209,9 @@ def test_lengths_are_checked_even_without_validation(make, without_validation):
         make()(EMB, LABELS[:5])
     with pytest.raises(ValueError, match=r"labels must have shape \(batch_size,\)"):
         make()(EMB, LABELS[:5], ref_emb=EMB[:5] + 1, ref_labels=LABELS[:5])
+    if make().takes_refs:
+        with pytest.raises(ValueError, match=r"^ref_labels must have shape \(batch_size,\) = \(5,\)"):
+            make()(EMB, LABELS, ref_emb=EMB[:5] + 1, ref_labels=LABELS[:4])
 
 
 @pytest.mark.compiles

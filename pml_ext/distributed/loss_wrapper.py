@@ -22,10 +22,9 @@ from pml_ext.distributed.collectives import (
 from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, confirm, gather
 from pml_ext.distributed.miner_wrapper import convert, input_error, without_itself
 from pml_ext.distributed.sharding import whole_batch
-from pml_ext.pml_internals import is_batch_itself
 from pml_ext.streaming.gradients import first_derivative_only
 from pml_ext.types import Indices
-from pml_ext.validation import check_enqueue_mask, check_indices_tuple, validation_enabled
+from pml_ext.validation import check_enqueue_mask, check_indices_tuple, is_batch_itself, validation_enabled
 
 
 class DistributedLossWrapper(nn.Module):

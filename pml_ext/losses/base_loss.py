@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from pml_ext.losses.optimizer_watch import OptimizerWatch
-from pml_ext.pml_internals import LossFunction, is_batch_itself
+from pml_ext.pml_internals import LossFunction
 from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import Indices
-from pml_ext.validation import check_batch, check_lengths, validation_wanted
+from pml_ext.validation import check_batch, check_lengths, is_batch_itself, validation_wanted
 
 
 class BaseLoss(LossFunction):
@@ -74,7 +74,7 @@ class BaseLoss(LossFunction):
             if is_batch_itself(embeddings, labels, ref_emb, ref_labels):
                 ref_emb = ref_labels = None
             elif not self.takes_refs:
-                raise ValueError("ref_emb is not supported for this loss function, which sees the batch alone")
+                raise ValueError("ref_emb is not supported: this loss compares the batch with nothing else")
             else:
                 emb, ref_emb, ref_labels = _with_refs(emb, ref_emb, ref_labels)
             terms = self.compute_loss(emb, own_labels, indices_tuple, ref_emb, ref_labels)
@@ -92,9 +92,9 @@ def _to_int64(x: Tensor | None, like: Tensor) -> Any:
 def _with_refs(emb: Tensor, ref_emb: Any, ref_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return embeddings and references of one dtype, and the labels of the references.
 
-    As views: PML's losses would take the same objects for the batch itself and lose the pairs (i, i).
+    The labels as a view: PML's losses take the same object for that of the batch itself, and lose the pairs (i, i).
     """
     dtype = torch.promote_types(emb.dtype, upcast_half(ref_emb).dtype)
-    refs, ref_labels = ref_emb.to(dtype).view_as(ref_emb), _to_int64(ref_labels, emb)
-    check_lengths(refs, ref_labels)
-    return emb.to(dtype), refs, None if ref_labels is None else ref_labels.view_as(ref_labels)
+    ref_labels = _to_int64(ref_labels, emb)
+    check_lengths(ref_emb, ref_labels, "ref_labels")
+    return emb.to(dtype), ref_emb.to(dtype), None if ref_labels is None else ref_labels.view_as(ref_labels)

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from pml_ext.learners import Divergence
+from pml_ext.learners import DivergenceMixin
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.types import Indices, LossDict
 
 
-class DivergenceLoss(Divergence, BaseLoss):
+class DivergenceLoss(DivergenceMixin, BaseLoss):
     r"""Push the learners' vectors of one image apart, with a hinge.
 
     $$\ell_i = \sum_{p < q} [m - \lVert b_p(x_i) - b_q(x_i) \rVert^2]_+$$

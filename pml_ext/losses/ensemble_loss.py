@@ -167,7 +167,10 @@ class EnsembleLoss(LogitsMixin, BaseLoss):
     def _logits(self, embeddings: Tensor) -> Tensor:
         """Return the mean of the learners' logits."""
         slices = split_learners(embeddings, self.num_learners).unbind(1)
-        logits = [logits_of(self._loss_of(m), own, "loss") for m, own in enumerate(slices)]
+        names = ["shared" if "shared" in self.losses else f"learner_{m}" for m in range(self.num_learners)]
+        logits = [
+            logits_of(self.losses[name], own, f"losses[{name!r}]") for name, own in zip(names, slices, strict=True)
+        ]
         return torch.stack(logits).mean(0)
 
     def compares_with_refs(self) -> dict[str, nn.Module]:

@@ -121,9 +121,11 @@ class IntraBatchLoss(LogitsMixin, BaseLoss):
         super().__init__(**kwargs)
         settings: dict[str, Any] = {"temperature": temperature, "label_smoothing": label_smoothing}
         self.refined_weight, self.raw_weight = refined_weight, raw_weight
-        self.refiner: nn.Module | None = None
-        self.norm: nn.Module | None = None
-        self.refined_loss: nn.Module | None = None
+        self.norm: nn.Module | None
+        self.refined_loss: nn.Module | None
+        self.refiner: nn.Module | None
+        for name in ("norm", "refined_loss", "refiner"):  # optimizers' states know parameters by this order
+            self.register_module(name, None)
         if refined_weight:
             self.refiner = _default_refiner(embedding_size) if refiner is None else refiner
             width = _out_features(self.refiner, embedding_size)

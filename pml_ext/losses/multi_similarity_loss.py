@@ -149,12 +149,13 @@ class _PairLosses(torch.autograd.Function):
             return None, None, None, None
         similarity, positive, negative, derivative = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: a derivative that can be differentiated again
-            derivative = torch.zeros_like(similarity)
-            of_both = zip(_exponents(similarity, ctx.settings), (positive, negative), (-1, 1), strict=True)
-            for exponents, keep, sign in of_both:
-                log_total = log1p_sum_exp(exponents, keep, 1)[:, None]
-                derivative = derivative + sign * (exponents.masked_fill(~keep, -torch.inf) - log_total).exp()
+            of_positives, of_negatives = _exponents(similarity, ctx.settings)
+            derivative = _softmax(of_negatives, negative) - _softmax(of_positives, positive)
         return derivative * grad[:, None], None, None, None
+
+
+def _softmax(exponents: Tensor, keep: Tensor) -> Tensor:
+    return (exponents.masked_fill(~keep, -torch.inf) - log1p_sum_exp(exponents, keep, 1)[:, None]).exp()
 
 
 def _log1p_sum_exp_(exponents: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from pytorch_metric_learning.reducers import DivisorReducer
 from torch import Tensor
 
 from pml_ext.losses.base_proxy_loss import BaseProxyLoss
-from pml_ext.losses.log_sum_exp import log1p_sum_exp
+from pml_ext.losses.log_sum_exp import log1p_sum_exp, log1p_sum_exp_by_class
 from pml_ext.losses.sample_weights import sample_weights
 from pml_ext.pml_internals import element_term, reduced_term
 from pml_ext.streaming.proxy_anchor import proxy_anchor_loss
@@ -120,11 +120,12 @@ class ProxyAnchorLoss(BaseProxyLoss):
         """Return both parts of each class, ``(C,)``, by the equation: for any distance, derivative and transform."""
         sign = 1 if self.distance.is_inverted else -1  # a distance is a negative similarity, and so is its margin
         similarity, margin = sign * self._logits(embeddings), sign * self.margin  # (B, C)
-        positive, negative = -self.alpha * (similarity - margin), self.alpha * (similarity + margin)
+        own = similarity.gather(1, labels[:, None]).squeeze(1)  # (B,)
+        positive, negative = -self.alpha * (own - margin), self.alpha * (similarity + margin)
         if shift is not None:
-            positive, negative = positive + shift[:, None], negative + shift[:, None]
-        own = labels[:, None] == torch.arange(self.num_classes, device=labels.device)
-        return log1p_sum_exp(positive, own, 0), log1p_sum_exp(negative, ~own, 0)
+            positive, negative = positive + shift, negative + shift[:, None]
+        others = torch.ones_like(similarity, dtype=torch.bool).scatter(1, labels[:, None], False)
+        return log1p_sum_exp_by_class(positive, labels, self.num_classes), log1p_sum_exp(negative, others, 0)
 
     def _divides_only(self) -> bool:
         """Whether reducing is dividing by the divisor, which the walk does: then it also computes the gradients."""

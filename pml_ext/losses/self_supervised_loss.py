@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.precision import full_precision, upcast_half
+from pml_ext.validation import check_embeddings
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
@@ -25,8 +26,8 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
         - output: scalar.
 
     Raises:
-        TypeError: If ``loss`` is not a supported one, or a view is no tensor.
-        ValueError: If the views differ in shape.
+        TypeError: If ``loss`` is not a supported one, or a view is no tensor of floating point.
+        ValueError: If a view has not two dimensions, or the views differ in shape.
 
     Examples:
         >>> import torch
@@ -52,8 +53,7 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """Return the loss of two views, row by row."""
         for name, x in (("embeddings", embeddings), ("ref_emb", ref_emb)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            check_embeddings(name, x)
         if ref_emb.shape != embeddings.shape:
             shapes = f"{tuple(embeddings.shape)}, got {tuple(ref_emb.shape)}"
             raise ValueError(f"ref_emb must have the shape of embeddings, {shapes}")

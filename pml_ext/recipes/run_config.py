@@ -11,7 +11,8 @@ import torch
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.version import __version__
 
-_GONE = {"similarity_gain": 0.0, "depth": 1}  # settings of former versions, and where they changed nothing
+_GONE = {"depth": 1}  # settings of former versions, and where they changed nothing
+_ONLY_AT_THE_START = ("similarity_gain",)  # settings of former versions that weights were drawn with
 
 
 def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def write_config(folder: str | os.PathLike[str], config: dict[str, Any]) -> None
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what ``config.json`` holds, without settings that former versions had and that changed nothing.
+    """Return what ``config.json`` holds, without settings of former versions that change nothing now.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -61,6 +62,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     missing = {"recipe", "num_classes", "preset", "settings"} - (set(config) if isinstance(config, dict) else set())
     if missing:
         raise ValueError(f"{path} must have {min(missing)!r}, got none")
+    for name in _ONLY_AT_THE_START:
+        config["settings"].pop(name, None)
     for name, value in _GONE.items():
         former = config["settings"].pop(name, value)
         if former != value:

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from pml_ext.learners import Divergence
+from pml_ext.learners import DivergenceMixin
 from pml_ext.pml_internals import Regularizer
 from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import LossDict
 
 
-class DivergenceRegularizer(Divergence, Regularizer):
+class DivergenceRegularizer(DivergenceMixin, Regularizer):
     r"""Push the learners' vectors of one image apart.
 
     The value of ``DivergenceLoss``, for losses that see the whole vector:

@@ -83,6 +83,7 @@ class AttentionEnsemble(ModuleWithRecords):
         head: nn.Module,
         num_learners: int = 8,
         embedding_size: int = 512,
+        *,
         share_attention_trunk: bool = True,
         input_size: tuple[int, int, int] = (3, 224, 224),
         checkpoint: bool = False,
@@ -122,6 +123,7 @@ class AttentionEnsemble(ModuleWithRecords):
         num_learners: int = 8,
         embedding_size: int = 512,
         pretrained: bool = False,
+        *,
         share_attention_trunk: bool = True,
         input_size: tuple[int, int, int] = (3, 224, 224),
         checkpoint: bool = False,
@@ -180,10 +182,10 @@ class AttentionEnsemble(ModuleWithRecords):
             head,
             num_learners,
             embedding_size,
-            share_attention_trunk,
-            input_size,
-            checkpoint,
-            collect_stats,
+            share_attention_trunk=share_attention_trunk,
+            input_size=input_size,
+            checkpoint=checkpoint,
+            collect_stats=collect_stats,
         )
         return trunk.train()  # all of it, whatever mode a given backbone was in
 

@@ -71,6 +71,7 @@ class SecondOrderAttention(ModuleWithRecords):
         in_features: int,
         reduction: int = 1,
         style: Style = "printed",
+        *,
         attention_scale: float | None = None,
         **kwargs: Any,
     ) -> None:

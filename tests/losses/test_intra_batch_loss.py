@@ -280,6 +280,12 @@ def test_released_weights():
         other.load_released(released | {"fc.1.weight": released["fc.0.weight"]})
 
 
+def test_parameters_keep_the_order_of_the_first_version():
+    """Optimizers' states know parameters by it alone."""
+    parts = [name.split(".")[0] for name, _ in make().named_parameters()]
+    assert list(dict.fromkeys(parts)) == ["norm", "refined_loss", "refiner", "raw_loss"]
+
+
 @pytest.mark.parametrize("inner", [None, "shared"])
 def test_state_dicts_of_the_first_version(inner):
     kwargs = {} if inner is None else {"loss": HybridLoss(NUM_CLASSES, SIZE)}

@@ -283,3 +283,22 @@ def test_bad_input():
         loss_func(EMB, LABELS, ref_emb=EMB + 1, ref_labels=LABELS)
     with pytest.raises(ValueError, match=r"shape \(batch_size, embedding_size\) = \(9, 5\), got \(9, 4\)"):
         loss_func.get_logits(EMB[:, :4])
+
+
+def test_dense_gradient_penalty_is_finite():
+    """Embeddings near proxies that are far apart: nothing is left of most sums."""
+    loss_func = ProxyAnchorLoss(4, 16, distance=LpDistance(normalize_embeddings=False))
+    with torch.no_grad():
+        loss_func.proxies.copy_(10 * torch.eye(4, 16))
+    emb = (10 * torch.eye(4, 16).repeat(5, 1) + 0.1 * torch.randn(20, 16)).requires_grad_()
+    (grad,) = torch.autograd.grad(loss_func(emb, torch.arange(4).repeat(5)), emb, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), emb)
+    assert grad.any()
+    assert second.isfinite().all()
+
+
+def test_dense_refuses_wrong_labels_without_validation(without_validation):
+    loss_func = ProxyAnchorLoss(4, 8, distance=LpDistance())
+    for labels in (torch.tensor([0, 4]), torch.tensor([0, -1])):
+        with pytest.raises((RuntimeError, IndexError)):
+            loss_func(torch.randn(2, 8), labels)

@@ -61,7 +61,7 @@ def written_by(version_settings, folder):
 
 def test_a_run_of_a_former_version(tmp_path):
     """Settings that are gone and changed nothing: it is loaded, resumed, and what else its config knows is kept."""
-    made = written_by({"similarity_gain": 0.0, "depth": 1}, tmp_path)
+    made = written_by({"similarity_gain": 10.0, "depth": 1}, tmp_path)
     run = load_run(tmp_path, device="cpu")
     assert torch.equal(run.recipe.trunk(IMAGES), made.trunk.eval()(IMAGES))
     assert not {"similarity_gain", "depth"} & set(run.config["settings"])
@@ -72,10 +72,9 @@ def test_a_run_of_a_former_version(tmp_path):
     assert read_config(tmp_path)["seed"] == 3
 
 
-@pytest.mark.parametrize(("name", "value", "was"), [("similarity_gain", 10.0, "0.0"), ("depth", 2, "1")])
-def test_a_run_with_what_is_gone(name, value, was, tmp_path):
-    written_by({name: value}, tmp_path)
-    with pytest.raises(ValueError, match=f"the setting '{name}' is gone, and must have been {was}, got {value}"):
+def test_a_run_with_what_is_gone(tmp_path):
+    written_by({"depth": 2}, tmp_path)
+    with pytest.raises(ValueError, match="the setting 'depth' is gone, and must have been 1, got 2"):
         load_run(tmp_path)
 
 
