@@ -41,6 +41,13 @@ def test_a_missing_package_is_named_with_its_extra():
     assert needs("pytest") is pytest
 
 
+def test_a_package_that_lacks_another_is_not_missing(tmp_path, monkeypatch):
+    (tmp_path / "lacking_package.py").write_text("import lacking")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'lacking'"):
+        needs("lacking_package")
+
+
 def brings(extra):
     """Return the packages of an extra and of those that it names."""
     inside = re.findall(r"pml-ext\[([\w,-]+)\]", declared_extras()[extra])

@@ -317,6 +317,9 @@ def mining(miner, case):
     else:
         mined = evaluate(make(case), emb, indices_tuple=indices_tuple)
     check_trains(mined, emb)
+    if case.refs and arity == 3:  # a triplet is a positive and a negative pair
+        pairs = lmu.convert_to_pairs(indices_tuple, LABELS)
+        close(mined, evaluate(make(case), emb, indices_tuple=pairs))
     everything = None
     if case.refs and arity == 4:  # all triplets leave out anchors without a positive
         everything = lmu.get_all_pairs_indices(LABELS)

@@ -5,17 +5,21 @@ import itertools
 
 import pytest
 import torch
-from pytorch_metric_learning import losses
+from pytorch_metric_learning import losses, reducers
 
 import pml_ext.losses
 from pml_ext.losses import MultiSimilarityLoss, ProxyAnchorLoss
-from tests.contract.battery import NOT_MINED, PROPERTIES, outcome
+from tests.contract.battery import GRAPH_BREAKS, NO_DISTANCE, NOT_MINED, PROPERTIES, outcome
 from tests.contract.cases import CASES, NUM_CLASSES, SIZE, Case
 from tests.contract.page import COMMAND, PAGE, ROWS, VERSIONS, parse, render
 
 TEXT = PAGE.read_text(encoding="utf-8")
 CELLS, PAGE_VERSIONS = parse(TEXT)
 COLUMNS = [name for name, declared in PROPERTIES.items() if declared.table]
+OF_OLD_TORCH = {  # torch 2.5 does not trace context managers of contextlib, which these rows enter in compute_loss
+    (row, "fullgraph=True"): GRAPH_BREAKS
+    for row in ("EnsembleLoss", "EnsembleLoss of AdaptiveAdditiveMarginLoss", "IntraBatchLoss")
+}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -40,6 +44,8 @@ def test_battery(row, name, kwargs):
     elif VERSIONS == PAGE_VERSIONS or not PROPERTIES[name].varies:
         assert (reason is not None) == (name in ROWS[row].refuses), f"{row}, {name}: {reason}"
         assert reason == CELLS.get((row, name), "no cell"), f"{PAGE.name} is old, run: {COMMAND}"
+    elif name not in ROWS[row].refuses:
+        assert reason in (None, OF_OLD_TORCH.get((row, name)))
 
 
 def test_page_is_made_of_its_cells():
@@ -89,16 +95,39 @@ def overwriting(entry, emb, *_):
     return {}
 
 
+def of_pairs_alone(entry, emb, labels, indices_tuple, *_):
+    return {"losses": entry["losses"] * (indices_tuple is None or len(indices_tuple) == 4)}
+
+
 CALLS = itertools.count(1)
 Backwards = altered("Backwards", lambda entry, *_: {"losses": -entry["losses"]})
-Detached = altered("Detached", lambda entry, *_: {"losses": entry["losses"].detach()})
+Columns = altered("Columns", lambda entry, *_: {"losses": entry["losses"][:, None]})
+Flat = altered("Flat", lambda entry, *_: {"losses": entry["losses"].detach() + 0 * entry["losses"]})
 Misplaced = altered("Misplaced", lambda entry, *_: {"indices": entry["indices"].flip(0)})
+OfPairsAlone = altered("OfPairsAlone", of_pairs_alone)
 Overwriting, PerOtherClass = altered("Overwriting", overwriting), altered("PerOtherClass", per_other_class)
 PerPair, Positioned = altered("PerPair", per_pair), altered("Positioned", position)
+Refless = altered("Refless", lambda entry, *args: {"losses": entry["losses"] * (args[3] is None)})
 Restless = altered("Restless", lambda entry, *_: {"losses": entry["losses"] * next(CALLS)})
 Single = altered("Single", lambda entry, *_: {"losses": entry["losses"].float()})
 Silent = altered("Silent", lambda entry, *_: {"losses": 0 * entry["losses"]})
+Undivided = altered("Undivided", lambda entry, *_: {"divisor": 0})
 Unstable = altered("Unstable", lambda entry, emb, *_: {"losses": entry["losses"] + emb.pow(2).sum(1).sqrt()})
+
+
+def scaled(name, scale):
+    """Return a mixin that multiplies the value of a loss."""
+
+    def forward(self, *args, **kwargs):
+        return super(cls, self).forward(*args, **kwargs) * scale()
+
+    cls = type(name, (), {"forward": forward})
+    return cls
+
+
+Compiled = scaled("Compiled", lambda: 1 + torch.compiler.is_compiling())
+Grouped = scaled("Grouped", lambda: 1 + torch.distributed.is_initialized())
+Transformed = scaled("Transformed", lambda: 1 + torch._C._are_functorch_transforms_active())
 
 
 class Constant(torch.autograd.Function):
@@ -117,11 +146,35 @@ OnceOnly = altered(
 )  # autograd takes its gradient for a constant
 
 
+class Ascending:
+    """Has the right value, and the opposite of its gradient."""
+
+    def forward(self, *args):
+        loss = super().forward(*args)
+        return 2 * loss.detach() - loss
+
+
+class Breaking:
+    """Leaves the graph."""
+
+    def forward(self, *args):
+        torch._dynamo.graph_break()
+        return super().forward(*args)
+
+
 class Deaf:
     """Ignores what is mined, and the references."""
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        return super().compute_loss(embeddings, labels, None, embeddings, labels)
+        return super().compute_loss(embeddings, labels, None, None, None)
+
+
+class Fixed:
+    """Has a distance of its own."""
+
+    def compute_loss(self, *args):
+        self.distance = self.get_default_distance()
+        return super().compute_loss(*args)
 
 
 class Imprecise:
@@ -129,6 +182,15 @@ class Imprecise:
 
     def forward(self, embeddings, *args):
         return super().forward(embeddings, *args).to(embeddings.dtype)
+
+
+class Inclusive:
+    """Counts losses on the border of a threshold."""
+
+    def compute_loss(self, *args):
+        if getattr(self.reducer, "low", None) is not None:
+            self.reducer.low -= 1e-4
+        return super().compute_loss(*args)
 
 
 class InHalf:
@@ -157,6 +219,40 @@ class Lenient:
         return super().forward(embeddings, torch.arange(len(embeddings)) // 2 if labels is None else labels, *args)
 
 
+class Permuted:
+    """Takes the second half of a tuple for the first."""
+
+    def compute_loss(self, embeddings, labels, indices_tuple, *refs):
+        if indices_tuple is not None:
+            half = len(indices_tuple) // 2
+            indices_tuple = (*indices_tuple[half:], *indices_tuple[:half])
+        return super().compute_loss(embeddings, labels, indices_tuple, *refs)
+
+
+class Shifted:
+    """Is off by one row in the references."""
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        ref_emb = None if ref_emb is None else ref_emb.roll(1, 0)
+        return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+
+class Signless:
+    """Takes every similarity but its own for a distance."""
+
+    def compute_loss(self, *args):
+        self.distance.is_inverted = type(self.distance) is type(self.get_default_distance())
+        return super().compute_loss(*args)
+
+
+class Summed:
+    """Has reduced its losses already, where they are not asked for."""
+
+    def reduce_terms(self, terms, *args):
+        each = isinstance(self.reducer, reducers.DoNothingReducer)
+        return super().reduce_terms(terms, *args) if each else sum(term["losses"].sum() for term in terms.values())
+
+
 class TrainingOnly:
     """Drops embeddings out."""
 
@@ -164,17 +260,27 @@ class TrainingOnly:
         return super().forward(torch.nn.functional.dropout(embeddings, training=self.training), *args)
 
 
-NOT_DETACHED = {  # properties that a loss without a gradient has, or that another base must show
+NOT_FLAT = {  # properties that a loss with the right value and a gradient of zeros has, or that another base must show
     *("forward has the arguments of pml", "order of the batch does not matter", "eval computes a loss"),
     *("labels are required", "unknown arguments are refused", "docstring has all sections", "moves with to"),
     *("repeated pairs count once", "reducers of single sub losses", "statistics are collected", "state dict"),
-    *("weight regularizers", "TrainWithClassifier"),
+    *("weight regularizers", "TrainWithClassifier", "finite with one class one sample or none", "empty tuples"),
+    *("finite gradients of zeros of equal rows and of large halves", "inputs are not changed", "function transforms"),
+    *("value can be scaled in place", "torch.compile", "fullgraph=True"),
 }
+OF_SAMPLES = {"Mean-, Sum-, AvgNonZero-, DivisorReducer", "ThresholdReducer", "PerAnchorReducer"}
 WRONG = {
+    Ascending: {"trains under autocast"},
     Backwards: {"positive scalar with a gradient for each sample", "what it trains is searched by inference model"},
-    Deaf: {"ref_emb", "docstring has all sections"},
-    Detached: set(PROPERTIES) - NOT_DETACHED,
+    Breaking: {"fullgraph=True"},
+    Columns: {"DoNothingReducer"},
+    Compiled: {"torch.compile", "fullgraph=True"},
+    Deaf: {"ref_emb", "docstring has all sections", "triplet miners", "pair miners"},
+    Fixed: {"other distances"},
+    Flat: set(PROPERTIES) - NOT_FLAT,
+    Grouped: {"PML's DistributedLossWrapper", "our DistributedLossWrapper"},
     Imprecise: {"float16", "bfloat16"},
+    Inclusive: {"ThresholdReducer"},
     InHalf: {"autocast"},
     Kept: {"value can be scaled in place"},
     Lenient: {
@@ -182,24 +288,37 @@ WRONG = {
         "statistics are collected",
     },
     Misplaced: {"ClassWeightedReducer"},
-    OnceOnly: {"double backward", "function transforms"},
+    OfPairsAlone: {"every miner", "triplet miners"},
+    OnceOnly: {"double backward"},
     Overwriting: {"inputs are not changed"},
+    Permuted: {"triplet miners", "pair miners"},
     PerOtherClass: {"finite with one class one sample or none"},
     PerPair: {"empty tuples", "repeated pairs count once"},
     Positioned: {"order of the batch does not matter", "ClassWeightedReducer"},
-    Restless: {
-        *("MultipleLosses", "PML's DistributedLossWrapper", "our DistributedLossWrapper", "state dict"),
-        *("embedding regularizers", "weight regularizers", "reducers of single sub losses"),
-    },
+    Refless: {"ref_emb", "PML's SelfSupervisedLoss", "our SelfSupervisedLoss"},
+    Restless: {"MultipleLosses", "state dict", "embedding regularizers", "weight regularizers", *OF_SAMPLES}
+    | {"reducers of single sub losses", "PML's SelfSupervisedLoss", "our SelfSupervisedLoss"},
+    Shifted: {"ref_emb", "PML's CrossBatchMemory", "our CrossBatchMemory"},
+    Signless: {"other distances"},
     Silent: {"TrainWithClassifier", "MetricLossOnly"},
     Single: {"moves with to"},
+    Summed: OF_SAMPLES | {"ClassWeightedReducer"},
     TrainingOnly: {"eval computes a loss"},
+    Transformed: {"function transforms"},
+    Undivided: {"Mean-, Sum-, AvgNonZero-, DivisorReducer"},
     Unstable: {"finite gradients of zeros of equal rows and of large halves"},
+}
+RAISED = {  # where this, and no comparison, is the right outcome
+    (Kept, "value can be scaled in place"): RuntimeError,  # of autograd
+    (Lenient, "labels are required"): pytest.fail.Exception,  # nothing is raised
+    (Lenient, "unknown arguments are refused"): pytest.fail.Exception,
+    (OnceOnly, "double backward"): RuntimeError,  # the GradcheckError of torch, which is not exported
 }
 
 
 def test_every_property_is_missed_by_a_wrong_loss():
-    assert set().union(*WRONG.values()) == set(PROPERTIES)
+    of_their_own = (names for fault, names in WRONG.items() if fault is not Flat)
+    assert set().union(*of_their_own) == set(PROPERTIES)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +336,5 @@ def test_wrong_losses_are_noticed(fault, name):
     else:
         case = Case(type("MultiSimilarityLoss", (fault, MultiSimilarityLoss), {}))  # the name that PML's wrappers admit
     kwargs = {"device": "cpu"} if "device" in inspect.signature(PROPERTIES[name].check).parameters else {}
-    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
-        outcome(name, case, **kwargs)
-
-
-def test_without_effect_is_no_yes():
-    case = Case(type("MultiSimilarityLoss", (Deaf, MultiSimilarityLoss), {}))
-    for name in ("triplet miners", "pair miners"):
-        assert outcome(name, case) == NOT_MINED
+    with pytest.raises(RAISED.get((fault, name), AssertionError)):
+        assert outcome(name, case, **kwargs) not in (NOT_MINED, NO_DISTANCE, GRAPH_BREAKS)  # nor a yes

@@ -112,7 +112,7 @@ def error_of(call):
 
 
 def others(rank, world, group, rows, folder):
-    gathered = {}
+    observed = {}
     # several steps of an optimizer, whose state is split too
     results = []
     for where, part in ((group, rows), (None, list(range(len(DATA))))):
@@ -128,10 +128,10 @@ def others(rank, world, group, rows, folder):
         results.append([whole(p).detach().clone() for p in (*model.parameters(), *loss_func.parameters())])
         if where is not None:
             state = optimizer.state[loss_func.proxy_loss.proxies]["exp_avg"]
-            gathered["state rows"] = len(state.to_local())
-            gathered["model state"] = model.state_dict()
+            observed["state rows"] = len(state.to_local())
+            observed["model state"] = model.state_dict()
             split, split_optimizer = loss_func, optimizer
-    gathered["trained"] = tuple(results)
+    observed["trained"] = tuple(results)
 
     # the checkpoint of a split loss, and that of an unsplit one
     checkpoint.save({"loss": split.state_dict()}, checkpoint_id=f"{folder}/split{world}")
@@ -139,8 +139,8 @@ def others(rank, world, group, rows, folder):
     state = {"loss": fresh.state_dict()}
     checkpoint.load(state, checkpoint_id=f"{folder}/unsplit")
     fresh.load_state_dict(state["loss"])
-    gathered["from unsplit"] = whole(fresh.proxy_loss.proxies).detach().clone()
-    gathered["optimizer keys"] = sorted(split_optimizer.state_dict()["state"])
+    observed["from unsplit"] = whole(fresh.proxy_loss.proxies).detach().clone()
+    observed["optimizer keys"] = sorted(split_optimizer.state_dict()["state"])
     plain = torch.optim.AdamW(split.parameters(), lr=0.01)
     DistributedLossWrapper(split)(DATA[rows], LABELS[rows]).backward()
     plain.step()
@@ -152,7 +152,7 @@ def others(rank, world, group, rows, folder):
     state = get_optimizer_state_dict(fresh, again)
     checkpoint.load(state, checkpoint_id=f"{folder}/optimizer{world}")
     set_optimizer_state_dict(fresh, again, state)
-    gathered["optimizer"] = tuple(
+    observed["optimizer"] = tuple(
         whole(optimizer.state[loss.proxy_loss.proxies]["exp_avg"]).clone()
         for optimizer, loss in ((plain, split), (again, fresh))
     )
@@ -176,40 +176,40 @@ def others(rank, world, group, rows, folder):
             scaler.step(optimizer)
         scaler.update()
         norms.append([whole(norm).item(), whole(loss_func.proxy_loss.proxies.grad).norm().item()])
-    gathered["clipped"] = norms
+    observed["clipped"] = norms
 
     # other ways to say which ranks, and how proxies start
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(6)
-    gathered["mesh"] = whole(ProxyAnchorLoss(900, 40, process_group=mesh).proxies).detach().clone()
+    observed["mesh"] = whole(ProxyAnchorLoss(900, 40, process_group=mesh).proxies).detach().clone()
 
     torch.manual_seed(6)
     learners = EnsembleLoss(lambda: ProxyAnchorLoss(5, SIZE // 2, process_group=group), 2).losses.values()
-    gathered["learners"] = [whole(learner.proxies).detach().clone() for learner in learners]
+    observed["learners"] = [whole(learner.proxies).detach().clone() for learner in learners]
     emb = DATA.clone().requires_grad_()
     net = DistributedLossWrapper(MAKERS["HybridLoss"](group).double())
     (grad,) = torch.autograd.grad(net(emb[rows], LABELS[rows]), emb, create_graph=True)
-    gathered["penalty"] = error_of(lambda: grad.square().sum().backward())
+    observed["penalty"] = error_of(lambda: grad.square().sum().backward())
     alone = [dist.new_group([r]) for r in range(world)][rank]
     other = DistributedLossWrapper(MAKERS["ProxyAnchorLoss"](group).double(), process_group=alone)
-    gathered["other group"] = error_of(lambda: other(DATA[rows], LABELS[rows]))
-    gathered["classes"] = error_of(lambda: ProxyAnchorLoss(5 + rank, SIZE, process_group=group))
-    gathered["margins"] = error_of(lambda: MAKERS["AdaptiveAdditiveMarginLoss, cosine"](group).get_margins(LABELS))
+    observed["other group"] = error_of(lambda: other(DATA[rows], LABELS[rows]))
+    observed["classes"] = error_of(lambda: ProxyAnchorLoss(5 + rank, SIZE, process_group=group))
+    observed["margins"] = error_of(lambda: MAKERS["AdaptiveAdditiveMarginLoss, cosine"](group).get_margins(LABELS))
     needy = DATA[rows].clone().requires_grad_(rank == 0)
-    gathered["gradient on one"] = error_of(lambda: net(needy, LABELS[rows]))
+    observed["gradient on one"] = error_of(lambda: net(needy, LABELS[rows]))
     hybrid = DistributedLossWrapper(MAKERS["HybridLoss"](group).double(), efficient=True)
-    gathered["efficient"] = error_of(lambda: hybrid(DATA[rows], LABELS[rows]))
-    gathered["bare"] = error_of(lambda: MAKERS["ProxyAnchorLoss"](group)(DATA.float(), LABELS))
+    observed["efficient"] = error_of(lambda: hybrid(DATA[rows], LABELS[rows]))
+    observed["bare"] = error_of(lambda: MAKERS["ProxyAnchorLoss"](group)(DATA.float(), LABELS))
     wrapped = DistributedLossWrapper(MAKERS["ProxyAnchorLoss"](group).double())
-    gathered["labels"] = error_of(lambda: wrapped(DATA[rows], LABELS[rows] + (3 if rank == 0 else 0)))
-    gathered["logits"] = error_of(lambda: wrapped.loss.get_logits(DATA))
-    gathered["distance"] = error_of(lambda: proxy_anchor(distance=distances.LpDistance())(group))
-    gathered["group"] = error_of(lambda: proxy_anchor()("all"))
+    observed["labels"] = error_of(lambda: wrapped(DATA[rows], LABELS[rows] + (3 if rank == 0 else 0)))
+    observed["logits"] = error_of(lambda: wrapped.loss.get_logits(DATA))
+    observed["distance"] = error_of(lambda: proxy_anchor(distance=distances.LpDistance())(group))
+    observed["group"] = error_of(lambda: proxy_anchor()("all"))
     copied = copy.deepcopy(wrapped.loss)
-    gathered["copy"] = torch.equal(whole(copied.proxies), whole(wrapped.loss.proxies)) and (
+    observed["copy"] = torch.equal(whole(copied.proxies), whole(wrapped.loss.proxies)) and (
         copied.proxies.to_local().data_ptr() != wrapped.loss.proxies.to_local().data_ptr()
     )
-    return gathered
+    return observed
 
 
 def worker(rank, world, folder):
@@ -218,23 +218,23 @@ def worker(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world)
     group = dist.group.WORLD
     rows = torch.arange(len(DATA)).split(SIZES[world])[rank].tolist()
-    gathered = {}
+    observed = {}
     for name, make in MAKERS.items():
         labels = LABELS % 4 if "4 classes" in name else LABELS
-        gathered[name] = together(make, group, rows, labels)
+        observed[name] = together(make, group, rows, labels)
     mined = miners.BatchHardMiner()(DATA, LABELS)
     for name in ("ProxyAnchorLoss", "AdaptiveAdditiveMarginLoss, cosine", "HybridLoss"):
-        gathered[f"{name}, mined"] = together(MAKERS[name], group, rows, LABELS, mined)
-    gathered |= others(rank, world, group, rows, folder)
-    torch.save(gathered, f"{folder}/results{world}.{rank}")
+        observed[f"{name}, mined"] = together(MAKERS[name], group, rows, LABELS, mined)
+    observed |= others(rank, world, group, rows, folder)
+    torch.save(observed, f"{folder}/results{world}.{rank}")
     del group
     gc.collect()  # with something that holds the group, gloo's threads may abort the process while it exits
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def gathered(request, tmp_path_factory):
-    """What each rank has gathered, and the folder with the checkpoints."""
+def observed(request, tmp_path_factory):
+    """What each rank has observed, and the folder with the checkpoints."""
     folder, world = tmp_path_factory.mktemp("shards"), request.param
     unsplit = build(MAKERS["HybridLoss"], None)[1]
     checkpoint.save({"loss": unsplit.state_dict()}, checkpoint_id=str(folder / "unsplit"), no_dist=True)
@@ -252,18 +252,18 @@ MINED = [f"{name}, mined" for name in ("ProxyAnchorLoss", "AdaptiveAdditiveMargi
 
 
 @pytest.mark.parametrize("name", [*MAKERS, *MINED])
-def test_value_and_gradients_are_those_of_one_process(gathered, name):
-    for one in gathered[0]:
+def test_value_and_gradients_are_those_of_one_process(observed, name):
+    for one in observed[0]:
         torch.testing.assert_close(*one[name]["loss"], rtol=1e-9, atol=1e-12)
         assert all(g.abs().max() > 1e-6 for g in one[name]["model"][1])
         assert_same(one[name]["model"])
         assert_same(one[name]["loss_func"])
 
 
-def test_each_rank_has_its_part(gathered):
-    ranks = len(gathered[0])
+def test_each_rank_has_its_part(observed):
+    ranks = len(observed[0])
     rows = {2: [3, 2], 3: [2, 2, 1]}[ranks]
-    for rank, one in enumerate(gathered[0]):
+    for rank, one in enumerate(observed[0]):
         assert one["ProxyAnchorLoss"]["rows"] == [rows[rank]]
         assert one["EnsembleLoss"]["rows"] == [rows[rank]] * 2
         assert one["ProxyAnchorLoss, 4 classes"]["rows"] == [{2: [2, 2], 3: [2, 2, 0]}[ranks][rank]]
@@ -272,21 +272,21 @@ def test_each_rank_has_its_part(gathered):
         assert one["state rows"] == rows[rank]
 
 
-def test_training(gathered):
-    for one in gathered[0]:
+def test_training(observed):
+    for one in observed[0]:
         assert_same(one["trained"], rtol=1e-7, atol=1e-9)
 
 
-def test_mixed_precision_and_clipping(gathered):
-    for one in gathered[0]:
+def test_mixed_precision_and_clipping(observed):
+    for one in observed[0]:
         split, single = one["clipped"]
         assert split == pytest.approx(single, rel=0.02)
         assert split[1] == pytest.approx(0.01, rel=1e-3)  # clipped
 
 
-def test_checkpoints(gathered):
+def test_checkpoints(observed):
     """Saved on all ranks, loaded in one process, and the other way round; the optimizer's state too."""
-    results, folder, unsplit = gathered
+    results, folder, unsplit = observed
     for one in results:
         assert torch.equal(one["from unsplit"], unsplit.proxy_loss.proxies)
         assert torch.equal(*one["optimizer"])
@@ -298,17 +298,17 @@ def test_checkpoints(gathered):
     torch.testing.assert_close(single.proxy_loss.proxies, results[0]["trained"][0][-1])
 
 
-def test_proxies_start_as_those_of_an_unsplit_loss(gathered):
+def test_proxies_start_as_those_of_an_unsplit_loss(observed):
     """With the deviation for all classes, not for those of a rank, and other numbers on each rank."""
-    for one in gathered[0]:
+    for one in observed[0]:
         assert one["mesh"].std().item() == pytest.approx((2 / 900) ** 0.5, rel=0.02)
-        part = -(-900 // len(gathered[0]))
+        part = -(-900 // len(observed[0]))
         assert not torch.equal(one["mesh"][:part], one["mesh"][part : 2 * part])
-        assert torch.equal(one["mesh"], gathered[0][0]["mesh"])
+        assert torch.equal(one["mesh"], observed[0][0]["mesh"])
 
 
-def test_errors_and_copies(gathered):
-    for rank, one in enumerate(gathered[0]):
+def test_errors_and_copies(observed):
+    for rank, one in enumerate(observed[0]):
         for key in ("bare", "efficient"):
             assert "must be called through pml_ext.distributed.DistributedLossWrapper with efficient=False" in one[key]
         expected = "labels must be < num_classes = 5" if rank == 0 else "got an error on rank 0"

@@ -125,16 +125,16 @@ def error_of(call):
 
 def others(rank, world, rows, splits):
     """Return what does not fit the two comparisons above."""
-    gathered = {}
+    observed = {}
 
     # every rank draws its own parameters; those of the first rank hold
     torch.manual_seed(100 + rank)
     loss_func = IntraBatchLoss(NUM_CLASSES, SIZE)
     loss_func.norm.running_mean.normal_()
     DistributedLossWrapper(loss_func)
-    gathered["broadcast"] = {name: x.clone() for name, x in loss_func.state_dict().items()}
+    observed["broadcast"] = {name: x.clone() for name, x in loss_func.state_dict().items()}
     torch.manual_seed(100)
-    gathered["first rank's"] = IntraBatchLoss(NUM_CLASSES, SIZE).state_dict()
+    observed["first rank's"] = IntraBatchLoss(NUM_CLASSES, SIZE).state_dict()
 
     # miners, ours and PML's, in both modes
     for name, miner in (("hard", miners.BatchHardMiner()), ("random", miners.UniformHistogramMiner())):
@@ -150,7 +150,7 @@ def others(rank, world, rows, splits):
             mined = miner(whole(DATA), LABELS)
         expected = MultiSimilarityLoss()(whole(DATA), LABELS, mined)
         expected.backward()
-        gathered["miner", name] = {
+        observed["miner", name] = {
             "loss": (loss.detach(), expected.detach()),
             "model": (grads(model), grads(whole)),
         }
@@ -161,8 +161,8 @@ def others(rank, world, rows, splits):
         for kind in (pml_dist.DistributedMinerWrapper, DistributedMinerWrapper):
             mined = kind(miners.MultiSimilarityMiner(), efficient=efficient)(data[part], equal[part])
             loss = DistributedLossWrapper(losses.ContrastiveLoss(), efficient=efficient)(data[part], equal[part], mined)
-            gathered["mined", efficient, kind.__module__] = loss
-    gathered["mined", False, "expected"] = losses.ContrastiveLoss()(
+            observed["mined", efficient, kind.__module__] = loss
+    observed["mined", False, "expected"] = losses.ContrastiveLoss()(
         data, equal, miners.MultiSimilarityMiner()(data, equal)
     )
 
@@ -178,7 +178,7 @@ def others(rank, world, rows, splits):
         emb = whole(DATA)
         expected = loss_func(emb, LABELS, None, emb * 2 + 1, LABELS if same else LABELS.clone())
         expected.backward()
-        gathered["refs", same] = {"loss": (loss.detach(), expected.detach()), "model": (grads(model), grads(whole))}
+        observed["refs", same] = {"loss": (loss.detach(), expected.detach()), "model": (grads(model), grads(whole))}
 
     # a memory, over several batches
     for kind in (CrossBatchMemory, losses.CrossBatchMemory):
@@ -194,9 +194,9 @@ def others(rank, world, rows, splits):
             values.append(
                 (wrapped(emb[rows], LABELS[rows], enqueue_mask=own).detach(), single(emb, LABELS, None, mask).detach())
             )
-        gathered["memory", kind.__module__] = values
-        gathered["memory rows", kind.__module__] = (memory.embedding_memory.clone(), single.embedding_memory.clone())
-    gathered["memory, tuple"] = error_of(lambda: wrapped(emb[rows], LABELS[rows], (torch.tensor([0]),) * 3))
+        observed["memory", kind.__module__] = values
+        observed["memory rows", kind.__module__] = (memory.embedding_memory.clone(), single.embedding_memory.clone())
+    observed["memory, tuple"] = error_of(lambda: wrapped(emb[rows], LABELS[rows], (torch.tensor([0]),) * 3))
 
     # gradients of several batches add up
     model, loss_func = build(lambda: make(CASES["HybridLoss"]))
@@ -206,7 +206,7 @@ def others(rank, world, rows, splits):
     wrapped(ddp(DATA[rows] + 1), LABELS[rows]).backward()
     whole_model, whole_loss = build(lambda: make(CASES["HybridLoss"]))
     (whole_loss(whole_model(DATA), LABELS) + whole_loss(whole_model(DATA + 1), LABELS)).backward()
-    gathered["accumulated"] = {
+    observed["accumulated"] = {
         "model": (grads(model), grads(whole_model)),
         "loss_func": (grads(loss_func), grads(whole_loss)),
     }
@@ -223,7 +223,7 @@ def others(rank, world, rows, splits):
             loss(net(DATA[part] + step), LABELS[part]).backward()
             optimizer.step()
         steps.append([p.detach().clone() for p in (*net.parameters(), *loss.parameters())])
-    gathered["trained"] = tuple(steps)
+    observed["trained"] = tuple(steps)
 
     # half precision, gradient checkpointing
     model, loss_func = build(lambda: make(CASES["HybridLoss"]))
@@ -235,7 +235,7 @@ def others(rank, world, rows, splits):
     loss.backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = loss_func(model(DATA.float()), LABELS)
-    gathered["half"] = (
+    observed["half"] = (
         emb.dtype,
         loss.dtype,
         loss.detach(),
@@ -252,7 +252,7 @@ def others(rank, world, rows, splits):
     torch.manual_seed(5)
     IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.5))
     torch.randint(2**31, ())  # the one number that a call takes
-    gathered["generator"] = (after, torch.rand(3))
+    observed["generator"] = (after, torch.rand(3))
 
     # the loss itself inside of a checkpoint: both runs must draw the same dropout
     noisy = DistributedLossWrapper(IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.5)).double())
@@ -267,53 +267,53 @@ def others(rank, world, rows, splits):
         loss = torch.utils.checkpoint.checkpoint(run, emb, use_reentrant=False) if again else run(emb)
         loss.backward()
         two.append(emb.grad)
-    gathered["checkpointed loss"] = tuple(two)
+    observed["checkpointed loss"] = tuple(two)
 
     # a rank without rows, in both modes
     sparse = DistributedLossWrapper(HybridLoss(NUM_CLASSES, SIZE).double(), efficient=True)
     loss = sparse((DATA if rank == 0 else DATA[:0]).clone().requires_grad_(), LABELS if rank == 0 else LABELS[:0])
     loss.backward()
-    gathered["empty rank, efficient"] = loss.detach()
+    observed["empty rank, efficient"] = loss.detach()
     wrapped = DistributedLossWrapper(build(lambda: make(CASES["HybridLoss"]))[1])
     own = DATA if rank == 0 else DATA[:0]
     labels = LABELS if rank == 0 else LABELS[:0]
     loss = wrapped(own.clone().requires_grad_(), labels)
     loss.backward()
-    gathered["empty rank"] = (loss.detach(), build(lambda: make(CASES["HybridLoss"]))[1](DATA, LABELS).detach())
+    observed["empty rank"] = (loss.detach(), build(lambda: make(CASES["HybridLoss"]))[1](DATA, LABELS).detach())
 
     # bad input on one rank
     wrapped = DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES, SIZE).double())
     bad = LABELS[rows] + (10 if rank == 1 else 0)
-    gathered["bad labels"] = error_of(lambda: wrapped(DATA[rows], bad))
-    gathered["no tensor"] = error_of(lambda: wrapped(None if rank == 1 else DATA[rows], LABELS[rows]))
+    observed["bad labels"] = error_of(lambda: wrapped(DATA[rows], bad))
+    observed["no tensor"] = error_of(lambda: wrapped(None if rank == 1 else DATA[rows], LABELS[rows]))
     pairs = DistributedLossWrapper(MultiSimilarityLoss())
-    gathered["width"] = error_of(lambda: pairs(DATA[rows, : SIZE - (rank == 1)], LABELS[rows]))
-    gathered["dtype"] = error_of(lambda: pairs(DATA[rows].float() if rank == 1 else DATA[rows], LABELS[rows]))
+    observed["width"] = error_of(lambda: pairs(DATA[rows, : SIZE - (rank == 1)], LABELS[rows]))
+    observed["dtype"] = error_of(lambda: pairs(DATA[rows].float() if rank == 1 else DATA[rows], LABELS[rows]))
     some = tuple(torch.tensor([0, 1]) for _ in range(3))
-    gathered["tuple on one"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], some if rank == 1 else None))
+    observed["tuple on one"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], some if rank == 1 else None))
     far = tuple(torch.tensor([0, 99]) for _ in range(3))
     for efficient in (False, True):
         wrapped = DistributedLossWrapper(MultiSimilarityLoss(), efficient=efficient)
         good = None if efficient else some
         mined = far if rank == 1 else good
-        gathered["far index", efficient] = error_of(lambda w=wrapped, mined=mined: w(DATA[rows], LABELS[rows], mined))
+        observed["far index", efficient] = error_of(lambda w=wrapped, mined=mined: w(DATA[rows], LABELS[rows], mined))
     memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=30))
     mask = torch.ones(len(rows) + 1, dtype=torch.bool)
     own = mask if rank == 1 else mask[1:]
-    gathered["mask on one"] = error_of(
+    observed["mask on one"] = error_of(
         lambda: memory(DATA[rows], LABELS[rows], enqueue_mask=mask[1:] if rank == 1 else None)
     )
-    gathered["mask too long"] = error_of(lambda: memory(DATA[rows], LABELS[rows], enqueue_mask=own))
-    gathered["memory, refs"] = error_of(lambda: memory(DATA[rows], LABELS[rows], ref_emb=DATA if rank == 1 else None))
+    observed["mask too long"] = error_of(lambda: memory(DATA[rows], LABELS[rows], enqueue_mask=own))
+    observed["memory, refs"] = error_of(lambda: memory(DATA[rows], LABELS[rows], ref_emb=DATA if rank == 1 else None))
     mining = DistributedMinerWrapper(miners.BatchHardMiner())
-    gathered["miner"] = error_of(lambda: mining(DATA[rows][0] if rank == 1 else DATA[rows], LABELS[rows]))
-    gathered["classes"] = error_of(lambda: DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES + rank, SIZE)))
-    gathered["negative labels"] = error_of(
+    observed["miner"] = error_of(lambda: mining(DATA[rows][0] if rank == 1 else DATA[rows], LABELS[rows]))
+    observed["classes"] = error_of(lambda: DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES + rank, SIZE)))
+    observed["negative labels"] = error_of(
         lambda: DistributedLossWrapper(losses.ContrastiveLoss())(DATA[rows], LABELS[rows] - 1)
     )
     differing = tuple(torch.tensor([0, 1 + rank]) for _ in range(3))
-    gathered["tuples differ"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], differing))
-    return gathered
+    observed["tuples differ"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], differing))
+    return observed
 
 
 def worker(rank, world, init_file, results):
@@ -321,22 +321,22 @@ def worker(rank, world, init_file, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world)
     splits = [part.tolist() for part in torch.arange(len(DATA)).split(SIZES[world])]
-    rows, gathered = splits[rank], {}
+    rows, observed = splits[rank], {}
     for name, case in CASES.items():
-        gathered[name, False] = together(lambda case=case: make(case), rows)
+        observed[name, False] = together(lambda case=case: make(case), rows)
         if case.refs:
-            gathered[name, True] = sums(case, rows, splits)
+            observed[name, True] = sums(case, rows, splits)
     for name, make_loss in pml_losses().items():
-        gathered[name, False] = together(make_loss, rows)
-    gathered |= others(rank, world, rows, splits)
-    torch.save(gathered, f"{results}.{rank}")
+        observed[name, False] = together(make_loss, rows)
+    observed |= others(rank, world, rows, splits)
+    torch.save(observed, f"{results}.{rank}")
     gc.collect()  # with something that holds the group, gloo's threads may abort the process while it exits
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def gathered(request, tmp_path_factory):
-    """What each rank has gathered."""
+def observed(request, tmp_path_factory):
+    """What each rank has observed."""
     folder = tmp_path_factory.mktemp("gloo")
     results = str(folder / "results")
     start(worker, (request.param, str(folder / "rendezvous"), results), request.param)
@@ -351,8 +351,8 @@ def assert_same(pair, rtol=1e-9, atol=1e-13):
 
 
 @pytest.mark.parametrize("name", [*CASES, *pml_losses()])
-def test_value_and_gradients_are_those_of_one_process(gathered, name):
-    for one in gathered:
+def test_value_and_gradients_are_those_of_one_process(observed, name):
+    for one in observed:
         result = one[name, False]
         torch.testing.assert_close(*result["loss"], rtol=1e-9, atol=1e-13)
         assert any(g.abs().max() > 1e-6 for g in result["model"][1])
@@ -361,41 +361,41 @@ def test_value_and_gradients_are_those_of_one_process(gathered, name):
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refs])
-def test_efficient_is_the_sum_over_ranks(gathered, name):
-    for one in gathered:
+def test_efficient_is_the_sum_over_ranks(observed, name):
+    for one in observed:
         result = one[name, True]
         torch.testing.assert_close(*result["loss"], rtol=1e-9, atol=1e-13)
         assert_same(result["model"])
         assert_same(result["loss_func"])
 
 
-def test_ranks_agree(gathered):
-    for key, result in gathered[0].items():
+def test_ranks_agree(observed):
+    for key, result in observed[0].items():
         if isinstance(result, dict) and "loss" in result:
-            for other in gathered[1:]:
+            for other in observed[1:]:
                 assert torch.equal(other[key]["loss"][0], result["loss"][0]), key
 
 
-def test_parameters_and_buffers_are_those_of_the_first_rank(gathered):
-    for one in gathered:
+def test_parameters_and_buffers_are_those_of_the_first_rank(observed):
+    for one in observed:
         for name, x in one["broadcast"].items():
-            assert torch.equal(x, gathered[0]["broadcast"][name])
+            assert torch.equal(x, observed[0]["broadcast"][name])
             if "running_mean" not in name:
                 assert torch.equal(x, one["first rank's"][name]), name
-    assert gathered[0]["broadcast"]["norm.running_mean"].any()
+    assert observed[0]["broadcast"]["norm.running_mean"].any()
 
 
 @pytest.mark.parametrize("key", [("miner", "hard"), ("miner", "random"), ("refs", True), ("refs", False)], ids=str)
-def test_miners_and_references(gathered, key):
-    for one in gathered:
+def test_miners_and_references(observed, key):
+    for one in observed:
         torch.testing.assert_close(*one[key]["loss"], rtol=1e-9, atol=1e-13)
         assert_same(one[key]["model"])
     if key[0] == "refs":
-        assert gathered[0]["refs", True]["loss"][0] != gathered[0]["refs", False]["loss"][0]
+        assert observed[0]["refs", True]["loss"][0] != observed[0]["refs", False]["loss"][0]
 
 
-def test_miner_wrappers_of_both_libraries_fit(gathered):
-    for one in gathered:
+def test_miner_wrappers_of_both_libraries_fit(observed):
+    for one in observed:
         torch.testing.assert_close(
             one["mined", False, "pml_ext.distributed.miner_wrapper"], one["mined", False, "expected"]
         )
@@ -405,8 +405,8 @@ def test_miner_wrappers_of_both_libraries_fit(gathered):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_memory(gathered):
-    for one in gathered:
+def test_memory(observed):
+    for one in observed:
         for kind in ("pml_ext.losses.cross_batch_memory", "pytorch_metric_learning.losses.cross_batch_memory"):
             for value, expected in one["memory", kind]:
                 torch.testing.assert_close(value, expected)
@@ -414,31 +414,31 @@ def test_memory(gathered):
         assert "indices_tuple must not be given with CrossBatchMemory" in one["memory, tuple"]
 
 
-def test_accumulation_and_training(gathered):
-    for one in gathered:
+def test_accumulation_and_training(observed):
+    for one in observed:
         assert_same(one["accumulated"]["model"])
         assert_same(one["accumulated"]["loss_func"])
         assert_same(one["trained"])
 
 
-def test_half_precision_and_checkpointing(gathered):
-    for one in gathered:
+def test_half_precision_and_checkpointing(observed):
+    for one in observed:
         emb_dtype, loss_dtype, loss, expected, dtypes = one["half"]
         assert (emb_dtype, loss_dtype) == (torch.bfloat16, torch.float32)
         torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
         assert set(dtypes) == {torch.float32}
 
 
-def test_generators_and_empty_ranks(gathered):
-    for one in gathered:
+def test_generators_and_empty_ranks(observed):
+    for one in observed:
         assert torch.equal(*one["generator"])
         torch.testing.assert_close(*one["empty rank"])
-        assert one["empty rank, efficient"] == gathered[0]["empty rank, efficient"] > 0
+        assert one["empty rank, efficient"] == observed[0]["empty rank, efficient"] > 0
         assert torch.equal(*one["checkpointed loss"])
 
 
-def test_bad_input_raises_on_all_ranks(gathered):
-    for rank, one in enumerate(gathered):
+def test_bad_input_raises_on_all_ranks(observed):
+    for rank, one in enumerate(observed):
         if rank == 1:
             assert one["bad labels"].startswith("ValueError: labels must be < num_classes = 5")
             assert one["no tensor"].startswith("TypeError: embeddings must be a torch.Tensor, got NoneType")
