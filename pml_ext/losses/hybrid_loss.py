@@ -36,14 +36,14 @@ class HybridLoss(LogitsMixin, BaseLoss):
         proxy_loss: A loss of samples with proxies. Default: ``ProxyAnchorLoss(num_classes, embedding_size)``.
         pair_weight: $w_\text{pair}$ >= 0. May be changed during training.
         proxy_weight: $w_\text{proxy}$ >= 0, likewise.
-        miner: Mines for the pair part whenever no ``indices_tuple`` is given. PML's ``DistributedLossWrapper`` with
+        miner: Mines for the pair part whenever no ``indices_tuple`` is given; called with embeddings, labels, and the
+            references or None. PML's ``DistributedLossWrapper`` with
             ``efficient=True`` always gives one; ``CrossBatchMemory`` takes this miner for its own.
         **kwargs: ``weight_init_func``, ``weight_regularizer``, ``weight_reg_weight`` and ``process_group`` reach the
-            default proxy loss,
-            ``distance`` the default children; each is refused where nothing would use it. The rest (``reducer``,
-            ``embedding_regularizer``, ``collect_stats``, ...) is that of PML's ``BaseMetricLossFunction``. Reducers
-            of the hybrid get two numbers that are already reduced: Threshold-, ClassWeighted- and PerAnchorReducer
-            have no effect there, but act in a child.
+            default proxy loss, ``distance`` the default children; each is refused where nothing would use it. The rest
+            (``reducer``, ``embedding_regularizer``, ``collect_stats``, ...) is that of PML's
+            ``BaseMetricLossFunction``. Reducers of the hybrid get two numbers that are already reduced: Threshold-,
+            ClassWeighted- and PerAnchorReducer have no effect there, but act in a child.
 
     Shape:
         - embeddings: ``(B, D)``, floating point. labels: ``(B,)``, integers.

@@ -55,8 +55,7 @@ def margin_softmax_loss(
     Returns:
         ``(B,)``, float32, or float64 if an argument is. Of a shard too it is the whole loss, for which shards exchange
         three numbers a sample (and the descriptions of the batch's classes); the gradient by the embeddings is the
-        shard's part of it. It has first derivatives only: differentiating a gradient
-        raises NotImplementedError.
+        shard's part of it. It has first derivatives only: differentiating a gradient raises NotImplementedError.
 
     Raises:
         ValueError: If ``chunk_size`` is no integer >= 1.
