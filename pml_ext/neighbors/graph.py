@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from pml_ext.neighbors.search import nearest_by_cosine
+from pml_ext.neighbors.search import search
 from pml_ext.neighbors.similarity import unit_embeddings
-from pml_ext.precision import full_precision
 from pml_ext.validation import check_batch, check_count, check_mini_batches
 
 
@@ -13,7 +12,7 @@ from pml_ext.validation import check_batch, check_count, check_mini_batches
 def knn_graph(embeddings: Tensor, k: int, batch: Tensor | None = None) -> Tensor:
     """Return edges from each sample's nearest neighbours by cosine to the sample.
 
-    Through faiss for float32 on the CPU, else by products and ``torch.topk`` in chunks.
+    Neighbours that are equally similar come in their order.
 
     Args:
         embeddings: ``(N, D)``, floating point, finite.
@@ -39,8 +38,9 @@ def knn_graph(embeddings: Tensor, k: int, batch: Tensor | None = None) -> Tensor
         check_mini_batches(batch, len(embeddings))
     unit, edges = unit_embeddings(embeddings), []
     for start, stop in _mini_batches(batch, len(unit)):
-        with full_precision(unit.device):
-            neighbors = nearest_by_cosine(unit[start:stop], min(k, stop - start - 1))  # (n, k)
+        part, itself = unit[start:stop], torch.arange(stop - start)
+        searched = search(part, part, min(k, len(part) - 1), itself)
+        neighbors = torch.cat([neighbors for _, neighbors in searched])  # (n, k)
         receivers = torch.arange(start, stop, device=unit.device).repeat_interleave(neighbors.shape[1])
         edges.append(torch.stack([neighbors.flatten() + start, receivers]))
     return torch.cat(edges, 1) if edges else torch.empty(2, 0, dtype=torch.long, device=embeddings.device)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pml_ext.neighbors.search import search
 from pml_ext.neighbors.similarity import similarity_chunks
 from pml_ext.precision import full_precision
 
@@ -26,7 +27,11 @@ def neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
 
 
 def _neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
-    nearest = torch.cat([_nearest(similarity, rows, k1 + 1) for rows, similarity in similarity_chunks(unit)])
+    items = torch.arange(len(unit), device=unit.device)
+    searched = search(unit, unit, min(k1, len(unit) - 1), items)
+    nearest = torch.cat(
+        [items[:, None], torch.cat([neighbors for _, neighbors in searched])], 1
+    )  # the item itself first
     half = nearest[:, : round(k1 / 2) + 1]  # lists include the item itself
     is_mutual, is_half_mutual = _is_mutual(nearest), _is_mutual(half)
     groups = []
