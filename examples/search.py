@@ -101,8 +101,11 @@ def draw(query, results, path):
             axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=7)
     for axis, title in zip(axes, titles, strict=False):
         axis.set_title(title, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     return unread
 
 

@@ -307,4 +307,6 @@ def test_out_must_be_a_folder(photos, loaded):
         embed.main(photos.parent / "run", photos, out=file)
     with pytest.raises(OSError, match=f"cannot write {file / 'index'}: Not a directory"):
         embed.main(photos.parent / "run", photos, out=file / "index")
+    with pytest.raises(OSError, match=f"cannot write {file / 'a.png'}: File exists"):
+        search.draw(photos / "a.png", [], file / "a.png")
     assert file.read_text() == "mine"

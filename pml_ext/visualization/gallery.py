@@ -12,7 +12,7 @@ from pml_ext.datasets.labels import as_labels
 from pml_ext.extras import comes_with
 from pml_ext.neighbors.similarity import unit_embeddings
 from pml_ext.validation import check_batch
-from pml_ext.visualization.thumbnails import as_image
+from pml_ext.visualization.thumbnails import image_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +107,7 @@ def _choose_queries(labels: Tensor, num_queries: int, seed: int) -> list[int]:
 
 
 def _draw(axes: Any, images: Any, index: int, color: str, style: str, title: str) -> None:
-    axes.imshow(as_image(images[index], f"images[{index}]"))
+    axes.imshow(image_at(images, index))
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=7, color=color, pad=5)
     for spine in axes.spines.values():
