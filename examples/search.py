@@ -24,6 +24,10 @@ def main(run, query, k=10, index=None, out=None, device=None):
     command_line.print_any_name()
     if k < 1:
         raise ValueError(f"--k must be >= 1, got {k}")
+    out = Path(run) / "search.png" if out is None else Path(out)
+    if out.is_dir():
+        raise IsADirectoryError(f"--out must be a file, got the folder {out}")
+    out = out if out.suffix else out.with_name(f"{out.name}.png")  # as matplotlib has it
     loaded, folder = recipes.load_run(run, device), Path(run) / "index" if index is None else Path(index)
     embeddings, paths, origin = read_index(folder)
     if origin["weights"] != loaded.checksum:
@@ -37,7 +41,6 @@ def main(run, query, k=10, index=None, out=None, device=None):
     print("rank  similarity  path")
     for rank, (similarity, path) in enumerate(results, 1):
         print(f"{rank:>4}  {similarity:>10.4f}  {path}")
-    out = Path(run) / "search.png" if out is None else Path(out)
     unread = draw(query, [(similarity, Path(origin["folder"]) / path) for similarity, path in results], out)
     if unread:
         counted = f"{len(unread)} of {len(results)} images that cannot be read"
@@ -75,7 +78,7 @@ def read_index(folder):
 def nearest(embeddings, query, k):
     """Return the k largest similarities to a query, (1, D), and their rows; equal ones in the order of rows."""
     # Row by row: a matrix product may round equal rows differently, and would order them by that.
-    similarity = torch.cat([(part * query).sum(1) for part in embeddings.split(1 << 12)])
+    similarity = torch.cat([(part * query).sum(1) for part in embeddings.split(1 << 8)])  # which fits into a cache
     values, rows = similarity.sort(descending=True, stable=True)
     return list(zip(values[:k].tolist(), rows[:k].tolist(), strict=True))
 

@@ -300,6 +300,15 @@ def test_an_index_for_other_programs(photos, loaded):
     }
 
 
+def test_the_name_of_the_picture(photos, loaded, capsys):
+    run = indexed(photos).parent
+    search.main(run, photos / "a.png", k=1, out=run / "picture")
+    assert capsys.readouterr().out.splitlines()[-1] == f"picture: {run / 'picture.png'}"
+    assert (run / "picture.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(IsADirectoryError, match=f"--out must be a file, got the folder {run}$"):
+        search.main(run, photos / "a.png", k=1, out=run)
+
+
 def test_out_must_be_a_folder(photos, loaded):
     file = photos.parent / "out"
     file.write_text("mine")
