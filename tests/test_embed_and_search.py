@@ -235,14 +235,18 @@ def test_a_network_that_fails(output, message, photos, loaded, monkeypatch, caps
     assert not (run / "search.png").exists()
 
 
-LARGE = {"embeddings.npy": (900, "a", "f"), "paths.txt": (9, 400 * "a", "f"), "index.json": (9, "a", 4000 * "f")}
-LARGE["index.faiss"] = LARGE["embeddings.npy"]
+LARGE = {  # number of rows, path of each, folder
+    "embeddings.npy": (9000, "a", "f"),
+    "index.faiss": (900, "a", "f"),
+    "paths.txt": (9, 400 * "a", "f"),
+    "index.json": (9, "a", 4000 * "f"),
+}
 
 
 @pytest.mark.parametrize("file", INDEX)
 @pytest.mark.parametrize("before", ["nothing", "an index"])
 def test_a_full_disk(file, before, tmp_path, monkeypatch):
-    """Files may have 3 kB here, all but one have less."""
+    """Files may have 3 kB here, and those before this one have less."""
     rows, path, folder = LARGE[file]
     out, embeddings = tmp_path / "index", np.ones((rows, 1), dtype=np.float32)
     if before == "an index":
