@@ -11,6 +11,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 import pml_ext
 
@@ -48,6 +49,10 @@ def pytest_runtest_makereport():
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report():
     return refuse_skip((yield))
+
+
+settings.register_profile("same each time", deadline=None, derandomize=True, database=None)
+settings.load_profile("same each time")
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

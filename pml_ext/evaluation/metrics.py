@@ -102,9 +102,7 @@ def retrieval_metrics(
         )
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    if (gallery is None) != (gallery_labels is None):
-        missing, given = ("gallery_labels", "gallery") if gallery_labels is None else ("gallery", "gallery_labels")
-        raise ValueError(f"{missing} must come with {given}, got {given} alone")
+    check_together("gallery", gallery, "gallery_labels", gallery_labels)
     queries = as_embeddings("embeddings", embeddings, device)
     searched = None if gallery is None else as_embeddings("gallery", gallery, queries.device, queries)
     codes = class_codes(labels, len(queries), gallery_labels, None if searched is None else len(searched), ignore_label)
@@ -231,6 +229,17 @@ def as_embeddings(
     embeddings = embeddings.detach().to(device, None if like is None else like.dtype)
     _check_finite(name, embeddings)
     return embeddings
+
+
+def check_together(name: str, value: Any, other_name: str, other: Any) -> None:
+    """Check that two arguments are given together or not at all.
+
+    Raises:
+        ValueError: If one of them is None.
+    """
+    if (value is None) != (other is None):
+        missing, given = (name, other_name) if value is None else (other_name, name)
+        raise ValueError(f"{missing} must come with {given}, got {given} alone")
 
 
 def _check_finite(name: str, embeddings: Tensor) -> None:

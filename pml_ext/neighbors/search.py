@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from pml_ext.precision import full_precision, upcast_half
 
-_SIMILARITIES_AT_ONCE = 1 << 24  # 64 MB
+_DISTANCES_AT_ONCE = 1 << 24  # 64 MB
 _NEIGHBORS_AT_ONCE = 1 << 21  # 16 MB
-_KEYS_AT_ONCE = 1 << 20  # 8 MB
+_KEYS_AT_ONCE = 1 << 19  # 4 MB
 _TILE = 1 << 16  # gallery rows that are compared at once
-_BLOCK = 64  # similarities of which only the largest is looked at first
+_INDEX = (1 << 32) - 1  # the lower half of a key
+_BLOCK = 64  # distances of which only the smallest is looked at first
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def search(
     """Yield the nearest gallery rows of each query by Euclidean distance, a chunk of queries at a time.
 
     Rows that lie equally near come in the order of their indices. Distances are compared by
-    ``x @ y - |y|^2 / 2``, computed in float32 (in float64 where queries are of that type): for rows of length 1 this is
+    ``|y|^2 / 2 - x @ y``, computed in float32 (in float64 where queries are of that type): for rows of length 1 this is
     the order of cosines. Memory beyond the embeddings is that of one chunk.
 
     Args:
@@ -39,7 +40,7 @@ def search(
         k: Neighbours of each query, 0 to M (M - 1 with ``own``); or ``(N,)``, a number for each, int64 on the CPU:
             queries that want about as many are then searched together.
         own: ``(N,)``, int64: the gallery row that is the query itself, which is never its neighbour.
-        chunk_size: Queries at a time, >= 1. None: so many that their similarities and neighbours take about 200 MB.
+        chunk_size: Queries at a time, >= 1. None: so many that their distances and neighbours take about 200 MB.
         progress: Whether to show a progress bar.
 
     Yields:
@@ -69,7 +70,7 @@ def search(
 
 def _chunk_size(depths: Tensor, order: Tensor, done: int, num_rows: int) -> int:
     """Return how many of the next queries fit: their number of neighbours grows, and that of the last counts."""
-    size = max(1, _SIMILARITIES_AT_ONCE // min(num_rows, _TILE))
+    size = max(1, _DISTANCES_AT_ONCE // min(num_rows, _TILE))
     while size > 1:
         depth = int(depths[order[min(done + size, len(order)) - 1]])
         if size * depth <= _NEIGHBORS_AT_ONCE:
@@ -85,33 +86,30 @@ def _nearest(
     if not k:
         return torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     if queries.dtype == torch.float64:  # a float64 and an index do not fit into a key
-        similarity = torch.addmm(half_norms, queries, gallery.T, beta=-1)  # (n, M)
-        _leave_out(similarity, own, 0)
-        return similarity.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    best = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
-    start = 0
-    for tile, norms in zip(
-        *(torch.tensor_split(x, -(-len(gallery) // _TILE)) for x in (gallery, half_norms)), strict=True
-    ):
-        similarity = torch.addmm(norms, queries, upcast_half(tile).T, beta=-1)  # (n, T)
-        _leave_out(similarity, own, start)
-        keys = smallest.of_similarity(similarity, k, start)
-        best = keys if not start else smallest.of_keys(torch.cat([best, keys], 1), k)
+        distance = torch.addmm(half_norms, queries, gallery.T, alpha=-1)  # (n, M), but for what only the query gives
+        _leave_out(distance, own, 0)
+        return distance.sort(dim=1, stable=True).indices[:, :k]
+    tiles = -(-len(gallery) // max(_TILE, 4 * k))
+    best, start = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device), 0
+    for tile, norms in zip(*(torch.tensor_split(x, tiles) for x in (gallery, half_norms)), strict=True):
+        distance = torch.addmm(norms, queries, upcast_half(tile).T, alpha=-1)  # (n, T)
+        _leave_out(distance, own, start)
+        best = torch.cat([best, smallest.of_distances(distance, k, start)], 1)
         start += len(tile)
-    return best & 0xFFFFFFFF
+    return smallest.of_keys(best, k, in_order=True) & _INDEX
 
 
-def _leave_out(similarity: Tensor, own: Tensor | None, start: int) -> None:
+def _leave_out(distance: Tensor, own: Tensor | None, start: int) -> None:
     """Put each query's own row behind all others, if it is among the columns, the first of which is row ``start``."""
     if own is None:
         return
     column = own - start
-    (inside,) = torch.nonzero((column >= 0) & (column < similarity.shape[1]), as_tuple=True)
-    similarity[inside, column[inside]] = -torch.inf
+    (inside,) = torch.nonzero((column >= 0) & (column < distance.shape[1]), as_tuple=True)
+    distance[inside, column[inside]] = torch.inf
 
 
 class _Smallest:
-    """The k smallest keys of each row, sorted; a key holds a similarity, the largest first, and an index below it."""
+    """The k smallest keys of each row; a key holds a distance, and an index below it."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_cpu = device.type == "cpu"
@@ -123,47 +121,46 @@ class _Smallest:
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown()
 
-    def of_similarity(self, similarity: Tensor, k: int, start: int) -> Tensor:
-        """Return the keys of the k most similar columns (all, where there are fewer), ``(n, k)``.
+    def of_distances(self, distance: Tensor, k: int, start: int) -> Tensor:
+        """Return the keys of the k nearest columns (all, where there are fewer), ``(n, k)``, in any order.
 
         Args:
-            similarity: ``(n, T)``, float32.
+            distance: ``(n, T)``, float32; -0.0 becomes 0.0 in it.
             k: >= 1.
             start: Index of the first column.
         """
-        width = similarity.shape[1]
-        if width > 4 * _BLOCK * k:
-            # The k best columns lie in the k blocks with the best columns: what is in another is behind all of theirs.
-            blocks = torch.nn.functional.pad(similarity, (0, -width % _BLOCK), value=-torch.inf)
-            blocks = blocks.view(len(similarity), -1, _BLOCK)
-            block = self.of_similarity(blocks.amax(2), k, 0) & 0xFFFFFFFF  # (n, k)
-            rows = torch.arange(len(similarity), device=similarity.device)[:, None]
-            columns = block[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=similarity.device)
-            keys = _keys(blocks[rows, block].flatten(1), columns.flatten(1) + start)
-            return self.of_keys(keys, k)
-        columns, rows_at_once = (
-            torch.arange(start, start + width, device=similarity.device),
-            max(1, _KEYS_AT_ONCE // width),
-        )
-        return torch.cat([self.of_keys(_keys(part, columns), k) for part in torch.split(similarity, rows_at_once)])
+        width = distance.shape[1]
+        columns = torch.arange(start, start + width, device=distance.device)
+        if width <= 4 * _BLOCK * k:
+            parts = torch.split(distance, max(1, _KEYS_AT_ONCE // width))
+            return torch.cat([self.of_keys(_keys(part, columns), k) for part in parts])
+        # The k best columns lie in the k blocks with the best columns: what is in another is behind all of theirs.
+        end = width // _BLOCK * _BLOCK
+        blocks = distance[:, :end].view(len(distance), -1, _BLOCK)
+        block = self.of_distances(blocks.amin(2), k, 0) & _INDEX  # (n, k)
+        rows = torch.arange(len(distance), device=distance.device)[:, None]
+        candidates = columns[:end].view(-1, _BLOCK)[block]  # (n, k, block)
+        keys = _keys(blocks[rows, block].flatten(1), candidates.flatten(1))
+        return self.of_keys(torch.cat([keys, _keys(distance[:, end:], columns[end:])], 1), k)
 
-    def of_keys(self, keys: Tensor, k: int) -> Tensor:
-        """Return the k smallest of each row, sorted."""
+    def of_keys(self, keys: Tensor, k: int, in_order: bool = False) -> Tensor:
+        """Return the k smallest of each row, from small to large if asked for."""
         k = min(k, keys.shape[1])
         if not self.on_cpu:
-            return keys.topk(k, dim=1, largest=False).values
+            return keys.topk(k, dim=1, largest=False, sorted=in_order).values
         parts = keys.tensor_split(torch.get_num_threads() if keys.numel() > _KEYS_AT_ONCE // 16 else 1)
-        return torch.from_numpy(np.concatenate(list(self.pool.map(lambda part: _smallest(part.numpy(), k), parts))))
+        chosen = self.pool.map(lambda part: _smallest(part.numpy(), k, in_order), parts)
+        return torch.from_numpy(np.concatenate(list(chosen)))
 
 
-def _keys(similarity: Tensor, columns: Tensor) -> Tensor:
-    """Return int64 numbers in the order of similarities from large to small; of columns, where those are equal."""
-    bits = (similarity + 0.0).view(torch.int32)  # + 0.0: no -0.0
-    descending = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    return descending.long().bitwise_left_shift_(32).bitwise_or_(columns)
+def _keys(distance: Tensor, columns: Tensor) -> Tensor:
+    """Return int64 numbers in the order of distances and, where those are equal, of columns."""
+    bits = distance.add_(0.0).view(torch.int32)  # no -0.0
+    ascending = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # as floats are; negative ones descend
+    return ascending.long().bitwise_left_shift_(32).bitwise_or_(columns)
 
 
-def _smallest(keys: np.ndarray[Any, Any], k: int) -> np.ndarray[Any, Any]:
+def _smallest(keys: np.ndarray[Any, Any], k: int, in_order: bool) -> np.ndarray[Any, Any]:
     if k < keys.shape[1]:
         keys = np.partition(keys, k - 1, axis=1)[:, :k]
-    return np.sort(keys, axis=1)
+    return np.sort(keys, axis=1) if in_order else keys

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pml_ext.precision import full_precision, upcast_half
 
-_CHUNK_ELEMENTS = 1 << 24  # similarities at a time: 64 MB
+_CHUNK_ELEMENTS = 1 << 22  # similarities at a time: 16 MB
 
 
 def unit_embeddings(embeddings: Tensor) -> Tensor:
@@ -16,12 +16,14 @@ def unit_embeddings(embeddings: Tensor) -> Tensor:
         return torch.nn.functional.normalize(upcast_half(embeddings.detach()))
 
 
-def similarity_chunks(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the indices of some rows and their similarities to all rows, ``(n, N)``, until all have been there.
+def similarity_chunks(unit: Tensor, gallery: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the indices of some rows and their similarities to all rows, ``(n, M)``, until all have been there.
 
     Args:
         unit: ``(N, D)``, rows of length 1.
+        gallery: ``(M, D)``, what they are compared with. None: ``unit``.
     """
-    step = max(1, _CHUNK_ELEMENTS // max(len(unit), 1))
+    gallery = unit if gallery is None else gallery
+    step = max(1, _CHUNK_ELEMENTS // max(len(gallery), 1))
     for rows in torch.split(torch.arange(len(unit), device=unit.device), step):
-        yield rows, unit[rows] @ unit.T
+        yield rows, unit[rows] @ gallery.T

@@ -4,15 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import FaissKMeans
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pml_ext import evaluation
+from pml_ext.evaluation import METRICS
 from pml_ext.modes import in_mode
-
-METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
-"""Names of the metrics that are computed by default."""
 
 
 @torch.no_grad()  # not inference_mode: what is returned may be trained on
@@ -107,23 +104,22 @@ def _count(parts: list[Tensor]) -> int:
 
 def retrieval_metrics(
     embeddings: Tensor,
-    labels: Tensor,
-    gallery: tuple[Tensor, Tensor] | None = None,
+    labels: Any,
+    gallery: tuple[Tensor, Any] | None = None,
     metrics: Sequence[str] = METRICS,
 ) -> dict[str, float]:
-    """Return PML's metrics, 0 to 1.
+    """Return the metrics of ``pml_ext.evaluation.retrieval_metrics``, without counts.
 
     Args:
         embeddings: ``(N, D)``, the queries.
         labels: ``(N,)``.
         gallery: Embeddings and labels that are searched. None: every query searches all other queries.
-        metrics: Names of PML's ``AccuracyCalculator``.
+        metrics: Names.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there.
     """
-    quiet = FaissKMeans(min_points_per_centroid=1)  # faiss would warn of small classes, and do the same
-    calculator = AccuracyCalculator(
-        include=tuple(metrics), k="max_bin_count", device=torch.device("cpu"), kmeans_func=quiet
-    )
-    if gallery is not None:
-        gallery = gallery[0].contiguous(), gallery[1]
-    values = calculator.get_accuracy(embeddings.contiguous(), labels, *(gallery or ()))  # faiss asserts contiguity
-    return {name: float(value) for name, value in values.items()}  # NumPy's numbers would not load with weights_only
+    searched, searched_labels = (None, None) if gallery is None else gallery
+    values = evaluation.retrieval_metrics(embeddings, labels, searched, searched_labels, metrics)
+    return {name: value for name, value in values.items() if not name.startswith("num_")}

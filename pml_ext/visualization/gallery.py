@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pml_ext.datasets.labels import as_labels
+from pml_ext.evaluation.class_codes import class_codes
+from pml_ext.evaluation.metrics import as_embeddings
 from pml_ext.extras import comes_with
+from pml_ext.neighbors.search import search
 from pml_ext.neighbors.similarity import unit_embeddings
-from pml_ext.validation import check_batch
 from pml_ext.visualization.thumbnails import image_at
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def retrieval_gallery(
 
     Args:
         embeddings: ``(N, D)``, floating point, finite, a tensor or an array.
-        labels: ``(N,)``, integers.
+        labels: ``(N,)``, integers, strings or bools, as in ``retrieval_metrics``.
         images: N images, as in ``retrieval_report``.
         queries: Indices of the queries. None: ``num_queries`` random ones, each of another class while there are any.
         num_queries: Rows.
@@ -52,7 +53,7 @@ def retrieval_gallery(
 
     Raises:
         ImportError: If matplotlib is not installed; the message names the extra.
-        TypeError: If embeddings are not floating point, labels no integers, or images of no known kind.
+        TypeError: If embeddings are not floating point, labels of another kind, or images of no known kind.
         ValueError: If lengths differ, embeddings are not finite, a query is out of range, there are fewer than two
             images, or one cannot be read or has values out of range.
     """
@@ -61,24 +62,21 @@ def retrieval_gallery(
             "embeddings, labels and images must have one length of at least 2, got "
             f"{len(embeddings)}, {len(labels)}, {len(images)}"
         )
-    if isinstance(embeddings, np.ndarray):
-        embeddings = torch.tensor(embeddings)
-    check_batch(embeddings)
-    labels = as_labels("labels", labels, len(embeddings))
+    unit = unit_embeddings(as_embeddings("embeddings", embeddings, "cpu"))
+    codes = class_codes(labels, len(unit)).queries
     if queries is None:
-        queries = _choose_queries(labels, num_queries, seed)
+        queries = _choose_queries(codes, num_queries, seed)
     queries = [int(query) for query in queries]
-    if not queries or min(queries) < 0 or max(queries) >= len(labels):
-        raise ValueError(f"queries must be indices in 0 to {len(labels) - 1}, at least one, got {queries}")
-    unit = unit_embeddings(embeddings.cpu())
-    similarity = unit[queries] @ unit.T  # (Q, N)
-    similarity[range(len(queries)), queries] = -torch.inf  # a query is not its own neighbour
-    if searched is not None:
-        others = torch.ones(len(labels), dtype=torch.bool)
-        others[list(searched)] = False
-        similarity[:, others] = -torch.inf
-    most = int((similarity != -torch.inf).sum(1).min())
-    values, neighbors = similarity.topk(min(num_neighbors, most), dim=1)
+    if not queries or min(queries) < 0 or max(queries) >= len(unit):
+        raise ValueError(f"queries must be indices in 0 to {len(unit) - 1}, at least one, got {queries}")
+    places = range(len(unit)) if searched is None else [int(place) for place in searched]
+    position = {place: i for i, place in enumerate(places)}
+    own = torch.tensor([position.get(query, -1) for query in queries])  # a query is not its own neighbour
+    depth = min(num_neighbors, len(places) - int((own >= 0).any()))
+    asked, gallery = unit[queries], unit[list(places)]
+    nearest = torch.cat([rows for _, rows in search(asked, gallery, depth, own)])  # (Q, k)
+    values = (asked[:, None] * gallery[nearest]).sum(2)
+    neighbors = torch.tensor(list(places))[nearest]
 
     with comes_with("visualization", "matplotlib", "retrieval_gallery"):
         from matplotlib.figure import Figure  # on use: matplotlib comes with an extra
@@ -89,7 +87,7 @@ def retrieval_gallery(
     for row, query in enumerate(queries):
         _draw(axes[row, 0], images, query, _QUERY, "-", "query")
         for column, (value, neighbor) in enumerate(zip(values[row], neighbors[row].tolist(), strict=True), 1):
-            right = bool(labels[neighbor] == labels[query])
+            right = bool(codes[neighbor] == codes[query])
             mark = f"{value:.2f}" if right else f"{value:.2f} ✗"
             _draw(axes[row, column], images, neighbor, _RIGHT if right else _WRONG, "-" if right else "--", mark)
     if path is not None:
@@ -97,11 +95,11 @@ def retrieval_gallery(
     return figure
 
 
-def _choose_queries(labels: Tensor, num_queries: int, seed: int) -> list[int]:
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+def _choose_queries(codes: Tensor, num_queries: int, seed: int) -> list[int]:
+    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed)).tolist()
     seen: dict[int, int] = {}
     for i in order:
-        seen.setdefault(int(labels[i]), i)
+        seen.setdefault(int(codes[i]), i)
     first = set(seen.values())
     return (list(seen.values()) + [i for i in order if i not in first])[:num_queries]
 

@@ -16,7 +16,7 @@ _MAX_LEGEND = 12
 _SHAPES = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.5-3.5h7v7h-7z", "M0-4.8 4.5 3.4h-9z", "M0-5 5 0 0 5-5 0z")
 _METRICS = (
     ("P@1", "share of queries whose nearest neighbour is of the same class"),
-    ("R-precision", "share of the same class among the R nearest, R being the number of other images of the class"),
+    ("R-precision", "share of the same class among the R nearest, R being the number of images to find of the class"),
     ("MAP@R", "as R-precision, but early neighbours count more"),
 )
 
@@ -85,7 +85,8 @@ class Report(NamedTuple):
     """All that the page shows."""
 
     title: str
-    num_images: int
+    num_images: int  # queries
+    num_gallery: int | None  # None: the queries search each other
     num_classes: int
     embedding_size: int
     metrics: tuple[float, ...]
@@ -139,7 +140,7 @@ def render_page(report: Report) -> str:
 <header>
 <h1>{escape(report.title)}</h1>
 <p>{_count(report.num_images, "image")} of {_count(report.num_classes, "class", "classes")}, embeddings of
-{_count(report.embedding_size, "number")}. Each image is searched among all others by cosine similarity.</p>
+{_count(report.embedding_size, "number")}. {_searched(report)} by cosine similarity.</p>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main id="main" tabindex="-1">
@@ -151,6 +152,12 @@ def render_page(report: Report) -> str:
 </body>
 </html>
 """
+
+
+def _searched(report: Report) -> str:
+    if report.num_gallery is None:
+        return "Each image is searched among all others"
+    return f"Each image is a query that is searched in a gallery of {_count(report.num_gallery, 'other image')}"
 
 
 def _json(report: Report) -> str:
@@ -178,13 +185,17 @@ def _left_out(report: Report) -> str:
     names = report.left_out
     if not names:
         return ""
-    rule = "without another image to find; they stay among the images that are searched"
+    rule, one, each = (
+        ("without another image to find; they stay among the images that are searched", ", which has one image,", "one")
+        if report.num_gallery is None
+        else ("without an image to find in the gallery", "", "none")
+    )
     if len(names) == 1:
-        return f"<p>Left out of the metrics: the class {_strong(names[0])}, which has one image, {rule}.</p>"
+        return f"<p>Left out of the metrics: the class {_strong(names[0])}{one} {rule}.</p>"
     listed = "".join(f"<li>{escape(name)}</li>" for name in names[:_MAX_NAMES])
     more = f"<p>and {len(names) - _MAX_NAMES:,} more</p>" if len(names) > _MAX_NAMES else ""
     return (
-        f"<details><summary>Left out of the metrics: {len(names):,} classes with one image each</summary>"
+        f"<details><summary>Left out of the metrics: {len(names):,} classes with {each} image each</summary>"
         f'<p>They are {rule}.</p><ul class="names">{listed}</ul>{more}</details>'
     )
 
@@ -202,7 +213,12 @@ def _classes(report: Report) -> str:
     shown = "One class" if count == 1 else shown
     columns = [("Class", "none"), ("Images", "none")] + [(name, "none") for name, _ in _METRICS]
     columns[-1] = ("MAP@R", "ascending")
-    table = _table("class-table", f"{shown} with more than one image, worst first", columns, rows)
+    table = _table(
+        "class-table",
+        f"{shown}{'' if report.num_gallery is not None else ' with more than one image'}, worst first",
+        columns,
+        rows,
+    )
     if count < 10:
         return table
     search = '<label>Find a class <input type="search" id="class-filter" autocomplete="off"></label>'
@@ -253,13 +269,14 @@ def _gallery(report: Report) -> str:
     ]
     for heading, queries in (("Worst queries, by AP@R", report.worst), ("Random queries", report.random)):
         if queries:
-            parts.append(f"<h3>{heading}</h3>" + "".join(map(_query, queries)))
+            noun = "image" if report.num_gallery is None else "gallery image"
+            parts.append(f"<h3>{heading}</h3>" + "".join(_query(query, noun) for query in queries))
     return "\n".join(parts)
 
 
-def _query(query: Query) -> str:
+def _query(query: Query, noun: str) -> str:
     alt = f"Query, image {query.image}, class {query.name}"
-    tiles = "".join(map(_neighbor, query.neighbors))
+    tiles = "".join(_neighbor(neighbor, noun) for neighbor in query.neighbors)
     return (
         f'<article class="query"><h4>{escape(query.name)} <small>image {query.image}, AP@R '
         f'{_percent(query.average_precision)}</small></h4><div class="tiles"><figure class="tile asked">'
@@ -268,9 +285,9 @@ def _query(query: Query) -> str:
     )
 
 
-def _neighbor(neighbor: Neighbor) -> str:
+def _neighbor(neighbor: Neighbor, noun: str) -> str:
     kind, sign = ("right", "✓") if neighbor.right else ("wrong", "✗")
-    alt = f"{kind}: image {neighbor.image}, class {neighbor.name}"
+    alt = f"{kind}: {noun} {neighbor.image}, class {neighbor.name}"
     return (
         f'<li><figure class="tile {kind}">{_picture(neighbor.picture, alt, neighbor.image)}'
         f'<figcaption><b aria-hidden="true">{sign}</b><span class="hidden">{kind},</span> '

@@ -16,10 +16,11 @@ from pml_ext.datasets.image_files import read_image
 _QUALITIES = ((96, 80), (80, 72), (64, 65), (48, 55), (32, 45), (24, 30))  # longest side, WebP quality
 
 
-def check_images(images: Any, length: int) -> None:
+def check_images(name: str, images: Any, length: int) -> None:
     """Check what can be known of images before they are read.
 
     Args:
+        name: Of the argument, for messages.
         images: As ``retrieval_report`` takes them.
         length: How many there must be.
 
@@ -30,19 +31,21 @@ def check_images(images: Any, length: int) -> None:
     kinds = "a tensor, a sequence of images or paths, or a data set with a length"
     sized = hasattr(images, "__len__") and hasattr(images, "__getitem__")
     if not sized or isinstance(images, str | bytes | dict):
-        raise TypeError(f"images must be {kinds}, got {type(images).__name__}")
+        raise TypeError(f"{name} must be {kinds}, got {type(images).__name__}")
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise TypeError(f"images must be uint8 or floats in 0 to 1, got {images.dtype}")
+            raise TypeError(f"{name} must be uint8 or floats in 0 to 1, got {images.dtype}")
         if images.ndim != 3 and (images.ndim != 4 or images.shape[1] not in (1, 3)):
             raise ValueError(
-                f"images must have shape (N, H, W), (N, 1, H, W) or (N, 3, H, W), got {tuple(images.shape)}"
+                f"{name} must have shape (N, H, W), (N, 1, H, W) or (N, 3, H, W), got {tuple(images.shape)}"
             )
     if len(images) != length:
-        raise ValueError(f"images must have one entry for each of {length} embeddings, got {len(images)}")
+        raise ValueError(f"{name} must have one entry for each of {length} embeddings, got {len(images)}")
 
 
-def load_thumbnails(images: Any, indices: Sequence[int], progress: bool = False) -> dict[int, Any]:
+def load_thumbnails(
+    images: Any, indices: Sequence[int], progress: bool = False, name: str = "images"
+) -> dict[int, Any]:
     """Read some images, in the order of their indices, and return them as small PIL images.
 
     Raises:
@@ -51,7 +54,7 @@ def load_thumbnails(images: Any, indices: Sequence[int], progress: bool = False)
     """
     thumbnails = {}
     for index in tqdm(sorted(set(indices)), desc="thumbnails", disable=not progress):
-        image = image_at(images, index)
+        image = image_at(images, index, name)
         image.thumbnail((_QUALITIES[0][0],) * 2)
         thumbnails[index] = image
     return thumbnails

@@ -1,56 +1,123 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pml_ext.neighbors import search
-from pml_ext.neighbors.search import nearest_by_cosine, nearest_others
+from pml_ext.neighbors import search as module
+from pml_ext.neighbors.search import search
 
 EMB = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+ITSELF = torch.arange(50)
 
 
-def by_loops(x, k):
-    """The k nearest others of each row by squared distance, without torch."""
+def by_loops(queries, gallery, k, own=None):
+    """The k nearest rows of each query by squared distance, ties by index, without torch."""
     nearest = []
-    for i, row in enumerate(x):
-        distances = [(((row - other) ** 2).sum(), j) for j, other in enumerate(x) if j != i]
-        nearest.append([j for _, j in sorted(distances)[:k]])
+    for i, row in enumerate(queries.double().numpy()):
+        distances = [(((row - other) ** 2).sum(), j) for j, other in enumerate(gallery.double().numpy())]
+        nearest.append([j for _, j in sorted(distances) if own is None or j != own[i]][:k])
     return nearest
 
 
-@pytest.mark.parametrize("k", [1, 7, 49])
-@pytest.mark.parametrize("parts", [None, 1, 2, 3])
-def test_matches_loops(k, parts):
-    searched = list(nearest_others(EMB, k, parts))
-    assert len(searched) == (parts or 1)
-    assert torch.equal(torch.cat([rows for rows, _ in searched]), torch.arange(50))
-    nearest = torch.cat([neighbors for _, neighbors in searched])
-    assert nearest.tolist() == by_loops(EMB.numpy().astype(np.float64), k)
+def gathered(chunks, length):
+    """The neighbours of all queries as lists, in order, and the sizes of chunks."""
+    nearest, sizes = [None] * length, []
+    for rows, neighbors in chunks:
+        sizes.append(len(rows))
+        for row, some in zip(rows.tolist(), neighbors.tolist(), strict=True):
+            assert nearest[row] is None
+            nearest[row] = some
+    return nearest, sizes
 
 
-def test_parts_keep_memory_low(monkeypatch):
-    """As many parts of one size as hold the given numbers of rows and neighbours."""
-    monkeypatch.setattr(search, "_ROWS_AT_ONCE", 20)
-    monkeypatch.setattr(search, "_NEIGHBORS_AT_ONCE", 1)
-    assert [len(rows) for rows, _ in nearest_others(EMB, 3)] == [17, 17, 16]
-    monkeypatch.setattr(search, "_NEIGHBORS_AT_ONCE", 4 * 25)  # of 4, the row itself included
-    assert [len(rows) for rows, _ in nearest_others(EMB, 3)] == [25, 25]
-    assert len(list(nearest_others(EMB, 4))) == 3
+@pytest.fixture
+def few_at_once(monkeypatch):
+    """Tiles of 7 rows and blocks of 2, so that 50 rows have all cases."""
+    monkeypatch.setattr(module, "_TILE", 7)
+    monkeypatch.setattr(module, "_BLOCK", 2)
+    monkeypatch.setattr(module, "_KEYS_AT_ONCE", 16)
 
 
-def test_equal_rows():
-    """A row is never its own neighbour, though others lie as near."""
-    ((rows, neighbors),) = nearest_others(torch.ones(30, 4), 2)
-    assert neighbors.shape == (30, 2)
-    assert (neighbors != rows[:, None]).all()
+@pytest.mark.parametrize("k", [0, 1, 3, 7, 49])
+@pytest.mark.parametrize("chunk_size", [None, 1, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_matches_loops(k, chunk_size, dtype, device):
+    x = EMB.to(device, dtype)
+    nearest, sizes = gathered(search(x, x, k, ITSELF, chunk_size), 50)
+    assert nearest == by_loops(EMB, EMB, k, ITSELF)
+    assert sizes == {None: [50], 1: [1] * 50, 20: [20, 20, 10]}[chunk_size]
+
+
+@pytest.mark.parametrize("k", [1, 3, 12, 30])
+def test_in_tiles_and_blocks(k, few_at_once):
+    assert gathered(search(EMB, EMB, k, ITSELF), 50)[0] == by_loops(EMB, EMB, k, ITSELF)
+    assert gathered(search(EMB[:9], EMB[9:], k), 9)[0] == by_loops(EMB[:9], EMB[9:], k)
+
+
+def test_ties_come_by_index(few_at_once, device):
+    """Small integers, whose products are exact; -0.0 is 0.0."""
+    x = torch.randint(-1, 2, (90, 2), generator=torch.Generator().manual_seed(1)).float()
+    x[3] = -x[3]
+    for k in (1, 5, 88):
+        nearest, _ = gathered(search(x.to(device), x.to(device), k, torch.arange(90)), 90)
+        assert nearest == by_loops(x, x, k, torch.arange(90))
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 10**6))
+def test_equal_rows_come_by_index(num_rows, num_different, seed):
+    """Rows with random numbers, many of them equal: products round alike wherever a row stands."""
+    generator = torch.Generator().manual_seed(seed)
+    copy = torch.randint(num_different, (num_rows,), generator=generator)
+    x = torch.randn(num_different, 33, generator=generator)[copy]
+    nearest, _ = gathered(search(x, x, num_rows - 1, torch.arange(num_rows)), num_rows)
+    for i, row in enumerate(nearest):
+        alike = [j for j in range(num_rows) if copy[j] == copy[i] and j != i]
+        assert row[: len(alike)] == alike
+
+
+def test_a_number_for_each_query():
+    """Queries that want about as many are searched together, and none is lost."""
+    wanted = torch.arange(50).flip(0) % 13
+    chunks = list(search(EMB, EMB, wanted, ITSELF, chunk_size=8))
+    nearest, _ = gathered(chunks, 50)
+    for i, row in enumerate(nearest):
+        assert row[: wanted[i]] == by_loops(EMB[i : i + 1], EMB, int(wanted[i]), [i])[0]
+    assert sum(neighbors.numel() for _, neighbors in chunks) < 1.4 * int(wanted.sum())
+
+
+def test_chunks_keep_memory_low(monkeypatch):
+    monkeypatch.setattr(module, "_DISTANCES_AT_ONCE", 1000)
+    assert gathered(search(EMB, EMB, 3), 50)[1] == [20, 20, 10]
+    monkeypatch.setattr(module, "_NEIGHBORS_AT_ONCE", 30)
+    assert gathered(search(EMB, EMB, 3), 50)[1] == [10] * 5
+    assert max(len(rows) * neighbors.shape[1] for rows, neighbors in search(EMB, EMB, torch.arange(50))) <= 49
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_compared_in_float32(dtype):
+    half = (100 + EMB).to(dtype)
+    assert (
+        gathered(search(half, half, 9, ITSELF), 50)[0] == gathered(search(half.float(), half.float(), 9, ITSELF), 50)[0]
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gathered(search(EMB, EMB, 9, ITSELF), 50)[0] == by_loops(EMB, EMB, 9, ITSELF)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_change_nothing(threads, monkeypatch):
+    monkeypatch.setattr(module, "_KEYS_AT_ONCE", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert gathered(search(EMB, EMB, 9, ITSELF), 50)[0] == by_loops(EMB, EMB, 9, ITSELF)
+
+
+def test_order_of_floats():
+    """Keys are in the order of floats, infinities and tiny numbers included."""
+    values = np.array([np.inf, 3e38, 1.5, 1.0, 1e-45, 0.0, -1e-45, -1.0, -3e38, -np.inf], dtype=np.float32)
+    keys = module._keys(torch.from_numpy(values)[None], torch.zeros(1, dtype=torch.long))[0]
+    assert (keys[1:] < keys[:-1]).all()
 
 
 def test_progress(capsys):
-    assert len(list(nearest_others(EMB, 1, progress=True))) == 1
-    assert "neighbours" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["faiss", "torch"])
-def test_cosine_order_is_that_of_distances_of_unit_rows(dtype):
-    unit = torch.nn.functional.normalize(EMB.to(dtype))
-    assert nearest_by_cosine(unit, 5).tolist() == by_loops(unit.double().numpy(), 5)
-    assert nearest_by_cosine(unit, 0).shape == (50, 0)
+    assert len(list(search(EMB, EMB, 1, progress=True))) == 1
+    assert "searching" in capsys.readouterr().err

@@ -76,8 +76,8 @@ def report(tmp_path):
 
 
 def use_chunks(monkeypatch):
-    monkeypatch.setattr("pml_ext.neighbors.search._ROWS_AT_ONCE", 25)
-    monkeypatch.setattr("pml_ext.neighbors.search._NEIGHBORS_AT_ONCE", 25)
+    monkeypatch.setattr("pml_ext.neighbors.search._DISTANCES_AT_ONCE", 25 * 312)
+    monkeypatch.setattr("pml_ext.neighbors.search._TILE", 64)
     monkeypatch.setattr("pml_ext.neighbors.similarity._CHUNK_ELEMENTS", 2000)
 
 
