@@ -19,6 +19,8 @@ import torch.distributed as dist
 from harness import make_parser, markdown_table, metadata, peak_since, save, start_peak, time_in_turn
 from tqdm import tqdm
 
+from pml_ext.strict_json import strict_json
+
 BATCH_SIZE, EMBEDDING_SIZE = 128, 128  # of all ranks together
 WAYS = {"one process": 1, "two ranks, all classes on each": 2, "two ranks, classes split": 2}
 LOSSES = ("ProxyAnchorLoss", "AdaptiveAdditiveMarginLoss")
@@ -69,7 +71,7 @@ def worker(rank, way, name, num_classes, steps, folder):
     count_bytes(counter)
     step()
     measured = {"seconds": seconds, "peak_mb": peak_since(start), "bytes": sum(counter.values())}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(measured))
+    (Path(folder) / f"{rank}.json").write_text(strict_json(measured))
     if world > 1:
         del group, wrapped, loss_func, optimizer, step  # what holds the connections must be gone before they are closed
         gc.collect()

@@ -2,7 +2,6 @@
 
 import argparse
 import ctypes
-import json
 import multiprocessing
 import os
 import platform
@@ -17,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
+
+from pml_ext.strict_json import strict_json
 
 START_METHOD = "spawn"  # of processes
 
@@ -149,7 +150,7 @@ def metadata(device="cpu", threads=None, **sizes):
 def save(out, kept):
     """Write what was measured as JSON where a file is asked for, and return it."""
     if out is not None:
-        Path(out).write_text(json.dumps(kept, indent=1) + "\n")
+        Path(out).write_text(strict_json(kept, indent=1) + "\n")
     return kept
 
 

@@ -4,7 +4,6 @@ The rows of one batch size share embeddings, labels and proxies, and are timed i
 where the machine's speed changes. ``--out benchmarks/results/losses-cpu.json`` keeps the figures.
 """
 
-import json
 from functools import partial
 
 import torch
@@ -13,6 +12,7 @@ from pytorch_metric_learning import losses
 from tqdm import tqdm
 
 from pml_ext.losses import HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.strict_json import strict_json
 
 NUM_CLASSES = 100
 
@@ -68,7 +68,7 @@ def main(batch_sizes=(64, 256, 1024), embedding_size=512, repeats=15, threads=2,
             results.append(row)
     sizes = {"repeats": repeats, "embedding_size": embedding_size, "num_classes": NUM_CLASSES, "dtype": "float32"}
     kept = save(out, {"metadata": metadata(device, threads, **sizes), "results": results})
-    print(json.dumps(kept, indent=1))
+    print(strict_json(kept, indent=1))
     return kept
 
 

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from pml_ext.strict_json import strict_json
+
 
 def path_of(out, data, kind):
     return Path(out) / f"{data}-{kind}.jsonl"
@@ -44,7 +46,7 @@ def append(path, run):
         content = file.read()
         size = whole_lines(content)
         file.truncate(size)
-        file.write(b"\n" * (content[:size] != b"" and content[:size][-1:] != b"\n") + json.dumps(run).encode() + b"\n")
+        file.write(b"\n" * (content[:size] != b"" and content[:size][-1:] != b"\n") + strict_json(run).encode() + b"\n")
 
 
 def whole_lines(content):

@@ -1,6 +1,7 @@
 """Commands whose bad input ends in one line."""
 
 import argparse
+import io
 import re
 import sys
 import warnings
@@ -42,6 +43,7 @@ class Command(argparse.ArgumentParser):
                 they keep their traceback.
             arguments: None: those of the program.
         """
+        print_any_name()
         try:
             main(**vars(self.parse_args(arguments)))
             return
@@ -57,6 +59,12 @@ class Command(argparse.ArgumentParser):
         wording = options | self.wording
         first = max((text for text in wording if message.startswith(text)), key=len, default="")
         return wording.get(first, "") + message[len(first) :]
+
+
+def print_any_name() -> None:
+    """Have print() escape what the terminal does not have, as stderr does: names of files hold anything."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def some_of(names: Sequence[Any]) -> str:

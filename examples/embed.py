@@ -2,13 +2,15 @@
 
 Run: python examples/embed.py --run runs/photos --images photos/
 after examples/train.py. The folder may have any layout. --out gets embeddings.npy (float32, unit length), paths.txt (a
-line for each row, relative to the folder), index.faiss (inner product, which is the cosine) and index.json; older ones
-are replaced. Then: examples/search.py.
+line for each row, relative to the folder), index.faiss (inner product, which is the cosine; for other programs) and
+index.json; older ones are replaced, once all of it is there. Then: examples/search.py.
 """
 
-import json
+import os
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import command_line  # first: it keeps a warning away
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from pml_ext import recipes
 from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.image_folder import find_images
+from pml_ext.strict_json import strict_json
 
 
 class Readable(torch.utils.data.Dataset):
@@ -38,12 +41,19 @@ class Readable(torch.utils.data.Dataset):
 
 def main(run, images, out=None, skip_broken=False, batch_size=256, workers=0, device=None):
     """Return the embeddings and the paths."""
+    command_line.print_any_name()
     loaded, images = recipes.load_run(run, device), Path(images)
+    out = Path(run) / "index" if out is None else Path(out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out must be a folder, got the file {out}")
     if not images.is_dir():
         raise FileNotFoundError(f"--images must be a folder, got {images}")
     files = find_images(images)
     if not files:
         raise ValueError(f"--images must be a folder with images in it or below, got {images} without")
+    broken_name = next((file for file in files if "\n" in file), None)
+    if broken_name is not None:  # paths.txt has a line for each
+        raise ValueError(f"--images must have no line break in a name, got {broken_name!r}")
     made = loaded.recipe
     dataset = ImageFiles(files, [0] * len(files), transform=made.transforms.test)
     embeddings, labels = recipes.embed(
@@ -62,29 +72,41 @@ def main(run, images, out=None, skip_broken=False, batch_size=256, workers=0, de
         print(f"warning: skipped {skipped}", file=sys.stderr)
     embeddings = embeddings[labels >= 0].numpy()
     paths = [Path(f).relative_to(images).as_posix() for f, label in zip(files, labels, strict=True) if label >= 0]
-    out = Path(run) / "index" if out is None else Path(out)
     write_index(out, embeddings, paths, {"folder": str(images.resolve()), "weights": loaded.checksum})
     print(f"{len(paths)} images, {embeddings.shape[1]} numbers each: {out}")
     return embeddings, paths
 
 
 def write_index(out, embeddings, paths, origin):
-    """Write what search.py needs."""
+    """Write what search.py needs: all of it, or nothing."""
     import faiss
 
-    if any("\n" in path for path in paths):
-        raise ValueError(f"--images must have no line break in a name, got {next(p for p in paths if chr(10) in p)!r}")
-    out.mkdir(parents=True, exist_ok=True)
-    np.save(out / "embeddings.npy", embeddings)
-    (out / "paths.txt").write_text("".join(f"{path}\n" for path in paths), encoding="utf-8", errors="surrogateescape")
     index = faiss.IndexFlatIP(embeddings.shape[1])
     index.add(embeddings)
-    faiss.write_index(index, str(out / "index.faiss"))
-    (out / "index.json").write_text(json.dumps(origin | {"images": len(paths)}, indent=2) + "\n")
+    lines = "".join(f"{path}\n" for path in paths).encode("utf-8", "surrogateescape")
+    about = strict_json(origin | {"images": len(paths)}, indent=2) + "\n"
+    writers = {  # of NumPy and FAISS, those that take a path do not say, or not always, that the disk is full
+        "embeddings.npy": lambda file: np.save(SimpleNamespace(write=file.write), embeddings),
+        "index.faiss": lambda file: faiss.write_index(index, faiss.PyCallbackIOWriter(file.write)),
+        "paths.txt": lambda file: file.write(lines),
+        "index.json": lambda file: file.write(about.encode()),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as new:
+            for name, write in writers.items():
+                with open(Path(new) / name, "wb") as file:
+                    write(file)
+            (out / "index.json").unlink(missing_ok=True)  # without it, what is killed below is no index
+            for name in writers:
+                os.replace(Path(new) / name, out / name)
+    except OSError as error:
+        raise OSError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":
-    command = command_line.Command({"a run's folder must": "--run must"}, description=__doc__)
+    wording = {"a run's folder must": "--run must", "trunk must": "the network of --run must"}
+    command = command_line.Command(wording, description=__doc__)
     command.add_argument("--run", required=True, help="folder of the run")
     command.add_argument("--images", required=True, help="folder with images, in it or below")
     command.add_argument("--out", help="folder of the index; default: index in that of the run")

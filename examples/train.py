@@ -16,7 +16,6 @@ does. Then: examples/embed.py and examples/search.py.
 import argparse
 import ast
 import copy
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.run_config import describe_run, read_config, write_config
 from pml_ext.recipes.run_folder import load_run
+from pml_ext.strict_json import strict_json
 from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
 METRICS = {"precision_at_1": "P@1", "r_precision": "R-precision", "mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
@@ -159,7 +159,7 @@ def main(
     metrics = recipes.retrieval_metrics(*embedded[0], *embedded[1:], metrics=tuple(METRICS))
     result = {"split": "test", "epoch": run.epoch, **metrics}
     with (out / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in [*trainer.history, result])
+        file.writelines(strict_json(entry) + "\n" for entry in [*trainer.history, result])
     draw(out, trainer.history, tested, embedded)
     if len(tested) == 1:
         retrieval_report(*embedded[0], Images(*tested), opened.test.class_names, out / "report.html", title=str(out))

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pml_ext"
 
 LAYERS = [  # lowest first; a module imports from its own sub-package and from the layers below it
-    {"types", "version", "extras", "precision", "modes", "validation"},
+    {"types", "version", "extras", "precision", "modes", "validation", "strict_json"},
     {"pml_internals"},
     {"learners", "reducers", "class_embeddings"},
     {"streaming", "regularizers"},

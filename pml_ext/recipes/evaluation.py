@@ -23,9 +23,11 @@ def embed(
 ) -> tuple[Tensor, Tensor]:
     """Return the embeddings of a data set, of length 1, and its labels, on the CPU.
 
+    A row of zeros, which has no direction, stays as it is.
+
     Args:
-        trunk: The network, used in eval mode and on its own device.
-        dataset: Of transformed images and labels.
+        trunk: The network, used in eval mode and on its own device. It returns a row for each image.
+        dataset: Of transformed images and their labels, integers.
         batch_size: Images at a time.
         autocast: As in ``Trainer``.
         num_workers: Processes that load images.
@@ -33,17 +35,71 @@ def embed(
 
     Returns:
         ``(N, D)`` float32 and ``(N,)``.
+
+    Raises:
+        TypeError: If the network returns no tensor of floating point, or labels are no numbers.
+        ValueError: If the network returns another shape, or numbers that are not finite; or the data set is empty or
+            does not give pairs.
     """
     like = next(trunk.parameters(), torch.empty(0))
     loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=num_workers)
-    embeddings, labels = [], []
+    embeddings: list[Tensor] = []
+    labels: list[Tensor] = []
     with in_mode(trunk):
-        for images, batch_labels in tqdm(loader, desc="embedding", disable=not progress):
+        for batch in tqdm(loader, desc="embedding", disable=not progress):
+            images, batch_labels = _pair(batch)
             with torch.autocast(like.device.type, autocast, enabled=autocast is not None):
                 raw = trunk(images.to(like.device))
+            _check_output(raw, len(images), embeddings)
             embeddings.append(nn.functional.normalize(raw.float()).cpu())
-            labels.append(torch.as_tensor(batch_labels))
+            labels.append(batch_labels)
+    if not embeddings:
+        raise ValueError("dataset must have at least one image, got none")
     return torch.cat(embeddings), torch.cat(labels)
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a loader's batch."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:  # a tensor of two images could be taken apart, too
+        got = f"{len(batch)} things" if isinstance(batch, tuple | list) else "one thing"
+        raise ValueError(f"dataset must give an image and a label for each index, got {got}")
+    images, labels = batch
+    if not isinstance(labels, Tensor):
+        first = labels[0] if isinstance(labels, tuple | list) else labels
+        raise TypeError(f"dataset must give integers as labels, got {first!r}")
+    return images, labels
+
+
+def _check_output(raw: Any, num_images: int, before: list[Tensor]) -> None:
+    """Check what a network makes of some images; ``before`` is what it made of those in front of them."""
+    if not isinstance(raw, Tensor):
+        raise TypeError(f"trunk must return one tensor, got {type(raw).__name__}")
+    if raw.ndim != 2 or len(raw) != num_images or not raw.shape[1]:
+        advice = ": pool or flatten feature maps" if raw.ndim > 2 else ""
+        raise ValueError(
+            f"trunk must return a row for each image, shape ({num_images}, D), got {tuple(raw.shape)}{advice}"
+        )
+    if not raw.is_floating_point():
+        raise TypeError(f"trunk must return floating point, got {raw.dtype}")
+    if before and raw.shape[1] != before[0].shape[1]:
+        raise ValueError(
+            f"trunk must return rows of one width, got {before[0].shape[1]} and, from row {_count(before)} on, "
+            f"{raw.shape[1]}"
+        )
+    wrong = torch.linalg.vector_norm(raw.float(), dim=1).isfinite().logical_not().nonzero().flatten()
+    if len(wrong):
+        x = raw[wrong[0]]
+        odd = x[x.isfinite().logical_not()].tolist()
+        got = odd[0] if odd else f"{x.abs().max().item():.3g}, which makes a row too long for float32,"
+        rows = ", ".join(str(_count(before) + row) for row in wrong[:5].tolist()) + (", ..." if len(wrong) > 5 else "")
+        raise ValueError(
+            f"trunk must return finite embeddings, got {got} in row {_count(before) + int(wrong[0])}; "
+            f"{len(wrong)} of the first {_count(before) + num_images} rows: {rows}"
+        )
+
+
+def _count(parts: list[Tensor]) -> int:
+    return sum(map(len, parts))
 
 
 def retrieval_metrics(

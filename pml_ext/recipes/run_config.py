@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pml_ext.recipes.training_recipe import Recipe
+from pml_ext.strict_json import strict_json
 from pml_ext.version import __version__
 
 _GONE = {"depth": 1}  # settings of former versions, and where they changed nothing
@@ -33,7 +34,7 @@ def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any)
         **more,
         "versions": {"pml-ext": __version__} | {name: version(name) for name in packages},
     }
-    plain: dict[str, Any] = json.loads(json.dumps(config))
+    plain: dict[str, Any] = json.loads(strict_json(config))
     return plain
 
 
@@ -41,7 +42,7 @@ def write_config(folder: str | os.PathLike[str], config: dict[str, Any]) -> None
     """Write ``config.json``, whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json.new").write_text(strict_json(config, indent=2) + "\n", encoding="utf-8")
     os.replace(folder / "config.json.new", folder / "config.json")
 
 

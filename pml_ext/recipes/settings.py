@@ -1,5 +1,6 @@
 """Numbers of a training, and where each comes from."""
 
+import math
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -105,7 +106,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         given: By the user; None stands for "as the preset has it". With an ``image_size`` alone, ``resize`` follows.
 
     Raises:
-        ValueError: If preset or a name is unknown, or a text is given for a number or the other way round.
+        ValueError: If preset or a name is unknown, a text is given for a number or the other way round, or a
+            number is not finite.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -122,6 +124,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         default = numbers[name][0]
         if default is not None and isinstance(value, str) != isinstance(default, str):
             raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
         numbers[name] = (value, "given")
     if given.get("image_size") and not given.get("resize") and usual_resize:
         numbers["resize"] = (round(usual_resize * given["image_size"] / usual_size), "as the preset, for image_size")

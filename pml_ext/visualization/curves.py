@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pml_ext.extras import comes_with
+from pml_ext.visualization.saving import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ def plot_curves(
         curves: Name to values, at least one series.
         xlabel: Of the x axis.
         ylabel: Of the y axis.
-        path: Where to save the picture. None: nowhere.
+        path: Where to save the picture; folders are made. None: nowhere.
 
     Returns:
         The matplotlib figure.
@@ -50,6 +51,5 @@ def plot_curves(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    if path is not None:
-        figure.savefig(path)
+    save_figure(figure, path)
     return figure

@@ -1,5 +1,6 @@
 """Queries with their nearest neighbours, right ones framed green, wrong ones red."""
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from pml_ext.evaluation.metrics import as_embeddings
 from pml_ext.extras import comes_with
 from pml_ext.neighbors.search import search
 from pml_ext.neighbors.similarity import unit_embeddings
-from pml_ext.visualization.thumbnails import as_image
+from pml_ext.validation import check_count
+from pml_ext.visualization.saving import save_figure
+from pml_ext.visualization.thumbnails import check_images, image_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +48,7 @@ def retrieval_gallery(
         num_queries: Rows.
         num_neighbors: Neighbours in a row. Fewer if there are fewer images.
         seed: Of the random queries.
-        path: Where to save the picture. None: nowhere.
+        path: Where to save the picture; folders are made. None: nowhere.
         searched: Indices of the images that can be neighbours. None: all.
 
     Returns:
@@ -53,10 +56,13 @@ def retrieval_gallery(
 
     Raises:
         ImportError: If matplotlib is not installed; the message names the extra.
-        TypeError: If embeddings are not floating point, labels of another kind, or images of no known kind.
-        ValueError: If lengths differ, embeddings are not finite, a query is out of range, there are fewer than two
-            images, or one cannot be read or has values out of range.
+        TypeError: If embeddings are not floating point, labels or images of another kind, or indices no integers.
+        ValueError: If lengths differ, embeddings are not finite, an index is out of range, there are fewer than two
+            images, one cannot be read or has values out of range, or a setting breaks a rule.
     """
+    for name, value in (("embeddings", embeddings), ("labels", labels), ("images", images)):
+        if not hasattr(value, "__len__"):
+            raise TypeError(f"{name} must have a length, with an entry for each image, got {type(value).__name__}")
     if not len(embeddings) == len(labels) == len(images) >= 2:
         raise ValueError(
             "embeddings, labels and images must have one length of at least 2, got "
@@ -64,19 +70,21 @@ def retrieval_gallery(
         )
     unit = unit_embeddings(as_embeddings("embeddings", embeddings, "cpu"))
     codes = class_codes(labels, len(unit)).queries
+    check_images("images", images, len(unit))
+    check_count("num_queries", num_queries)
+    check_count("num_neighbors", num_neighbors)
     if queries is None:
         queries = _choose_queries(codes, num_queries, seed)
-    queries = [int(query) for query in queries]
-    if not queries or min(queries) < 0 or max(queries) >= len(unit):
-        raise ValueError(f"queries must be indices in 0 to {len(unit) - 1}, at least one, got {queries}")
-    places = range(len(unit)) if searched is None else [int(place) for place in searched]
+    queries = _indices("queries", queries, len(unit))
+    places = _indices("searched", range(len(unit)) if searched is None else searched, len(unit))
+    places = list(dict.fromkeys(places))  # one that is named twice is shown once
     position = {place: i for i, place in enumerate(places)}
     own = torch.tensor([position.get(query, -1) for query in queries])  # a query is not its own neighbour
     depth = min(num_neighbors, len(places) - int((own >= 0).any()))
-    asked, gallery = unit[queries], unit[list(places)]
+    asked, gallery = unit[queries], unit[places]
     nearest = torch.cat([rows for _, rows in search(asked, gallery, depth, own)])  # (Q, k)
     values = (asked[:, None] * gallery[nearest]).sum(2)
-    neighbors = torch.tensor(list(places))[nearest]
+    neighbors = torch.tensor(places)[nearest]
 
     with comes_with("visualization", "matplotlib", "retrieval_gallery"):
         from matplotlib.figure import Figure  # on use: matplotlib comes with an extra
@@ -90,9 +98,20 @@ def retrieval_gallery(
             right = bool(codes[neighbor] == codes[query])
             mark = f"{value:.2f}" if right else f"{value:.2f} ✗"
             _draw(axes[row, column], images, neighbor, _RIGHT if right else _WRONG, "-" if right else "--", mark)
-    if path is not None:
-        figure.savefig(path)
+    save_figure(figure, path)
     return figure
+
+
+def _indices(name: str, values: Any, length: int) -> list[int]:
+    rule = f"{name} must be indices in 0 to {length - 1}, at least one"
+    try:
+        places = [operator.index(value) for value in values]
+    except TypeError as error:
+        raise TypeError(f"{rule}, got {values!r}") from error
+    wrong = [place for place in places if not 0 <= place < length]
+    if wrong or not places:
+        raise ValueError(f"{rule}, got {wrong[:5]}")
+    return places
 
 
 def _choose_queries(codes: Tensor, num_queries: int, seed: int) -> list[int]:
@@ -105,7 +124,7 @@ def _choose_queries(codes: Tensor, num_queries: int, seed: int) -> list[int]:
 
 
 def _draw(axes: Any, images: Any, index: int, color: str, style: str, title: str) -> None:
-    axes.imshow(as_image(images[index], f"images[{index}]"))
+    axes.imshow(image_at(images, index))
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=7, color=color, pad=5)
     for spine in axes.spines.values():

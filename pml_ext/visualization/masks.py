@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pml_ext.extras import comes_with
 from pml_ext.visualization.attention import attention_overlay
+from pml_ext.visualization.saving import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ def mask_grid(images: Any, masks: Tensor, alpha: float = 0.7, path: str | Path |
             images. Numbers are uint8 or floats in 0 to 1.
         masks: ``(B, M, C, h, w)``, what ``AttentionEnsemble.masks`` returns, or ``(B, M, h, w)``.
         alpha: Share of the colours, 0 to 1.
-        path: Where to save the picture. None: nowhere.
+        path: Where to save the picture; folders are made. None: nowhere.
 
     Returns:
         The matplotlib figure.
@@ -59,6 +60,5 @@ def mask_grid(images: Any, masks: Tensor, alpha: float = 0.7, path: str | Path |
         axes[0, column].set_title(title, fontsize=8)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    if path is not None:
-        figure.savefig(path)
+    save_figure(figure, path)
     return figure

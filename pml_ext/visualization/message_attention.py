@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pml_ext.extras import comes_with
+from pml_ext.visualization.saving import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ def batch_attention(weights: Tensor, labels: Tensor, path: str | Path | None = N
     Args:
         weights: ``(B, B)`` or ``(h, B, B)``, >= 0: one layer of ``IntraBatchRefiner.attention_weights``.
         labels: ``(B,)``, integers.
-        path: Where to save the picture. None: nowhere.
+        path: Where to save the picture; folders are made. None: nowhere.
 
     Returns:
         The matplotlib figure.
@@ -62,6 +63,5 @@ def batch_attention(weights: Tensor, labels: Tensor, path: str | Path | None = N
         axis.set(xticks=[], yticks=[])
     axes[0].set(xlabel="sender", ylabel="receiver")
     figure.colorbar(picture, ax=list(axes), shrink=0.8)
-    if path is not None:
-        figure.savefig(path)
+    save_figure(figure, path)
     return figure

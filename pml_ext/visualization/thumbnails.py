@@ -54,7 +54,7 @@ def load_thumbnails(
     """
     thumbnails = {}
     for index in tqdm(sorted(set(indices)), desc="thumbnails", disable=not progress):
-        image = as_image(images[index], f"{name}[{index}]")
+        image = image_at(images, index, name)
         image.thumbnail((_QUALITIES[0][0],) * 2)
         thumbnails[index] = image
     return thumbnails
@@ -96,6 +96,12 @@ def _encode(image: Any, side: int, quality: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def image_at(images: Any, index: int, name: str = "images") -> Any:
+    """Return an RGB image of PIL, one of those that ``retrieval_report`` takes; raises what ``as_image`` does."""
+    by_place = getattr(images, "iloc", images)  # a Series of pandas would take the index for one of its labels
+    return as_image(by_place[index], f"{name}[{index}]")
+
+
 def as_image(item: Any, name: str) -> Any:
     """Return an image, a path, or the first of a tuple as an RGB image of PIL; numbers are uint8 or floats in 0 to 1.
 
@@ -108,8 +114,13 @@ def as_image(item: Any, name: str) -> Any:
     if isinstance(item, tuple | list) and item:
         item = item[0]  # of (image, label)
     if isinstance(item, str | os.PathLike):
-        return read_image(os.fspath(item))
+        try:
+            return read_image(os.fspath(item))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     if isinstance(item, Image.Image):
+        if 0 in item.size:
+            raise ValueError(f"{name} must have pixels, got a size of {item.size}")
         if item.mode in ("I", "F"):
             raise ValueError(f"{name} must have values of a fixed range, got PIL mode {item.mode!r}")
         if item.mode.startswith("I;16"):  # convert() would clip at 255
@@ -124,7 +135,8 @@ def as_image(item: Any, name: str) -> Any:
     else:
         raise TypeError(f"{name} must be an image, a path, or a tuple that begins with one, got {type(item).__name__}")
     if array.ndim not in (2, 3) or not array.size or (array.ndim == 3 and array.shape[2] not in (1, 3)):
-        raise ValueError(f"{name} must have 1 or 3 channels, got shape {tuple(item.shape)}")
+        where = "the first dimension of a tensor" if isinstance(item, Tensor) else "the last dimension of an array"
+        raise ValueError(f"{name} must have 1 or 3 channels, got shape {tuple(item.shape)}; they are {where}")
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if array.dtype.kind == "f":
         low, high = float(array.min()), float(array.max())

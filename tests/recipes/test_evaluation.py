@@ -42,3 +42,90 @@ def test_metrics_in_a_gallery():
     gallery = torch.eye(3), torch.tensor([7, 8, 9])
     metrics = retrieval_metrics(torch.eye(3)[[1, 2]], torch.tensor([8, 7]), gallery, ("precision_at_1",))
     assert metrics == {"precision_at_1": pytest.approx(0.5)}
+
+
+class Returns(nn.Module):
+    """A network without parameters that returns what a function makes of its images."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def with_rows(value, *rows):
+    """Images 0, 1, 2, ... of one number; the network gives ``value`` for some of them."""
+
+    def forward(x):
+        wrong = torch.isin(x[:, :1], torch.tensor(rows, dtype=x.dtype))
+        return torch.where(wrong, torch.tensor([1.0, value]), torch.tensor([1.0, 2.0]))
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("forward", "kind", "message"),
+    [
+        (
+            with_rows(float("nan"), 6, 9, 10),
+            ValueError,
+            r"trunk must return finite embeddings, got nan in row 6; 1 of the first 8 rows: 6$",
+        ),
+        (
+            with_rows(float("inf"), 0, 1, 2, 3),
+            ValueError,
+            r"finite embeddings, got inf in row 0; 4 of the first 4 rows: 0, 1, 2, 3$",
+        ),
+        (with_rows(-float("inf"), 11), ValueError, "got -inf in row 11; 1 of the first 12 rows: 11$"),
+        (
+            with_rows(1e30, 5),
+            ValueError,
+            r"got 1e\+30, which makes a row too long for float32, in row 5; 1 of the first 8 rows: 5$",
+        ),
+        (
+            lambda x: x.double() + 1e200,
+            ValueError,
+            r"got 1e\+200, which makes a row too long for float32, in row 0; 4 of ",
+        ),
+        (lambda x: (x, x), TypeError, "trunk must return one tensor, got tuple$"),
+        (lambda x: {"x": x}, TypeError, "trunk must return one tensor, got dict$"),
+        (lambda x: x[1:], ValueError, r"a row for each image, shape \(4, D\), got \(3, 2\)$"),
+        (lambda x: x[0], ValueError, r"a row for each image, shape \(4, D\), got \(2,\)$"),
+        (lambda x: x[:, :0], ValueError, r"shape \(4, D\), got \(4, 0\)$"),
+        (lambda x: x[:, :, None, None], ValueError, r"got \(4, 2, 1, 1\): pool or flatten feature maps$"),
+        (lambda x: x.long(), TypeError, r"trunk must return floating point, got torch\.int64$"),
+        (lambda x: x[:, : 1 + int(x[0, 0] < 8)], ValueError, "rows of one width, got 2 and, from row 8 on, 1$"),
+    ],
+)
+def test_networks_that_cannot_be_used(forward, kind, message):
+    images = torch.arange(13.0)[:, None].expand(13, 2)
+    dataset = torch.utils.data.TensorDataset(images, torch.arange(13))
+    trunk = Returns(forward).train()
+    with pytest.raises(kind, match=message):
+        embed(trunk, dataset, batch_size=4)
+    assert trunk.training
+
+
+def test_no_more_than_five_rows_are_named():
+    dataset = torch.utils.data.TensorDataset(torch.arange(8.0)[:, None], torch.arange(8))
+    with pytest.raises(ValueError, match=r"got nan in row 1; 6 of the first 8 rows: 1, 2, 3, 4, 5, \.\.\.$"):
+        embed(Returns(with_rows(float("nan"), *range(1, 7))), dataset)
+
+
+def test_rows_of_zeros_and_large_numbers_stay_usable():
+    x = torch.tensor([[0.0, 0.0], [3e18, 4e18], [3e-10, 4e-10]])
+    embeddings, _ = embed(nn.Identity(), torch.utils.data.TensorDataset(x, torch.arange(3)))
+    torch.testing.assert_close(embeddings, torch.tensor([[0.0, 0.0], [0.6, 0.8], [0.6, 0.8]]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind", "message"),
+    [
+        ([], ValueError, "dataset must have at least one image, got none"),
+        ([torch.ones(2), torch.ones(2)], ValueError, "an image and a label for each index, got one thing"),
+        ([(torch.ones(2), 0, "a.png")], ValueError, "an image and a label for each index, got 3 things"),
+        ([(torch.ones(2), "cat")], TypeError, "dataset must give integers as labels, got 'cat'"),
+    ],
+)
+def test_data_that_cannot_be_embedded(dataset, kind, message):
+    with pytest.raises(kind, match=message):
+        embed(nn.Identity(), dataset)

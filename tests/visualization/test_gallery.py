@@ -82,3 +82,37 @@ def test_bad_arguments():
         retrieval_gallery(EMB, LABELS, torch.rand(5, 3, 4, 4) * 0 - 2)
     with pytest.raises(ValueError, match=r"queries must be indices in 0 to 4, at least one, got \[5\]"):
         retrieval_gallery(EMB, LABELS, IMAGES, queries=[5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"images": None}, TypeError, "images must have a length, with an entry for each image, got NoneType"),
+        ({"images": iter(IMAGES)}, TypeError, "images must have a length, with an entry for each image, got "),
+        ({"images": dict(enumerate(IMAGES))}, TypeError, "images must be a tensor, a sequence of .*, got dict"),
+        ({"images": {1, 2, 3, 4, 5}}, TypeError, "images must be a tensor, a sequence of .*, got set"),
+        ({"images": "abcde"}, TypeError, "images must be a tensor, a sequence of .*, got str"),
+        ({"images": IMAGES.expand(2, 5, 4, 4).transpose(0, 1)}, ValueError, r"images must have shape \(N, H, W\), .*"),
+        ({"images": ["gone.png"] * 5}, ValueError, r"images\[\d\]: cannot read image gone\.png: "),
+        ({"labels": None}, TypeError, "labels must have a length, with an entry for each image, got NoneType"),
+        ({"labels": [*LABELS.tolist(), 0]}, ValueError, "one length of at least 2, got 5, 6, 5"),
+        ({"queries": [0.5]}, TypeError, r"queries must be indices in 0 to 4, at least one, got \[0\.5\]"),
+        ({"queries": torch.tensor([0.0])}, TypeError, "queries must be indices in 0 to 4, at least one, got tensor"),
+        ({"queries": 1}, TypeError, "queries must be indices in 0 to 4, at least one, got 1"),
+        ({"queries": []}, ValueError, r"queries must be indices in 0 to 4, at least one, got \[\]"),
+        ({"searched": []}, ValueError, r"searched must be indices in 0 to 4, at least one, got \[\]"),
+        ({"searched": [1, -1, 9]}, ValueError, r"searched must be indices in 0 to 4, at least one, got \[-1, 9\]"),
+        ({"num_queries": 0}, ValueError, "num_queries must be an integer >= 1, got 0"),
+        ({"num_neighbors": -1}, ValueError, "num_neighbors must be an integer >= 1, got -1"),
+        ({"num_neighbors": 2.5}, ValueError, r"num_neighbors must be an integer >= 1, got 2\.5"),
+    ],
+)
+def test_what_cannot_be_drawn(changes, kind, message):
+    with pytest.raises(kind, match=message):
+        retrieval_gallery(**({"embeddings": EMB, "labels": LABELS, "images": IMAGES} | changes))
+
+
+def test_an_image_that_is_searched_twice_is_shown_once():
+    """The query, too, was its own neighbour where it was named twice."""
+    figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0], searched=[3, 0, 1, 0, 3])
+    assert [int(axis.images[0].get_array().flat[0]) // 50 for axis in figure.axes] == [0, 1, 3]

@@ -1,0 +1,325 @@
+"""Names, full disks, damaged indexes and networks that fail: embed.py and search.py, without a training."""
+
+import io
+import json
+import os
+import resource
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import command_line
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples import embed, search
+from pml_ext import recipes
+
+EXAMPLES = Path(embed.__file__).parent
+INDEX = ["embeddings.npy", "index.faiss", "index.json", "paths.txt"]
+NAMES = ["a.png", "b.png", "sub/c.png", "sub/猫.png", os.fsdecode(b"sub/\xe9t\xe9.png")]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "photos" / name)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """A network that is loaded from any folder."""
+    torch.manual_seed(0)
+    made = recipes.recipe("triplet", 2, width=4, in_channels=3, image_size=8, embedding_size=6)
+    made.trunk.eval()
+    run = SimpleNamespace(recipe=made, autocast=None, checksum="1a2b")
+    monkeypatch.setattr(recipes, "load_run", lambda *args: run)
+    return run
+
+
+def indexed(photos):
+    embed.main(photos.parent / "run", photos)
+    return photos.parent / "run" / "index"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def command(name, arguments, monkeypatch, capsys):
+    """Run an example as a program, in this process; return the exit status and stderr without progress bars."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    try:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("embedding:")]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "printed"),
+    [
+        ("cp1252", "strict", b"\\u732b \xe9 \\udce9\n"),
+        ("ascii", "strict", b"\\u732b \\xe9 \\udce9\n"),
+        ("utf-8", "strict", "猫 é \\udce9\n".encode()),
+        ("utf-8", "surrogateescape", b"\xe7\x8c\xab \xc3\xa9 \xe9\n"),  # of the C locale: what the name is on disk
+    ],
+)
+def test_what_a_terminal_does_not_have_is_escaped(encoding, errors, printed, monkeypatch):
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding, errors, newline="\n", write_through=True))
+    command_line.Command(prog="names").run(lambda: print("猫 é \udce9"), [])
+    assert terminal.getvalue() == printed
+
+
+def test_search_among_names_that_cannot_be_printed(photos, loaded, monkeypatch, capsys):
+    run, terminal = photos.parent / "run", io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, "cp1252", newline="\n", write_through=True))
+    assert command("embed", ["--run", run, "--images", photos], monkeypatch, capsys) == (0, [])
+    given = ["--run", run, "--query", photos / NAMES[4], "--k", 5, "--out", run / os.fsdecode(b"\xe9.png")]
+    assert command("search", given, monkeypatch, capsys) == (0, [])
+    lines = terminal.getvalue().decode("cp1252").splitlines()
+    assert lines[0].startswith("5 images, 6 numbers each: ")
+    assert lines[2].split() == ["1", "1.0000", r"sub/\udce9t\udce9.png"]
+    assert sorted(line.split()[2] for line in lines[3:7]) == ["a.png", "b.png", r"sub/\u732b.png", "sub/c.png"]
+    assert lines[7].startswith("picture: ") and lines[7].endswith(r"\udce9.png")
+    assert given[-1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_index_keeps_all_names(tmp_path):
+    names = [*NAMES, "a\rb.png", " c.png ", "d\u2028e.png"]
+    rows = np.eye(8, dtype=np.float32)
+    embed.write_index(tmp_path / "index", rows, names, {"folder": "/p", "weights": "1"})
+    embeddings, paths, origin = search.read_index(tmp_path / "index")
+    assert paths == names
+    assert embeddings.tolist() == rows.tolist()
+    assert origin == {"folder": "/p", "weights": "1", "images": 8}
+
+
+def test_names_that_an_index_cannot_keep(photos, loaded):
+    shutil.copy(photos / "a.png", photos / "a\nb.png")
+    with pytest.raises(ValueError, match=r"--images must have no line break in a name, got '.*/a\\nb\.png'"):
+        indexed(photos)
+    assert not (photos.parent / "run").exists()
+
+
+def test_equal_similarities_come_by_index():
+    query = torch.nn.functional.normalize(torch.randn(1, 33, generator=torch.Generator().manual_seed(0)))
+    near, far = query.clone(), torch.nn.functional.normalize(query + 0.1)
+    embeddings = torch.cat([far.expand(5000, -1), near.expand(3, -1), far.expand(2000, -1)])
+    similarities, rows = zip(*search.nearest(embeddings, query, 2010), strict=True)
+    assert rows == (5000, 5001, 5002, *range(2007))
+    assert similarities[0] == pytest.approx(1, abs=1e-6)
+    assert similarities[3] == pytest.approx(float(far.double()[0] @ query.double()[0]), abs=1e-6)
+    assert len(search.nearest(near, query, 3)) == 1
+
+
+def test_images_that_are_gone_leave_an_empty_place(photos, loaded, monkeypatch, capsys):
+    index = indexed(photos)
+    before = search.main(index.parent, photos / "a.png", k=5)
+    (photos / "b.png").unlink()
+    (photos / "sub" / "c.png").write_text("no image")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    capsys.readouterr()
+    assert search.main(index.parent, photos / "a.png", k=5) == before
+    printed = capsys.readouterr()
+    gone = [photos / path for _, path in before if path in ("b.png", "sub/c.png")]
+    assert printed.err == (f"warning: the picture lacks 2 of 5 images that cannot be read: {gone[0]}, {gone[1]}\n")
+    assert printed.out.splitlines()[-1] == f"picture: {index.parent / 'search.png'}"
+    shown = {axis.get_title().split(":")[0]: bool(axis.images) for axis in drawn[0].axes}
+    assert shown == {"query": True} | {str(rank): photos / path not in gone for rank, (_, path) in enumerate(before, 1)}
+    assert [text.get_text() for axis in drawn[0].axes for text in axis.texts] == ["cannot be read"] * 2
+
+
+def damaged(file, content):
+    return lambda index: (index / file).write_bytes(content)
+
+
+def of_array(*args, **kwargs):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(*args, **kwargs))
+    return damaged("embeddings.npy", buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damaged("index.json", b"{"), "error: cannot read {index}/index.json: it is no JSON: "),
+        (damaged("index.json", b"\xff"), "error: cannot read {index}/index.json: it is no JSON: "),
+        (damaged("index.json", b"[1]"), "error: {index}/index.json must have a text 'folder', got None: run "),
+        (damaged("index.json", b'{"folder": "/"}'), "/index.json must have a text 'weights', got None: run examples/"),
+        (damaged("index.json", b'{"folder": 3, "weights": "1a2b"}'), "must have a text 'folder', got 3: run "),
+        (damaged("index.json", b'{"folder": "/", "weights": "0"}'), "error: --index must be made with the network of"),
+        (
+            lambda index: (index / "index.json").unlink(),
+            "error: --index must be made by examples/embed.py, got {index}",
+        ),
+        (lambda index: (index / "embeddings.npy").unlink(), "got {index} without embeddings.npy"),
+        (damaged("embeddings.npy", b""), "error: cannot read {index}/embeddings.npy: it is no array of NumPy"),
+        (damaged("embeddings.npy", b"text"), "error: cannot read {index}/embeddings.npy: it is no array of NumPy"),
+        (damaged("embeddings.npy", b"\x93NUMPY\x01\0"), "error: cannot read {index}/embeddings.npy: it is no array"),
+        (of_array(np.eye(5, 6), dtype=object), "error: cannot read {index}/embeddings.npy: it is no array of NumPy"),
+        (of_array(np.eye(5, 6), dtype=int), "{index}/embeddings.npy must be a tensor or an array with a floating"),
+        (of_array(np.full((5, 6), np.nan)), "error: {index}/embeddings.npy must be finite, got nan in row 0; 5 of 5"),
+        (of_array(np.zeros((0, 6))), "error: {index}/embeddings.npy must have at least one row and one column, got"),
+        (of_array(np.eye(5, 4)), "error: {index}/embeddings.npy must have 6 columns, as the network of --run, got 4"),
+        (
+            damaged("paths.txt", b"a.png\nb.png\n"),
+            "error: {index}/paths.txt must have 5 lines, one for each row, got 2",
+        ),
+    ],
+)
+def test_a_damaged_index(damage, message, photos, loaded, monkeypatch, capsys):
+    index = indexed(photos)
+    damage(index)
+    capsys.readouterr()
+    status, lines = command("search", ["--run", index.parent, "--query", photos / "a.png"], monkeypatch, capsys)
+    assert (status, len(lines)) == (2, 1)
+    assert message.format(index=index) in lines[0]
+    assert not (index.parent / "search.png").exists()
+
+
+class Broken(torch.nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, images):
+        return self.output(len(images))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (
+            lambda n: torch.full((n, 6), torch.nan),
+            "return finite embeddings, got nan in row 0; {n} of the first {n} row",
+        ),
+        (
+            lambda n: torch.full((n, 6), torch.inf),
+            "return finite embeddings, got inf in row 0; {n} of the first {n} row",
+        ),
+        (lambda n: (torch.ones(n, 6), None), "return one tensor, got tuple"),
+        (lambda n: torch.ones(n, 6, 2, 2), "return a row for each image, shape ({n}, D), got ({n}, 6, 2, 2): pool or"),
+    ],
+)
+def test_a_network_that_fails(output, message, photos, loaded, monkeypatch, capsys):
+    run = photos.parent / "run"
+    working = loaded.recipe.trunk
+    given = {"embed": ["--run", run, "--images", photos], "search": ["--run", run, "--query", photos / "a.png"]}
+    for before in ("nothing", "an index"):
+        if before == "an index":
+            loaded.recipe.trunk = working
+            indexed(photos)
+            capsys.readouterr()
+        kept = contents(run / "index") if run.exists() else None
+        loaded.recipe.trunk = Broken(output)
+        status, lines = command("embed", given["embed"], monkeypatch, capsys)
+        assert (status, len(lines)) == (2, 1)
+        assert lines[0].startswith(f"embed.py: error: the network of --run must {message.format(n=5)}")
+        assert (contents(run / "index") if run.exists() else None) == kept
+    status, lines = command("search", given["search"], monkeypatch, capsys)
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"search.py: error: the network of --run must {message.format(n=1)}")
+    assert not (run / "search.png").exists()
+
+
+LARGE = {  # number of rows, path of each, folder
+    "embeddings.npy": (9000, "a", "f"),
+    "index.faiss": (900, "a", "f"),
+    "paths.txt": (9, 400 * "a", "f"),
+    "index.json": (9, "a", 4000 * "f"),
+}
+
+
+@pytest.mark.parametrize("file", INDEX)
+@pytest.mark.parametrize("before", ["nothing", "an index"])
+def test_a_full_disk(file, before, tmp_path, monkeypatch):
+    """Files may have 3 kB here, and those before this one have less."""
+    rows, path, folder = LARGE[file]
+    out, embeddings = tmp_path / "index", np.ones((rows, 1), dtype=np.float32)
+    if before == "an index":
+        embed.write_index(out, embeddings[:2], ["old"] * 2, {"folder": "old", "weights": "0"})
+    kept = contents(out) if before == "an index" else {}
+    if file == "index.faiss":  # as large as the array, which is written before
+        monkeypatch.setattr(np, "save", lambda *args: None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"^cannot write {out}: File too large$"):
+            embed.write_index(out, embeddings, [path] * rows, {"folder": folder, "weights": "1"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(out) == kept
+
+
+@pytest.mark.parametrize("moved", range(4))
+@pytest.mark.parametrize("before", ["nothing", "an index"])
+def test_killed_while_an_index_is_moved(moved, before, tmp_path, monkeypatch):
+    """Whatever lies there then is no index: above all no mixture of two."""
+    out = tmp_path / "index"
+    if before == "an index":
+        embed.write_index(out, np.zeros((2, 3), dtype=np.float32), ["old"] * 2, {"folder": "old", "weights": "1"})
+    replace, moves = os.replace, []
+
+    def killed(source, target):
+        if len(moves) == moved:
+            raise KeyboardInterrupt
+        moves.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        embed.write_index(out, np.ones((2, 3), dtype=np.float32), ["new"] * 2, {"folder": "new", "weights": "1"})
+    with pytest.raises(FileNotFoundError, match="--index must be made by "):
+        search.read_index(out)
+    assert set(contents(out)) == (set(INDEX) - {"index.json"} if before == "an index" else set(moves))
+
+
+def test_an_index_for_other_programs(photos, loaded):
+    import faiss
+
+    index = indexed(photos)
+    assert sorted(contents(index)) == INDEX
+    rows = np.load(index / "embeddings.npy")
+    others = faiss.read_index(str(index / "index.faiss"))
+    assert others.ntotal == 5
+    np.testing.assert_array_equal(others.reconstruct_n(0, 5), rows)
+    assert others.metric_type == faiss.METRIC_INNER_PRODUCT
+    assert json.loads((index / "index.json").read_text()) == {
+        "folder": str(photos),
+        "weights": "1a2b",
+        "images": 5,
+    }
+
+
+def test_the_name_of_the_picture(photos, loaded, capsys):
+    run = indexed(photos).parent
+    search.main(run, photos / "a.png", k=1, out=run / "picture")
+    assert capsys.readouterr().out.splitlines()[-1] == f"picture: {run / 'picture.png'}"
+    assert (run / "picture.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(IsADirectoryError, match=f"--out must be a file, got the folder {run}$"):
+        search.main(run, photos / "a.png", k=1, out=run)
+
+
+def test_out_must_be_a_folder(photos, loaded):
+    file = photos.parent / "out"
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match=f"--out must be a folder, got the file {file}"):
+        embed.main(photos.parent / "run", photos, out=file)
+    with pytest.raises(OSError, match=f"cannot write {file / 'index'}: Not a directory"):
+        embed.main(photos.parent / "run", photos, out=file / "index")
+    with pytest.raises(OSError, match=f"cannot write {file / 'a.png'}: File exists"):
+        search.draw(photos / "a.png", [], file / "a.png")
+    assert file.read_text() == "mine"
