@@ -63,6 +63,14 @@ def without_validation():
 
 
 @pytest.fixture(autouse=True)
+def threads():
+    """Give back the number of threads that a test or what it runs has set: those behind it would share the cores."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def seed():
     """Draw the same each time; PML's samplers draw from NumPy."""
     random.seed(0)

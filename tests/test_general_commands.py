@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import command_line
 import numpy as np
@@ -58,9 +60,11 @@ def write_npz(path, **changes):
     return path
 
 
-def run(data, out, recipe="proxy_anchor", **changes):
+def run(data, out, recipe="proxy_anchor", pictures=False, **changes):
+    """Train; without pictures, whose drawing takes ten times as long as the training."""
     common = {"epochs": 2, "settings": TINY, "validation_classes": 2, "device": "cpu"}
-    return train.main(recipe, data, out, **(common | changes))
+    with nullcontext() if pictures else mock.patch.object(train, "draw"):
+        return train.main(recipe, data, out, **(common | changes))
 
 
 def lines(folder, without=("seconds",)):
@@ -102,7 +106,7 @@ def photos(tmp_path_factory):
 def trained(photos, tmp_path_factory):
     """A run on the folder; the tests leave it as it is."""
     folder = tmp_path_factory.mktemp("runs") / "deeper" / "photos"
-    return folder, run(photos, folder, recipe="mhgl")
+    return folder, run(photos, folder, recipe="mhgl", pictures=True)
 
 
 def test_what_a_run_leaves(trained, photos):
@@ -299,7 +303,8 @@ def test_queries_search_the_gallery(tmp_path):
     """Query, gallery and training images of In-Shop."""
     rows = [f"img/id_{c}/{i}.png id_{c} {s}" for c in range(5) for i, s in enumerate(["train"] * 3)]
     rows += [f"img/id_{c}/{i}.png id_{c} {s}" for c in (5, 6, 7) for i, s in enumerate(["query", "gallery", "gallery"])]
-    result = run("in_shop", tmp_path / "run", root=make_in_shop(tmp_path / "shop", rows=rows), epochs=1)
+    root = make_in_shop(tmp_path / "shop", rows=rows)
+    result = run("in_shop", tmp_path / "run", root=root, epochs=1, pictures=True)
     loaded, opened = load_run(tmp_path / "run", "cpu"), open_data("in_shop", root=tmp_path / "shop")
     opened.test.transform = opened.gallery.transform = loaded.recipe.transforms.test
     query, gallery = (recipes.embed(loaded.recipe.trunk, view) for view in (opened.test, opened.gallery))
