@@ -25,6 +25,7 @@ from pml_ext.datasets import open_data
 from pml_ext.recipes import load_run, retrieval_metrics
 from pml_ext.visualization import retrieval_gallery
 from tests.datasets.test_in_shop import make_in_shop
+from tests.processes import run_scripts
 
 pytestmark = pytest.mark.xdist_group("commands")  # they share a trained network
 
@@ -616,26 +617,20 @@ def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypa
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_ends_the_training_with_its_name(workers, tmp_path):
+def test_a_broken_image_ends_the_training_with_its_name(tmp_path):
     """One whose checksums are right; also where a worker process finds it, whose traceback the error brings along."""
     photos = write_folder(tmp_path / "photos")
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 0, 0, 0, 0)), (b"IDAT", bytes(99)), (b"IEND", b"")]
     chunks = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks]
     (photos / "class1" / "09.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
-    given = ["--recipe", "triplet", "--data", photos, "--out", tmp_path / "run", "--workers", workers]
-    given += ["--validation-classes", 0, "--set", "width=4", "batch_size=16", "--epochs", 3]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "train.py", *map(str, given)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(
-        f"train.py: error: cannot read image {photos / 'class1' / '09.png'}: "
-    )
+    given = [EXAMPLES / "train.py", "--recipe", "triplet", "--data", photos, "--validation-classes", 0, "--epochs", 3]
+    given += ["--set", "width=4", "batch_size=16"]
+    commands = [[*given, "--out", tmp_path / f"run{workers}", "--workers", workers] for workers in (0, 2)]
+    printed, errors = run_scripts(commands, tmp_path)
+    assert re.findall(r"exit status: (.+)", printed) == ["2", "2"]
+    assert "Traceback" not in errors
+    message = f"train.py: error: cannot read image {photos / 'class1' / '09.png'}: "
+    assert [line.startswith(message) for line in errors.splitlines() if "error: " in line] == [True, True]
 
 
 HELP = """

@@ -219,7 +219,8 @@ class TestExport:
 
     @pytest.fixture(params=["printed", "normalized"])
     def trunk(self, request):
-        trunk = make_small(attention=request.param, pool_type="gem").eval()
+        torch.manual_seed(0)
+        trunk = GlobalLocalTrunk("test_resnet", 16, attention=request.param, pool_type="gem").eval()
         for head in (trunk.local_head, trunk.global_head):
             for x in head[0].norm.parameters():
                 nn.init.normal_(x)
