@@ -30,7 +30,7 @@ def test_the_supported_version_breaks_nothing(monkeypatch, capfd):
     monkeypatch.setattr(sys, "path", sys.path.copy())
     with warnings.catch_warnings():
         main = runpy.run_path(str(SCRIPT))["main"]
-        status = main([__file__, "-k", "lacks", "--collect-only", "--noconftest", "-n", "0"])
+        status = main([__file__, "-k", "lacks", "--collect-only", "--noconftest"])
     printed = capfd.readouterr().out
     assert status == 0, printed
     assert "names: 0 of " in printed and "modules: 0 of " in printed
