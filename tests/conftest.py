@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker("slow")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # or one would go on with a slow test when nothing is left for the other
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def refuse_skip(report):
