@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker("slow")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # or one would go on with a slow test when nothing is left for the other
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def refuse_skip(report):
@@ -65,6 +67,14 @@ def without_validation():
     pml_ext.set_validation(False)
     yield
     pml_ext.set_validation(True)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Give back the number of threads that a test or what it runs has set: those behind it would share the cores."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from benchmarks import (
     second_order_attention,
 )
 from pml_ext.trunks import AttentionEnsemble
-from tests.processes import START_METHOD
+from tests.processes import START_METHOD, run_scripts
 
 pytestmark = pytest.mark.trains
 
@@ -57,16 +57,8 @@ def test_scripts_start_from_any_folder(tmp_path):
     """All but hybrid_defaults, which is run with -m, and glyph_classes, which has no options."""
     paths = sorted(set(map(str, FOLDER.glob("*.py"))) - {hybrid_defaults.__file__, glyph_classes.__file__})
     paths = [path for path in paths if "__main__" in Path(path).read_text()]
-    code = (
-        "import runpy, sys\n"
-        f"for path in {paths!r}:\n"
-        f"    sys.path[0], sys.argv = {str(FOLDER)!r}, [path, '--help']\n"
-        "    try:\n        runpy.run_path(path, run_name='__main__')\n"
-        "    except SystemExit as stop:\n        assert not stop.code, path"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: ") == len(paths) >= 8
+    printed, _ = run_scripts([[path, "--help"] for path in paths], tmp_path)
+    assert printed.count("usage: ") == printed.count("exit status: 0\n") == len(paths) >= 8
 
 
 def test_candidates_take_turns_and_the_first_repeat_is_not_counted(monkeypatch):

@@ -18,6 +18,7 @@ from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -126,7 +127,8 @@ def sandbox(tmp_path_factory):
     draw(folder / "data" / "flowers" / "test", "lily tulip")
     make_in_shop(folder / "data" / "in_shop")
     small = {"width": 4, "batch_size": 16}
-    train.main("mhgl", folder / "photos", folder / "runs" / "photos", epochs=1, settings=small, device="cpu")
+    with mock.patch.object(train, "draw"):  # pictures take longer than the training, and no page looks at them
+        train.main("mhgl", folder / "photos", folder / "runs" / "photos", epochs=1, settings=small, device="cpu")
     return folder
 
 

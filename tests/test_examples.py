@@ -11,6 +11,7 @@ import torch
 
 from examples import adaptive_margin, attention_ensemble, global_local, intra_batch, quickstart, train_distributed
 from tests.needs import needs
+from tests.processes import run_scripts
 
 pytestmark = pytest.mark.trains
 
@@ -46,7 +47,9 @@ def test_quickstart(tmp_path, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_quickstart_is_deterministic(tmp_path):
+def test_quickstart_is_deterministic(tmp_path, monkeypatch):
+    for draw in ("retrieval_gallery", "plot_curves"):  # which takes longer than the training
+        monkeypatch.setattr(quickstart, draw, lambda *args, **kwargs: None)
     first, same, other = (
         quickstart.main(epochs=1, seed=seed, samples_per_class=2, width=4, out=tmp_path) for seed in (0, 0, 1)
     )
@@ -102,7 +105,9 @@ def test_global_local_on_glyphs():
 
 def test_attention_ensemble(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention_ensemble, "EMBEDDING_SIZE", 12)
-    results = attention_ensemble.main(epochs=1, seeds=2, learners=(2,), samples_per_class=3, out=tmp_path)
+    monkeypatch.setattr(attention_ensemble, "IMAGE_SIZE", 16)
+    sizes = {"backbone": "test_resnet", "learners": (2,), "samples_per_class": 3}
+    results = attention_ensemble.main(epochs=1, seeds=2, **sizes, out=tmp_path)
     printed = capsys.readouterr().out
     assert list(results) == ["single head", "M = 1", "M = 2, no divergence", "M = 2, with divergence"]
     for metrics in results.values():
@@ -146,13 +151,6 @@ def test_train_distributed_goes_on_where_it_stopped(tmp_path):
         train_distributed.main(out=tmp_path / "nothing", resume=True)
 
 
-def run(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
@@ -186,16 +184,21 @@ if sys.platform == "linux":
 """
 
 
-def on_two(tmp_path, monkeypatch, script, launcher, *arguments):
-    """Run a script that tells at its end which threads of the process group are left; return what is printed.
+def check_threads(printed):
+    """Check that no thread of a process group is left: with one, a process may abort while it exits."""
+    if sys.platform == "linux":
+        assert set(re.findall(r"threads of gloo: (\d+)", printed)) == {"0"}  # Fabric's first may end the second
 
-    With one, a process may abort while it exits, and torchrun kills the others.
-    """
+
+def on_two(tmp_path, monkeypatch, script, launcher, *arguments):
+    """Run a script that tells at its end which threads are left, as a command; where one is, torchrun may fail."""
     (tmp_path / "script.py").write_text(script)
     monkeypatch.chdir(tmp_path)  # checkpoints go to runs/
-    done = run(*launcher, "script.py", Path(__file__).parent, *arguments)
-    if sys.platform == "linux":
-        assert set(re.findall(r"threads of gloo: (\d+)", done.stdout)) == {"0"}  # Fabric's first may end the second
+    command = [sys.executable, *launcher, "script.py", Path(__file__).parent, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_threads(done.stdout)
     return done
 
 
@@ -217,18 +220,20 @@ def losses_of(printed, processes):
 
 @pytest.mark.processes
 def test_distributed_fabric(tmp_path, monkeypatch):
-    """Two processes print the losses of one."""
+    """Two processes, which Fabric starts, print the losses of one."""
     needs("lightning_fabric")
-    one = losses_of(run(EXAMPLES / "distributed_fabric.py").stdout, 1)
+    printed, _ = run_scripts([[EXAMPLES / "distributed_fabric.py"]], tmp_path)
+    one = losses_of(printed, 1)
     two = losses_of(on_two(tmp_path, monkeypatch, AS_FUNCTION, (), EXAMPLES).stdout, 2)
     assert one == two
     assert float(one[1]) < float(one[0])
 
 
 @pytest.mark.processes
-def test_distributed_accelerate(tmp_path, monkeypatch):
+def test_distributed_accelerate(tmp_path):
     """Two processes see two batches at a time: other numbers than one process, and falling too."""
     needs("accelerate")
-    done = on_two(tmp_path, monkeypatch, AS_COMMAND, TORCHRUN, EXAMPLES / "distributed_accelerate.py")
-    losses = losses_of(done.stdout, 2)
+    printed, _ = run_scripts([[EXAMPLES / "distributed_accelerate.py"]], tmp_path, world=2)
+    check_threads(printed)
+    losses = losses_of(printed, 2)
     assert float(losses[1]) < float(losses[0])

@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import command_line
 import numpy as np
@@ -23,6 +25,7 @@ from pml_ext.datasets import open_data
 from pml_ext.recipes import load_run, retrieval_metrics
 from pml_ext.visualization import retrieval_gallery
 from tests.datasets.test_in_shop import make_in_shop
+from tests.processes import run_scripts
 
 pytestmark = pytest.mark.xdist_group("commands")  # they share a trained network
 
@@ -58,9 +61,11 @@ def write_npz(path, **changes):
     return path
 
 
-def run(data, out, recipe="proxy_anchor", **changes):
+def run(data, out, recipe="proxy_anchor", pictures=False, **changes):
+    """Train; without pictures, whose drawing takes ten times as long as the training."""
     common = {"epochs": 2, "settings": TINY, "validation_classes": 2, "device": "cpu"}
-    return train.main(recipe, data, out, **(common | changes))
+    with nullcontext() if pictures else mock.patch.object(train, "draw"):
+        return train.main(recipe, data, out, **(common | changes))
 
 
 def lines(folder, without=("seconds",)):
@@ -102,7 +107,7 @@ def photos(tmp_path_factory):
 def trained(photos, tmp_path_factory):
     """A run on the folder; the tests leave it as it is."""
     folder = tmp_path_factory.mktemp("runs") / "deeper" / "photos"
-    return folder, run(photos, folder, recipe="mhgl")
+    return folder, run(photos, folder, recipe="mhgl", pictures=True)
 
 
 def test_what_a_run_leaves(trained, photos):
@@ -299,7 +304,8 @@ def test_queries_search_the_gallery(tmp_path):
     """Query, gallery and training images of In-Shop."""
     rows = [f"img/id_{c}/{i}.png id_{c} {s}" for c in range(5) for i, s in enumerate(["train"] * 3)]
     rows += [f"img/id_{c}/{i}.png id_{c} {s}" for c in (5, 6, 7) for i, s in enumerate(["query", "gallery", "gallery"])]
-    result = run("in_shop", tmp_path / "run", root=make_in_shop(tmp_path / "shop", rows=rows), epochs=1)
+    root = make_in_shop(tmp_path / "shop", rows=rows)
+    result = run("in_shop", tmp_path / "run", root=root, epochs=1, pictures=True)
     loaded, opened = load_run(tmp_path / "run", "cpu"), open_data("in_shop", root=tmp_path / "shop")
     opened.test.transform = opened.gallery.transform = loaded.recipe.transforms.test
     query, gallery = (recipes.embed(loaded.recipe.trunk, view) for view in (opened.test, opened.gallery))
@@ -611,26 +617,20 @@ def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypa
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_ends_the_training_with_its_name(workers, tmp_path):
+def test_a_broken_image_ends_the_training_with_its_name(tmp_path):
     """One whose checksums are right; also where a worker process finds it, whose traceback the error brings along."""
     photos = write_folder(tmp_path / "photos")
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 0, 0, 0, 0)), (b"IDAT", bytes(99)), (b"IEND", b"")]
     chunks = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks]
     (photos / "class1" / "09.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
-    given = ["--recipe", "triplet", "--data", photos, "--out", tmp_path / "run", "--workers", workers]
-    given += ["--validation-classes", 0, "--set", "width=4", "batch_size=16", "--epochs", 3]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "train.py", *map(str, given)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(
-        f"train.py: error: cannot read image {photos / 'class1' / '09.png'}: "
-    )
+    given = [EXAMPLES / "train.py", "--recipe", "triplet", "--data", photos, "--validation-classes", 0, "--epochs", 3]
+    given += ["--set", "width=4", "batch_size=16"]
+    commands = [[*given, "--out", tmp_path / f"run{workers}", "--workers", workers] for workers in (0, 2)]
+    printed, errors = run_scripts(commands, tmp_path)
+    assert re.findall(r"exit status: (.+)", printed) == ["2", "2"]
+    assert "Traceback" not in errors
+    message = f"train.py: error: cannot read image {photos / 'class1' / '09.png'}: "
+    assert [line.startswith(message) for line in errors.splitlines() if "error: " in line] == [True, True]
 
 
 HELP = """

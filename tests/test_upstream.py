@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +19,27 @@ pytestmark = pytest.mark.processes
 UPSTREAM = Path(__file__).parents[1] / "docs" / "upstream"
 NAME = "pytorch_metric_learning.losses.divergence_loss"
 SOURCE = UPSTREAM / "src" / f"{NAME.replace('.', '/')}.py"
+MISTAKES = {  # what is right, and what its tests must notice
+    "diagonal=1)": "diagonal=0)",
+    "- 2 + 2 * cosines": "- 2 + cosines",
+    "torch.where(norms > 0, inverse, torch.zeros_like(norms))": "inverse",
+    "c_f.indices_tuple_not_supported(indices_tuple)": "pass",
+    "max(num_compared, 1)": "num_compared",
+}
 RUN_TESTS = f"""\
-import importlib.util, sys, unittest
+import importlib.util, os, sys, unittest
 from pytorch_metric_learning import losses
-spec = importlib.util.spec_from_file_location({NAME!r}, sys.argv.pop())
-module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-losses.DivergenceLoss = module.DivergenceLoss  # what losses/__init__.py would export
-unittest.main("tests.losses.test_divergence_loss", argv=["unittest"])
+for path in sys.argv[1:]:
+    child = os.fork()  # importing PML for each would take seconds
+    if child:
+        os.waitpid(child, 0)
+        continue
+    os.dup2(os.open(path + ".txt", os.O_WRONLY | os.O_CREAT), 2)
+    spec = importlib.util.spec_from_file_location({NAME!r}, path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    losses.DivergenceLoss = module.DivergenceLoss  # what losses/__init__.py would export
+    unittest.main("tests.losses.test_divergence_loss", argv=["unittest"])
 """
 # The rules of PML's .flake8.
 FLAKE8 = ("--isolated", "--extend-ignore=E266,E203,E402,E501,E741,E265", "--per-file-ignores=__init__.py:F401")
@@ -40,34 +54,32 @@ def upstream():
     return module.DivergenceLoss
 
 
-def run_unittest(source):
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What unittest prints of the contribution as it is, under None, and with each mistake."""
+    folder, text, paths = tmp_path_factory.mktemp("upstream"), SOURCE.read_text(encoding="utf-8"), {}
+    for number, (right, wrong) in enumerate([(None, None), *MISTAKES.items()]):
+        assert right is None or right in text
+        paths[right] = folder / f"{number}.py"
+        paths[right].write_text(text if right is None else text.replace(right, wrong), encoding="utf-8")
     env = os.environ | {"TEST_DEVICE": "cpu", "TEST_DTYPES": "float16,float32,float64", "PYTHONPATH": ""}
-    command = [sys.executable, "-B", "-c", RUN_TESTS, str(source)]
-    return subprocess.run(command, cwd=UPSTREAM, env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-B", "-c", RUN_TESTS, *map(str, paths.values())]
+    done = subprocess.run(command, cwd=UPSTREAM, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {right: Path(f"{path}.txt").read_text(encoding="utf-8") for right, path in paths.items()}
 
 
-def test_its_tests_pass():
-    run = run_unittest(SOURCE)
-    assert run.returncode == 0, run.stderr
-    assert "Ran 8 tests" in run.stderr
+@pytest.mark.xdist_group("upstream")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_its_tests_pass(reports):
+    assert re.search(r"Ran 8 tests in .*\n\nOK\n$", reports[None]), reports[None]
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("diagonal=1)", "diagonal=0)"),
-        ("- 2 + 2 * cosines", "- 2 + cosines"),
-        ("torch.where(norms > 0, inverse, torch.zeros_like(norms))", "inverse"),
-        ("c_f.indices_tuple_not_supported(indices_tuple)", "pass"),
-        ("max(num_compared, 1)", "num_compared"),
-    ],
-)
-def test_its_tests_notice_a_mistake(right, wrong, tmp_path):
-    text = SOURCE.read_text()
-    assert right in text
-    broken = tmp_path / "divergence_loss.py"
-    broken.write_text(text.replace(right, wrong))
-    assert "FAILED" in run_unittest(broken).stderr
+@pytest.mark.xdist_group("upstream")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("right", MISTAKES)
+def test_its_tests_notice_a_mistake(right, reports):
+    assert re.search(r"Ran 8 tests in .*\n\nFAILED \(", reports[right]), reports[right]
 
 
 @pytest.mark.parametrize("reducer", [None, reducers.SumReducer(), reducers.ThresholdReducer(low=0.5)])

@@ -70,16 +70,23 @@ retrieval_report(torch.randn(8, 4), torch.arange(8) // 2, method="umap")
     'from pml_ext.class_embeddings import from_text; from_text(["red apple"], model="all-MiniLM-L6-v2")',
 ]
 NOT_TRIED = {"umap", "sentence_transformers"}  # the one need not be installed, the other downloads a model
+SLOW = {  # to import: they are loaded once, when no more try is blocked from what they bring
+    "timm": {"timm", *BRINGS["timm"]},
+    "torch_geometric": {"torch_geometric"},
+}
 TRIES = """
-import json, os, pathlib, sys, warnings
+import importlib, json, os, pathlib, sys, warnings
 import torch
 from pytorch_metric_learning import losses
 
 warnings.simplefilter("ignore")
-tries = json.load(sys.stdin)
-loaded = {name for blocked, _ in tries for name in blocked} & set(sys.modules)
-assert not loaded, f"loaded by torch or PML: {loaded}"
-for blocked, code in tries:
+slow, tries = json.load(sys.stdin)
+for i, (blocked, code) in enumerate(tries):
+    for name, brought in slow.items():
+        if not any(set(brought) & set(others) for others, _ in tries[i:]):
+            importlib.import_module(name)
+    loaded = set(blocked) & set(sys.modules)
+    assert not loaded, f"loaded by torch, PML, {' or '.join(slow)}: {loaded}"
     child = os.fork()  # loading torch for each try would take minutes
     if not child:
         sys.modules.update(dict.fromkeys(blocked))  # importing them raises ModuleNotFoundError
@@ -106,20 +113,19 @@ def needed(cell):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_parts_need_what_the_table_says(tmp_path):
     assert len(ROWS) == len(USES)
-    tries, expected = [], []
+    cases = []  # what is blocked, the code, and the module that it is to miss
     for (_, cell), code in zip(ROWS, USES, strict=True):
         names = needed(cell)
         assert set(names) <= ALL, cell
         there = set(names).union(*(BRINGS.get(name, ()) for name in names))
         if not NOT_TRIED & set(names):
-            tries.append((sorted(ALL - there), code))
-            expected.append(None)
-        for name in names:
-            tries.append(([name], code))
-            expected.append(name)
+            cases.append((sorted(ALL - there), code, None))
+        cases += [([name], code, name) for name in names]
+    cases.sort(key=lambda case: [brought.isdisjoint(case[0]) for brought in SLOW.values()])
+    tries, expected = [case[:2] for case in cases], [name for *_, name in cases]
     done = subprocess.run(
         [sys.executable, "-c", TRIES],
-        input=json.dumps(tries),
+        input=json.dumps([{name: sorted(brought) for name, brought in SLOW.items()}, tries]),
         capture_output=True,
         text=True,
         cwd=tmp_path,

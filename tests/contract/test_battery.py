@@ -23,8 +23,10 @@ OF_OLD_TORCH = {  # torch 2.5 does not trace context managers of contextlib, whi
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def marks_of(name):
-    return [getattr(pytest.mark, mark) for mark in PROPERTIES[name].marks]
+def marks_of(name, row):
+    """Return the marks of a property; what is compiled for one column is kept for the other, by the same worker."""
+    group = [pytest.mark.xdist_group(f"{row} compiled")] if "compiles" in PROPERTIES[name].marks else []
+    return [getattr(pytest.mark, mark) for mark in PROPERTIES[name].marks] + group
 
 
 def runs():
@@ -33,7 +35,9 @@ def runs():
         on_devices = "device" in inspect.signature(declared.check).parameters
         for row, device in itertools.product(ROWS if declared.table else CASES, DEVICES[: 1 + on_devices]):
             kwargs = {"device": device} if on_devices else {}
-            yield pytest.param(row, name, kwargs, marks=marks_of(name), id=", ".join([row, name, *kwargs.values()]))
+            yield pytest.param(
+                row, name, kwargs, marks=marks_of(name, row), id=", ".join([row, name, *kwargs.values()])
+            )
 
 
 @pytest.mark.parametrize(("row", "name", "kwargs"), list(runs()))
@@ -324,7 +328,7 @@ def test_every_property_is_missed_by_a_wrong_loss():
 @pytest.mark.parametrize(
     ("fault", "name"),
     [
-        pytest.param(fault, name, marks=marks_of(name), id=f"{fault.__name__}, {name}")
+        pytest.param(fault, name, marks=marks_of(name, fault.__name__), id=f"{fault.__name__}, {name}")
         for fault, names in WRONG.items()
         for name in sorted(names)
     ],

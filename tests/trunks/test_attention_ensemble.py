@@ -239,11 +239,11 @@ class TestFromBackbone:
         ("name", "split", "stage"),
         [
             ("resnet18", None, ["layer3"]),
-            ("resnet50", "layer2", ["layer3"]),
+            ("resnet26", "layer2", ["layer3"]),
             ("resnet26d", None, ["layer3"]),  # pools in its shortcuts
             ("mobilenetv3_small_100", "blocks.2", ["blocks_3"]),
             ("regnetx_002", "s2", ["s3"]),
-            ("convnext_tiny", "stages.1", None),
+            ("convnext_atto", "stages.1", None),
             ("densenet121", "features.transition1", ["features_denseblock2"]),
             ("resnet18", "layer4", None),
         ],

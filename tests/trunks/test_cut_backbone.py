@@ -13,10 +13,10 @@ from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 CUTS = {
     "resnet18": "layer2",
-    "resnet50": "layer2.1",
+    "resnet26": "layer2.1",
     "googlenet": "maxpool3",
     "mobilenetv3_small_100": "blocks.2",
-    "convnext_tiny": "stages.1",
+    "convnext_atto": "stages.1",
     "regnetx_002": "s2",
     "efficientnet_b0": "blocks.3",  # with stochastic depth
     "densenet121": "features.transition2",

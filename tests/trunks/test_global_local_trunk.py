@@ -217,12 +217,19 @@ def test_channels_last():
 class TestExport:
     """In eval mode the exported trunk gives the same embeddings, for other batch sizes too."""
 
-    @pytest.fixture(params=["printed", "normalized"])
-    def trunk(self, request):
-        trunk = make_small(attention=request.param, pool_type="gem").eval()
+    @pytest.fixture
+    def trunk(self):
+        """One head with the attention as printed, one with the normalized one."""
+        torch.manual_seed(0)
+        trunk, other = (
+            GlobalLocalTrunk("test_resnet", 16, attention=attention, pool_type="gem").eval()
+            for attention in ("printed", "normalized")
+        )
+        trunk.global_head = other.global_head
         for head in (trunk.local_head, trunk.global_head):
             for x in head[0].norm.parameters():
                 nn.init.normal_(x)
+        assert [head[0].style for head in (trunk.local_head, trunk.global_head)] == ["printed", "normalized"]
         return trunk
 
     def test_torch_export(self, trunk):
