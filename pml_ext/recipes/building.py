@@ -18,6 +18,7 @@ from pml_ext.recipes.parts import Method
 from pml_ext.recipes.settings import Settings, settle
 from pml_ext.recipes.training_recipe import OPTIMIZERS, Recipe
 from pml_ext.trunks.batch_norm import freeze_batch_norm
+from pml_ext.trunks.wrappers import backbone_of
 from pml_ext.validation import check_count
 
 RECIPES: dict[str, Method] = {
@@ -85,7 +86,7 @@ def recipe(
             f"backbone must take images of image_size = {chosen.image_size}, {chosen.backbone!r} does not: {error}"
         ) from error
     if chosen.freeze_batch_norm:
-        freeze_batch_norm(getattr(parts.trunk, "backbone", parts.trunk))
+        freeze_batch_norm(backbone_of(parts.trunk) or parts.trunk)
     return Recipe(name, num_classes, chosen, parts.trunk, parts.loss, parts.miner)
 
 

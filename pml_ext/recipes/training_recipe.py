@@ -13,6 +13,7 @@ from torch import nn
 from pml_ext.recipes.settings import Settings
 from pml_ext.recipes.transforms import Transforms, make_transforms
 from pml_ext.trunks.parameter_groups import param_groups
+from pml_ext.trunks.wrappers import unwrapped
 from pml_ext.types import Indices
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -99,7 +100,7 @@ class Recipe:
 
 def _with_rate(groups: list[dict[str, Any]], loss: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Take the parameters of an IntraBatchLoss's refiner out of their groups, into some of their own."""
-    parts = [getattr(loss, name, None) for name in ("refiner", "norm", "refined_loss")]
+    parts = [getattr(unwrapped(loss), name, None) for name in ("refiner", "norm", "refined_loss")]
     own = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
     parted = []
     for group in groups:
