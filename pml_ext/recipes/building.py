@@ -110,6 +110,10 @@ def _check(s: Settings) -> None:
     if s.batch_size % s.samples_per_class or s.batch_size < 2 * s.samples_per_class:
         rule = f"a multiple of samples_per_class = {s.samples_per_class}, at least twice it"
         raise ValueError(f"batch_size must be {rule}, got {s.batch_size}")
-    for name, known in (("optimizer", tuple(OPTIMIZERS)), ("schedule", ("cosine", "step"))):
+    for name, known in (
+        ("optimizer", tuple(OPTIMIZERS)),
+        ("schedule", ("cosine", "step")),
+        ("sampler", ("ShuffledPassSampler", "MPerClassSampler")),
+    ):
         if s[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {s[name]!r}")

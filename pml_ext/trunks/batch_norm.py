@@ -34,8 +34,9 @@ def freeze_batch_norm(module: T) -> T:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     if not norms:
         raise ValueError(f"module must contain a batch norm, got a {type(module).__name__} without")
-    for m in (module, *norms):  # the norms too: somebody may call their train() alone
-        m.train = partial(_train_but_norms, m)  # type: ignore[method-assign, assignment]
+    kept: list[nn.Module] = [module, *norms]  # the norms too: somebody may call their train() alone
+    for m in kept:
+        m.train = partial(_train_but_norms, m)  # type: ignore[method-assign]
     for norm in norms:
         norm.eval()
     return module
