@@ -88,12 +88,6 @@ def main(
     before = {} if old is None else old.get("data", {})
     opened = without(opened, before.get("left_out", []))
     prints = fingerprints(opened)
-    if before.get("fingerprints", prints) != prints:
-        name = next(name for name in prints if before["fingerprints"].get(name) != prints[name])
-        raise ValueError(
-            f"--data must have the images that the run began with, got other files or labels for {name} (files that have "
-            "broken since: leave them there, and add --skip-broken)"
-        )
     kept = without_broken(opened, skip_broken)
     left_out = sorted(names_of(opened) - names_of(kept))
     opened = kept
@@ -163,6 +157,7 @@ def main(
     )
     if old is not None:
         check_same(old, config)
+        check_images(before.get("fingerprints", prints), prints)
     with RunLock(out):
         if what_is_there(out, resume) != old:
             raise ValueError(f"--out must not be changed by others meanwhile, got {out}")
@@ -230,15 +225,15 @@ def fingerprints(data):
 
 
 def names_of(data):
-    """Return the names of all image files."""
-    return {name for view in views_of(data).values() for name in image_names(view) or ()}
+    """Return the names of all image files, behind those of the parts of the data."""
+    return {f"{name}/{image}" for name, view in views_of(data).items() for image in image_names(view) or ()}
 
 
 def without(data, left_out):
     """Return data without the image files that the run has left out."""
-    views = {}
+    views, left_out = {}, set(left_out)
     for name, view in views_of(data).items():
-        kept = torch.tensor([image not in set(left_out) for image in image_names(view) or ()])
+        kept = torch.tensor([f"{name}/{image}" not in left_out for image in image_names(view) or ()])
         if left_out and len(kept):
             views[name] = copy.copy(view)
             views[name].indices, views[name].labels = view.indices[kept], view.labels[kept]
@@ -298,6 +293,16 @@ def check_same(old, new):
         if old.get(name) != new.get(name):
             raise ValueError(
                 f"--resume must go on with the {name} of config.json, {old.get(name)}, got {new.get(name)}"
+            )
+
+
+def check_images(old, new):
+    """Check that a run goes on with the images that it began with."""
+    for name in new:
+        if old.get(name) != new[name]:
+            raise ValueError(
+                f"--data must have the images that the run began with, got other files or labels for {name} (files "
+                "that have broken since: leave them there, and add --skip-broken)"
             )
 
 

@@ -72,10 +72,9 @@ def rates(groups, module):
 
 WRAPPERS = {
     "data parallel": nn.DataParallel,
-    "compiled": torch.compile,
     "averaged": torch.optim.swa_utils.AveragedModel,
     "sequential": lambda trunk: nn.Sequential(trunk, nn.Linear(2, 2)),
-    "several": lambda trunk: nn.DataParallel(nn.Sequential(torch.compile(trunk), nn.ReLU())),
+    "several": lambda trunk: nn.DataParallel(nn.Sequential(nn.DataParallel(trunk), nn.ReLU())),
 }
 
 
