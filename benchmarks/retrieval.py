@@ -71,7 +71,7 @@ def trained(job):
             data.num_classes,
             class_embeddings=rows,
             in_channels=data.in_channels,
-            **({"epochs": job["epochs"]} | row.settings | settings),
+            **({"epochs": job["epochs"], "sampler": "MPerClassSampler"} | row.settings | settings),
         )
     data.train.transform, data.test.transform = made.transforms.train, made.transforms.test
     started = time.perf_counter()

@@ -10,7 +10,8 @@ epoch. --out gets config.json, metrics.jsonl (a line for each epoch, one of the 
 without validation classes there is none, and the last epoch is tested), curves.png, gallery.png, and report.html to be
 opened in a browser (not for In-Shop, whose queries search a gallery). After an interruption the same command with
 --resume goes on behind the last whole epoch; with the same --workers and --device it ends where an uninterrupted run
-does. Then: examples/embed.py and examples/search.py.
+does. It may have more --epochs than before, and with --skip-broken it leaves out files that have broken since. Then:
+examples/embed.py and examples/search.py.
 """
 
 import argparse
@@ -30,9 +31,12 @@ from tqdm import tqdm
 from pml_ext import recipes
 from pml_ext.datasets import open_data
 from pml_ext.datasets.image_files import ImageFiles, broken_images
+from pml_ext.recipes.checkpoint import write_text
+from pml_ext.recipes.data_fingerprint import fingerprint, image_names
 from pml_ext.recipes.device import usable_device
-from pml_ext.recipes.run_config import describe_run, read_config, write_config
+from pml_ext.recipes.run_config import autocast_of, describe_run, read_config, write_config
 from pml_ext.recipes.run_folder import load_run
+from pml_ext.recipes.run_lock import RunLock
 from pml_ext.strict_json import strict_json
 from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
@@ -77,13 +81,16 @@ def main(
 ):
     """Return the last line of metrics.jsonl: epoch and metrics of the test classes."""
     out, device = Path(out), usable_device(device)
-    holds_run = any((out / name).exists() for name in ("config.json", "last.pt"))
-    if holds_run and not resume:
-        raise ValueError(f"--out must hold no run yet (or add --resume), got {out}")
-    old = read_config(out) if resume else None
-    autocast = None if autocast is None else getattr(torch, autocast)
+    old = what_is_there(out, resume)
+    autocast = autocast_of({"autocast": autocast})
 
-    opened = without_broken(open_data(data, test_classes, class_embeddings, root, download, seed), skip_broken)
+    opened = open_data(data, test_classes, class_embeddings, root, download, seed)
+    before = {} if old is None else old.get("data", {})
+    opened = without(opened, before.get("left_out", []))
+    prints = fingerprints(opened)
+    kept = without_broken(opened, skip_broken)
+    left_out = sorted(names_of(opened) - names_of(kept))
+    opened = kept
     if validation_classes is None:
         validation_classes = 0.2 if opened.num_classes >= 4 else 0
         if not validation_classes:
@@ -93,6 +100,8 @@ def main(
     given = {"epochs": epochs, "backbone": backbone, "embedding_size": embedding_size, "image_size": image_size}
     given = merge({name: value for name, value in given.items() if value is not None}, dict(settings))
     given.setdefault("in_channels", opened.in_channels)
+    if old is not None:  # a run of a former version goes on with PML's sampler
+        given.setdefault("sampler", old["settings"]["sampler"])
     if preset == "small" and given.get("image_size") is None:
         given["image_size"] = side_of(opened.train[0][0])
     for seeded in (torch.manual_seed, np.random.seed, random.seed):  # before the network is made
@@ -142,14 +151,25 @@ def main(
             "validation_classes": validation_classes,
             "class_embeddings": None if class_embeddings is None else str(class_embeddings),
             "images": {name: len(view) for name, view in sizes.items()},
+            "fingerprints": fingerprints(opened),
+            "left_out": sorted({*before.get("left_out", []), *left_out}),
         },
     )
-    if old is None:
-        write_config(out, config)
-    else:
+    if old is not None:
         check_same(old, config)
-        if (out / "last.pt").exists():  # else it was killed within the first epoch
-            trainer.resume()
+        check_images(before.get("fingerprints", prints), prints)
+    with RunLock(out):
+        if what_is_there(out, resume) != old:
+            raise ValueError(f"--out must not be changed by others meanwhile, got {out}")
+        if old is not None and (out / "last.pt").exists():  # else it was killed within the first epoch
+            trainer.resume(other_data=bool(left_out))
+        write_config(out, config if old is None else old | config)
+        return train_and_test(trainer, opened, fitted, validation_classes, out, device, embed)
+
+
+def train_and_test(trainer, opened, fitted, validation_classes, out, device, embed):
+    """Train, and return the metrics of the test classes."""
+    made, tested = trainer.recipe, [view for view in (opened.test, opened.gallery) if view is not None]
     validated = fitted.test.num_classes if validation_classes else 0
     print(f"{fitted.num_classes} classes to train, {validated} to validate, {opened.test.num_classes} to test")
     trainer.train()
@@ -158,8 +178,7 @@ def main(
     embedded = [embed(run.recipe.trunk, view, progress=True) for view in tested]
     metrics = recipes.retrieval_metrics(*embedded[0], *embedded[1:], metrics=tuple(METRICS))
     result = {"split": "test", "epoch": run.epoch, **metrics}
-    with (out / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(strict_json(entry) + "\n" for entry in [*trainer.history, result])
+    write_text(out / "metrics.jsonl", "".join(strict_json(entry) + "\n" for entry in [*trainer.history, result]))
     draw(out, trainer.history, tested, embedded)
     if len(tested) == 1:
         retrieval_report(*embedded[0], Images(*tested), opened.test.class_names, out / "report.html", title=str(out))
@@ -187,10 +206,43 @@ def hold_out(data, validation_classes, seed):
         raise ValueError(f"{error}: there are {counted}") from error
 
 
+def what_is_there(out, resume):
+    """Return the configuration of the run to go on with; None for a new one, which finds no other."""
+    if resume:
+        return read_config(out)
+    if any((out / name).exists() for name in ("config.json", "last.pt")):
+        raise ValueError(f"--out must hold no run yet (or add --resume), got {out}")
+    return None
+
+
+def views_of(data):
+    return {name: view for name in ("train", "test", "gallery") if (view := getattr(data, name)) is not None}
+
+
+def fingerprints(data):
+    """Return what tells whether the images are others, of each part of the data."""
+    return {name: fingerprint(view, view.labels) for name, view in views_of(data).items()}
+
+
+def names_of(data):
+    """Return the names of all image files, behind those of the parts of the data."""
+    return {f"{name}/{image}" for name, view in views_of(data).items() for image in image_names(view) or ()}
+
+
+def without(data, left_out):
+    """Return data without the image files that the run has left out."""
+    views, left_out = {}, set(left_out)
+    for name, view in views_of(data).items():
+        kept = torch.tensor([f"{name}/{image}" not in left_out for image in image_names(view) or ()])
+        if left_out and len(kept):
+            views[name] = copy.copy(view)
+            views[name].indices, views[name].labels = view.indices[kept], view.labels[kept]
+    return replace(data, **views)
+
+
 def without_broken(data, skip_broken):
     """Return data without the image files that cannot be read; an error that names them unless they may be skipped."""
-    views = {name: getattr(data, name) for name in ("train", "test", "gallery")}
-    views = {name: view for name, view in views.items() if view is not None and isinstance(view.dataset, ImageFiles)}
+    views = {name: view for name, view in views_of(data).items() if isinstance(view.dataset, ImageFiles)}
     paths = [view.dataset.paths[i] for view in views.values() for i in view.indices.tolist()]
     broken = broken_images(paths, progress=True) if paths else {}
     if not broken:
@@ -228,14 +280,29 @@ def side_of(image):
 
 
 def check_same(old, new):
-    """Check that a run goes on with what it began with; versions of packages may differ."""
-    old, new = (dict(flat({name: x for name, x in config.items() if name != "versions"})) for config in (old, new))
-    for config in (old, new):
-        config.pop("data.images.test", None)  # a broken one may have been taken away
+    """Check that a run goes on with what it began with; versions of packages and the number of epochs may differ."""
+    checked = "fingerprints" in old.get("data", {})
+    old, new = (dict(flat(config)) for config in (old, new))
+    mine = ("settings.epochs", "data.fingerprints", "data.left_out", "data.images.test", "training_images", "resumed")
+    mine += ("data.images",) if checked else ()  # broken ones may be left out
+    old, new = (
+        {name: x for name, x in config.items() if not f"{name}.".startswith((*(f"{x}." for x in mine), "versions."))}
+        for config in (old, new)
+    )
     for name in new | old:
         if old.get(name) != new.get(name):
             raise ValueError(
                 f"--resume must go on with the {name} of config.json, {old.get(name)}, got {new.get(name)}"
+            )
+
+
+def check_images(old, new):
+    """Check that a run goes on with the images that it began with."""
+    for name in new:
+        if old.get(name) != new[name]:
+            raise ValueError(
+                f"--data must have the images that the run began with, got other files or labels for {name} (files "
+                "that have broken since: leave them there, and add --skip-broken)"
             )
 
 
@@ -296,6 +363,7 @@ if __name__ == "__main__":
         "name must": "--recipe must",
         "a setting must": "--set must",
         "a run's folder must": "--out must",
+        "epochs must": "--epochs must",
         "val_classes must": "--validation-classes must",
         "class_embeddings must be given for adaptive margins (or margin_scale=0)": (
             "--class-embeddings FILE must be given for adaptive margins (or --set margin_scale=0)"

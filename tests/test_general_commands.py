@@ -169,14 +169,14 @@ def test_resume_ends_where_an_uninterrupted_run_does(data, tmp_path, monkeypatch
 
 @pytest.mark.trains
 def test_a_run_killed_between_its_two_checkpoints(data, tmp_path, monkeypatch):
-    """The second epoch is the best; its two files are the third and the fourth."""
+    """The second epoch is the best; its files are the fourth, before validation, the fifth and the sixth."""
     scripted_scores(monkeypatch, [0.1, 0.9])
     replace, replaced = os.replace, []
 
     def killed(source, target):
         if target.suffix == ".pt":
             replaced.append(target.name)
-            if len(replaced) == 4:
+            if len(replaced) == 6:
                 raise KeyboardInterrupt
         replace(source, target)
 
@@ -184,6 +184,7 @@ def test_a_run_killed_between_its_two_checkpoints(data, tmp_path, monkeypatch):
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path, epochs=3)
+    assert replaced == ["last.pt", "best.pt", "last.pt"] * 2
     scripted_scores(monkeypatch, [0.9, 0.3])
     assert run(data, tmp_path, epochs=3, resume=True)["epoch"] == 2
     assert [entry["epoch"] for entry in lines(tmp_path)] == [1, 2, 3, 2]
@@ -460,6 +461,37 @@ def test_broken_images_are_found_before_the_training(tmp_path, capsys):
         ValueError, match="--data must have an image of each class that can be read, got none of class4"
     ):
         run(photos, tmp_path / "b", skip_broken=True)
+
+
+@pytest.mark.trains
+def test_resume_with_more_epochs_and_without_a_file_that_broke(tmp_path, monkeypatch, capsys):
+    photos, out = write_folder(tmp_path / "photos"), tmp_path / "run"
+    given = ["--recipe", "triplet", "--data", photos, "--out", out, "--validation-classes", 0, "--device", "cpu"]
+    given += ["--set", "width=4", "batch_size=16", "--resume", "--epochs"]
+    run(photos, out, recipe="triplet", validation_classes=0, epochs=1, settings=TINY | {"schedule": "step"})
+    given += [2, "--set", "schedule=step"]
+    (photos / "class1" / "09.png").write_bytes(b"no image")
+    assert "--skip-broken: leave them out" in command("train", given, monkeypatch, capsys)[1]
+    os.rename(photos / "class0" / "00.png", photos / "class0" / "99.png")
+    message = (
+        "train.py: error: --data must have the images that the run began with, got other files or labels for train "
+    )
+    assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
+    os.rename(photos / "class0" / "99.png", photos / "class0" / "00.png")
+    (out / "lock.json").write_text(json.dumps({"process": 7, "host": "elsewhere", "since": "noon"}))
+    message = f"train.py: error: --out must be free, got {out}, where another training runs (process 7 on elsewhere"
+    assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
+    (out / "lock.json").unlink()
+    changes = {"validation_classes": 0, "settings": TINY | {"schedule": "step"}, "resume": True}
+    run(photos, out, recipe="triplet", epochs=2, skip_broken=True, **changes)
+    config = json.loads((out / "config.json").read_text())
+    assert config["data"]["left_out"] == ["train/class1/09.png"] and config["data"]["images"]["train"] == 23
+    assert config["resumed"] == [{"epoch": 1, "epochs": [1, 2]}] and config["settings"]["epochs"] == 2
+    assert [entry["epoch"] for entry in lines(out)] == [1, 2, 2]
+    assert not list(out.glob("*lock*"))
+    given[given.index("--epochs") + 1] = 1
+    status, line = command("train", given, monkeypatch, capsys)  # the file stays left out
+    assert (status, line.startswith("train.py: error: --epochs must be >= 2, which ")) == (2, True)
 
 
 def test_broken_images_of_a_gallery(tmp_path):

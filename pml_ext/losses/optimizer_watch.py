@@ -1,41 +1,90 @@
 """Notice that a loss's parameters are in no optimizer."""
 
+import gc
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_BATCHES = 100  # more than gradients are accumulated over
+_BATCHES = 100
+_SAMPLE = 8  # numbers of each parameter that are compared
 
 
 class OptimizerWatch:
-    """Warn once if parameters of a loss get gradients and stay as they are.
+    """Warn once if parameters of a loss get gradients, stay as they are, and no optimizer has them.
 
     PML's trainers do not complain about a missing ``metric_loss_optimizer``: proxies and classifiers would stay random.
     """
 
     def __init__(self) -> None:
         self._done = False
-        self._version: int | None = None
-        self._unchanged = 0
+        self._looks = 0
+        self._trained: set[str] = set()
+        self._samples: dict[str, tuple[Tensor, Tensor]] = {}  # positions and values, on the parameter's device
 
     def look(self, loss_func: nn.Module) -> None:
-        """Look at a loss before a batch."""
+        """Look at a loss before a batch; at its values in the first of ``_BATCHES`` only, where a device may wait."""
         if self._done or not (loss_func.training and torch.is_grad_enabled()):
             return
-        parameter = next((p for p in loss_func.parameters() if p.requires_grad), None)
-        if parameter is None or not parameter.is_leaf:
+        self._looks += 1
+        if self._looks % _BATCHES != 1:
             return
-        version = parameter._version
-        self._done = self._version not in (None, version)  # somebody trains them
-        self._version = version
-        if self._done or parameter.grad is None:
-            return
-        self._unchanged += 1
-        if self._unchanged > _BATCHES:
-            self._done = True
+        parameters = {name: p for name, p in loss_func.named_parameters() if p.requires_grad and p.is_leaf}
+        unchanged = []
+        for name, parameter in parameters.items():
+            sample = self._samples.pop(name, None)
+            if sample is not None and not torch.equal(_values(parameter, sample[0]), sample[1]):
+                self._trained.add(name)  # whoever stops to train it later knows it
+            elif name not in self._trained:
+                if sample is not None and _has_gradient(parameter, sample[0]):
+                    unchanged.append(name)
+                positions = _positions(parameter)
+                self._samples[name] = positions, _values(parameter, positions)
+        unchanged = [name for name in unchanged if not _in_an_optimizer(parameters[name])]
+        self._done = bool(unchanged) or self._trained >= set(parameters)
+        if unchanged:
             warnings.warn(
                 f"{type(loss_func).__name__} has parameters that {_BATCHES} batches have not changed: give "
-                'loss_func.parameters() to an optimizer (with PML\'s trainers: optimizers["metric_loss_optimizer"])',
+                'loss_func.parameters() to an optimizer (with PML\'s trainers: optimizers["metric_loss_optimizer"]); '
+                f"unchanged: {', '.join(unchanged)}",
                 stacklevel=4,
             )
+
+
+@torch.no_grad()
+def _positions(parameter: nn.Parameter) -> Tensor:
+    """Return where a few numbers stand: with the largest gradients, which the next step changes, if there are any."""
+    x = _local(parameter)
+    count = min(_SAMPLE, x.numel())
+    grad = _local_gradient(parameter)
+    if grad is not None:
+        return grad.flatten().abs().topk(count).indices
+    return torch.linspace(0, max(x.numel() - 1, 0), count, device=x.device).long()
+
+
+def _values(parameter: nn.Parameter, positions: Tensor) -> Tensor:
+    return _local(parameter).detach().flatten()[positions.to(parameter.device)].clone()
+
+
+def _has_gradient(parameter: nn.Parameter, positions: Tensor) -> bool:
+    grad = _local_gradient(parameter)
+    return grad is not None and bool(grad.flatten()[positions.to(grad.device)].any())
+
+
+def _local(x: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _local_gradient(parameter: nn.Parameter) -> Tensor | None:
+    grad = parameter.grad
+    return None if grad is None or grad.is_sparse else _local(grad)
+
+
+def _in_an_optimizer(parameter: nn.Parameter) -> bool:
+    """Whether any optimizer has a parameter: one that accumulates gradients may not have stepped for long.
+
+    All objects are looked through, so this is asked before a warning only.
+    """
+    optimizers = [x for x in gc.get_objects() if issubclass(type(x), torch.optim.Optimizer)]
+    return any(p is parameter for x in optimizers for group in x.param_groups for p in group["params"])

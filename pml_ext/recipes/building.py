@@ -18,6 +18,7 @@ from pml_ext.recipes.parts import Method
 from pml_ext.recipes.settings import Settings, settle
 from pml_ext.recipes.training_recipe import OPTIMIZERS, Recipe
 from pml_ext.trunks.batch_norm import freeze_batch_norm
+from pml_ext.trunks.wrappers import backbone_of
 from pml_ext.validation import check_count
 
 RECIPES: dict[str, Method] = {
@@ -85,7 +86,7 @@ def recipe(
             f"backbone must take images of image_size = {chosen.image_size}, {chosen.backbone!r} does not: {error}"
         ) from error
     if chosen.freeze_batch_norm:
-        freeze_batch_norm(getattr(parts.trunk, "backbone", parts.trunk))
+        freeze_batch_norm(backbone_of(parts.trunk) or parts.trunk)
     return Recipe(name, num_classes, chosen, parts.trunk, parts.loss, parts.miner)
 
 
@@ -109,6 +110,10 @@ def _check(s: Settings) -> None:
     if s.batch_size % s.samples_per_class or s.batch_size < 2 * s.samples_per_class:
         rule = f"a multiple of samples_per_class = {s.samples_per_class}, at least twice it"
         raise ValueError(f"batch_size must be {rule}, got {s.batch_size}")
-    for name, known in (("optimizer", tuple(OPTIMIZERS)), ("schedule", ("cosine", "step"))):
+    for name, known in (
+        ("optimizer", tuple(OPTIMIZERS)),
+        ("schedule", ("cosine", "step")),
+        ("sampler", ("ShuffledPassSampler", "MPerClassSampler")),
+    ):
         if s[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {s[name]!r}")

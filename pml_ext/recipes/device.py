@@ -7,7 +7,7 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
     """Return a device: CUDA if there is any, else the CPU, unless another is given.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If it is not there, or holds no data ("meta").
     """
     try:
         chosen = (
@@ -16,4 +16,6 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
         torch.empty(1, device=chosen)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device must be there, got {device!r}: {error}") from error
+    if chosen.type == "meta":
+        raise ValueError(f"device must hold data, got {device!r}")
     return chosen

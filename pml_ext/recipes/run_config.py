@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from pml_ext.recipes.checkpoint import write_text
+from pml_ext.recipes.settings import COMMON
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.strict_json import strict_json
 from pml_ext.version import __version__
 
 _GONE = {"depth": 1}  # settings of former versions, and where they changed nothing
 _ONLY_AT_THE_START = ("similarity_gain",)  # settings of former versions that weights were drawn with
+_ADDED = {"sampler": "MPerClassSampler"}  # settings that former versions had not, and what they did
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
@@ -23,6 +27,9 @@ def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any)
         made: The recipe.
         autocast: As in ``Trainer``.
         **more: Whatever else is worth knowing, such as data and seed.
+
+    Raises:
+        TypeError: If something is no plain value; numbers of NumPy and of tensors become Python's.
     """
     packages = ("torch", "pytorch-metric-learning", "timm", "numpy")
     config = {
@@ -38,16 +45,40 @@ def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any)
     return plain
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what a training is other with than one that is to go on: "settings.lr: 0.1, got 0.2", ...
+
+    Args:
+        before: The configuration of what was trained.
+        now: The one to go on with. How many epochs there are, and what matters only at the start, may differ.
+    """
+    both = [dict(config["settings"]) for config in (before, now)]
+    for settings in both:
+        for name in ("epochs", "pretrained"):  # weights are in the checkpoint
+            settings.pop(name, None)
+    both = [
+        {name: config.get(name) for name in ("recipe", "num_classes", "autocast")}
+        | {f"settings.{name}": value for name, value in settings.items()}
+        for config, settings in zip((before, now), both, strict=True)
+    ]
+    names = dict.fromkeys([*both[0], *both[1]])
+    there, here = both
+    return [f"{n}: {there.get(n)!r}, got {here.get(n)!r}" for n in names if there.get(n) != here.get(n)]
+
+
+def autocast_of(config: dict[str, Any]) -> torch.dtype | None:
+    """Return the dtype that a configuration names."""
+    name = config.get("autocast")
+    return None if name is None else _AUTOCAST[name]
+
+
 def write_config(folder: str | os.PathLike[str], config: dict[str, Any]) -> None:
     """Write ``config.json``, whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json.new").write_text(strict_json(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / "config.json.new", folder / "config.json")
+    write_text(Path(folder) / "config.json", strict_json(config, indent=2) + "\n")
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what ``config.json`` holds, without settings of former versions that change nothing now.
+    """Return what ``config.json`` holds, with the settings of former versions as this one has them.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -63,10 +94,17 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     missing = {"recipe", "num_classes", "preset", "settings"} - (set(config) if isinstance(config, dict) else set())
     if missing:
         raise ValueError(f"{path} must have {min(missing)!r}, got none")
+    settings, autocast = config["settings"], config.get("autocast")
+    missing = set(COMMON) - set(_ADDED) - (set(settings) if isinstance(settings, dict) else set())
+    if missing:
+        raise ValueError(f"{path}: settings must have {min(missing)!r}, got none")
+    if autocast is not None and autocast not in _AUTOCAST:
+        raise ValueError(f"{path}: autocast must be one of {', '.join(_AUTOCAST)} or null, got {autocast!r}")
     for name in _ONLY_AT_THE_START:
         config["settings"].pop(name, None)
     for name, value in _GONE.items():
         former = config["settings"].pop(name, value)
         if former != value:
             raise ValueError(f"{path}: the setting {name!r} is gone, and must have been {value}, got {former}")
+    config["settings"] = _ADDED | config["settings"]
     return dict(config)

@@ -1,6 +1,7 @@
 """What was trained in a folder, to have it back."""
 
 import os
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,9 +10,12 @@ import torch
 from torch import nn
 
 from pml_ext.recipes.building import recipe
+from pml_ext.recipes.checkpoint import read_checkpoint
 from pml_ext.recipes.device import usable_device
-from pml_ext.recipes.run_config import read_config
+from pml_ext.recipes.networks import matched_state
+from pml_ext.recipes.run_config import autocast_of, read_config
 from pml_ext.recipes.training_recipe import Recipe
+from pml_ext.strict_json import strict_json
 
 
 class Run(NamedTuple):
@@ -36,7 +40,8 @@ def load_run(folder: str | os.PathLike[str], device: torch.device | str | None =
     """Return what was trained in a folder.
 
     Args:
-        folder: That of a ``Trainer``, with ``config.json``, and ``best.pt`` or, without validation, ``last.pt``.
+        folder: That of a ``Trainer``, with ``config.json``, and ``best.pt`` or, without validation or where that is of
+            another run, ``last.pt``.
         device: Of network and loss. None: CUDA if there is any, else the CPU.
 
     Raises:
@@ -45,29 +50,48 @@ def load_run(folder: str | os.PathLike[str], device: torch.device | str | None =
     """
     folder, device = Path(folder), usable_device(device)
     config = read_config(folder)
-    path = next((path for path in (folder / "best.pt", folder / "last.pt") if path.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"a run's folder must hold best.pt or last.pt, got {folder} without; is it trained?")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        history, weights = state["history"], {"trunk": state["trunk"], "loss": state["loss"]}
-    except Exception as error:  # of zip files, pickles and keys
-        raise ValueError(f"cannot read {path}: {error}") from error
+    path, state = _chosen(folder)
     settings = dict(config["settings"])
     if settings["backbone"] != "googlenet":  # which does something else to images where it is pretrained
         settings["pretrained"] = False  # no download: the weights are here
-    rows = next((x for name, x in weights["loss"].items() if name.endswith("class_embeddings")), None)
-    made = recipe(config["recipe"], config["num_classes"], preset=config["preset"], class_embeddings=rows, **settings)
-    for name, module in (("trunk", made.trunk), ("loss", made.loss)):
-        try:
-            module.load_state_dict(weights[name])
-        except RuntimeError as error:
-            raise ValueError(f"{path} must hold the network of config.json, got another: {error}") from error
+    rows = next((x for name, x in state["loss"].items() if name.endswith("class_embeddings")), None)
+    try:
+        made = recipe(
+            config["recipe"], config["num_classes"], preset=config["preset"], class_embeddings=rows, **settings
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} must describe a recipe: {error}") from error
+    rule = f"{path} must hold the network of config.json"
+    for module, weights in ((made.trunk, state["trunk"]), (made.loss, state["loss"])):
+        module.load_state_dict(matched_state(module, weights, rule))
         module.to(device)
     made.trunk.eval()
-    autocast = config.get("autocast")
-    dtype = None if autocast is None else getattr(torch, autocast)
-    return Run(made, config, history[-1]["epoch"], dtype, _checksum(made.trunk))
+    return Run(made, config, state["history"][-1]["epoch"], autocast_of(config), _checksum(made.trunk))
+
+
+def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the best epoch, unless it is one of another run than the last epoch; else the last."""
+    best, last = folder / "best.pt", folder / "last.pt"
+    paths = [path for path in (best, last) if path.is_file()]
+    if not paths:
+        raise FileNotFoundError(f"a run's folder must hold best.pt or last.pt, got {folder} without; is it trained?")
+    states = [read_checkpoint(path) for path in paths]
+    if len(states) == 2 and not _one_run(*states):
+        warnings.warn(f"{best} is of another run than {last}, which is taken: delete or move it", stacklevel=3)
+        return last, states[1]
+    return paths[0], states[0]
+
+
+def _one_run(*states: dict[str, Any]) -> bool:
+    """Whether the history of one checkpoint goes on with that of the other."""
+    first, second = (
+        [strict_json({n: x for n, x in entry.items() if n != "seconds"}) for entry in state["history"]]
+        for state in states
+    )
+    common = min(len(first), len(second))
+    if not states[1].get("validated", True):  # killed before the metrics of this epoch were known
+        common = min(common, len(second) - 1)
+    return first[:common] == second[:common]
 
 
 def _checksum(module: nn.Module) -> str:

@@ -5,6 +5,9 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 Numbers = dict[str, tuple[Any, str]]
 """Name to value and source."""
 
@@ -40,7 +43,10 @@ _SMALL: Numbers = {
     "warmup_epochs": (0, OURS),
     "clip_value": (None, OURS),
     "freeze_batch_norm": (False, OURS),
+    "sampler": ("ShuffledPassSampler", OURS),
 }
+COMMON = tuple(_SMALL)
+"""Names of the settings that all recipes have."""
 _PAPER: Numbers = _SMALL | {
     "backbone": ("resnet50", _USUAL),
     "pretrained": (True, _USUAL),
@@ -96,6 +102,11 @@ class Settings(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def replaced(self, name: str, value: Any, source: str) -> "Settings":
+        """Return the settings with another value of one."""
+        numbers = {key: (x, self.notes[key].removeprefix(f"{x}: ")) for key, x in self.items()}
+        return Settings(self.preset, numbers | {name: (value, source)})
+
 
 def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) -> Settings:
     """Return the settings of a preset: those of all recipes, then the recipe's own, then the user's.
@@ -124,6 +135,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         default = numbers[name][0]
         if default is not None and isinstance(value, str) != isinstance(default, str):
             raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
+        if isinstance(value, np.generic) or (isinstance(value, Tensor) and not value.ndim):
+            value = value.item()  # files of JSON and checkpoints know Python's numbers
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         numbers[name] = (value, "given")

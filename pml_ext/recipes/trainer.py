@@ -1,11 +1,13 @@
 """PML's trainer, wired for a recipe, that can be stopped and go on."""
 
-import json
 import math
 import os
 import random
+import shutil
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,32 +17,42 @@ import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
 from torch import Tensor, nn
 
+from pml_ext.recipes.checkpoint import read_checkpoint, try_checkpoint, write_checkpoint, write_text
+from pml_ext.recipes.data_fingerprint import fingerprint
 from pml_ext.recipes.device import usable_device
-from pml_ext.recipes.run_config import describe_run, read_config, write_config
+from pml_ext.recipes.networks import matched_state, network_state
+from pml_ext.recipes.run_config import describe_run, differences, read_config, write_config
+from pml_ext.recipes.run_lock import RunLock
 from pml_ext.recipes.training_recipe import Recipe
+from pml_ext.strict_json import strict_json
+from pml_ext.trunks.wrappers import backbone_of, unwrapped
 
 
 class Trainer(MetricLossOnly):
     """Train a recipe's network with PML's ``MetricLossOnly``, loss optimizer included.
 
-    Batches are drawn anew for each epoch, so that a resumed training goes through the same ones.
+    The network may be compiled or wrapped (``made.trunk = torch.compile(made.trunk)``): the network inside is kept.
 
     Args:
         recipe: What to train; its modules are trained in place.
         dataset: Of images and integer labels 0 to ``num_classes`` - 1. Where its ``transform`` is None, it gets the
             recipe's training transform.
         labels: ``(N,)``, those of the data set. None: its attribute ``labels`` or ``targets``.
-        validate: Called with the trunk after each epoch; returns metrics, a dictionary of numbers.
+        validate: Called with the trunk after each epoch, which is then on disk; returns metrics, a dictionary of
+            numbers.
         metric: Which of them is to be largest; its epoch is kept as the best.
         folder: Where to keep ``config.json``, ``last.pt``, ``best.pt`` and ``metrics.jsonl``, for ``load_run`` and
-            ``resume``. None: nowhere.
-        autocast: dtype of the network's forward, such as ``torch.bfloat16``; parameters and loss stay as they are.
+            ``resume``. One training at a time: ``lock.json`` names its process. What a run that is not resumed has left
+            there is moved to ``replaced-1``. None: nowhere.
+        autocast: dtype of the network's forward, ``torch.bfloat16``, or ``torch.float16``, with which gradients are
+            scaled (``torch.amp.GradScaler``); parameters and loss stay as they are.
         channels_last: Whether network and images get this memory format, which convolutions on CPUs are faster with.
         device: None: CUDA if there is any, else the CPU.
         dataloader_num_workers: Processes that load images.
         end_of_iteration_hook: As in PML, called with the trainer.
         end_of_epoch_hook: As in PML; training ends where it returns False.
-        **kwargs: Passed to PML's ``MetricLossOnly``: ``freeze_these``, ``collate_fn``, ``data_and_label_getter``, ...
+        **kwargs: Passed to PML's ``MetricLossOnly``: ``freeze_these``, ``collate_fn``, ``data_and_label_getter``,
+            ``sampler`` in place of the recipe's, ...
 
     Attributes:
         recipe: What is trained.
@@ -49,7 +61,8 @@ class Trainer(MetricLossOnly):
         epochs_done: How many epochs the modules have been trained.
 
     Raises:
-        ValueError: If there are no labels, they do not fit ``num_classes``, or the device is not there.
+        ValueError: If there are no labels, they do not fit ``num_classes``, the device is not there, ``autocast`` is
+            another dtype, or new layers are to warm up and the network has no ``backbone``.
 
     Examples:
         >>> from pml_ext.recipes import recipe
@@ -83,25 +96,19 @@ class Trainer(MetricLossOnly):
         if hasattr(dataset, "transform") and dataset.transform is None:
             dataset.transform = recipe.transforms.train
         self.folder = None if folder is None else Path(folder)
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}")
         self.autocast = autocast
         self.channels_last = channels_last
         self.history: list[dict[str, Any]] = []
+        self.sampler: Any
         self.best: dict[str, Any] | None = None
         device = usable_device(device)
         trunk, loss = recipe.trunk.to(device), recipe.loss.to(device)
         if channels_last:
             trunk = trunk.to(memory_format=torch.channels_last)
-        groups = recipe.param_groups
-        of_loss = {id(p) for p in loss.parameters()}
-        parts = {
-            "trunk": [g for g in groups if not any(id(p) in of_loss for p in g["params"])],
-            "metric_loss": [g for g in groups if any(id(p) in of_loss for p in g["params"])],
-        }
-        optimizers = {f"{name}_optimizer": recipe.optimizer(own) for name, own in parts.items() if own}
-        schedulers = {
-            f"{name.removesuffix('_optimizer')}_scheduler_by_epoch": recipe.scheduler(optimizer)
-            for name, optimizer in optimizers.items()
-        }
+        self._scaler = torch.amp.GradScaler(device.type) if autocast == torch.float16 else None
+        optimizers, schedulers = self._make_optimizers()
         clip = recipe.settings.clip_value
         clippers = None
         if clip is not None:
@@ -124,10 +131,23 @@ class Trainer(MetricLossOnly):
             end_of_epoch_hook=self._after_epoch,
             **kwargs,
         )
-        backbone = getattr(trunk, "backbone", None)
-        self._warming = [] if backbone is None else [p for p in backbone.parameters() if p.requires_grad]
+        self._backbone = backbone_of(trunk)
+        if self._backbone is None and recipe.settings.warmup_epochs:
+            raise ValueError(
+                "warmup_epochs must be 0 for a network whose new layers are not known, "
+                f"got {recipe.settings.warmup_epochs} for a {type(unwrapped(trunk)).__name__} without backbone"
+            )
+        self._warming: list[nn.Parameter] = []
         self._users_hooks = end_of_iteration_hook, end_of_epoch_hook
+        self._users_sampler = kwargs.get("sampler")
+        self._sampler_state: dict[str, Any] | None = None  # to go on with
+        self._iterations = self.iterations_per_epoch
         self._stopped = False
+        self._unvalidated = False  # whether the metrics of the last epoch are missing
+        self._fingerprint = fingerprint(dataset, self._labels)
+        self._resumed: list[dict[str, Any]] | None = None  # what config.json says of it
+        self._own_files: tuple[int, ...] | None = None  # last.pt as this training knows it
+        self._can_be_saved = False
 
     @property
     def epochs_done(self) -> int:
@@ -141,14 +161,28 @@ class Trainer(MetricLossOnly):
             num_epochs: Epochs in all, those of a resumed training included. None: the recipe's.
 
         Raises:
-            ValueError: If they are more than the recipe's and its schedule ends there, or ``validate`` does not return
-                ``metric``.
+            OSError: If a file cannot be written.
+            TypeError: If a metric is no number, or something is trained that cannot be saved.
+            ValueError: If they are more than the recipe's and its schedule ends there, another training runs in
+                ``folder``, or ``validate`` does not return ``metric``.
         """
         last = self.recipe.epochs if num_epochs is None else num_epochs
         if last > self.recipe.epochs and self.recipe.settings.schedule == "cosine":
             raise ValueError(f"num_epochs must be <= {self.recipe.epochs}, where the cosine schedule ends, got {last}")
         self._stopped = False
+        with nullcontext() if self.folder is None else RunLock(self.folder):
+            self._train(last)
+        return self.history
+
+    def _train(self, last: int) -> None:
+        if self.folder is not None and (self._unvalidated or self.epochs_done < last):
+            self._prepare(self.folder)
+        if self._unvalidated:
+            self.epoch = self.epochs_done
+            self._finish_epoch()
         while self.epochs_done < last and not self._stopped:
+            backbone = [] if self._backbone is None else self._backbone.parameters()
+            self._warming = [p for p in backbone if p.requires_grad]
             self._loss_sum, self._started = torch.zeros(()), time.perf_counter()
             self._lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
             epoch = self.epochs_done + 1
@@ -156,33 +190,183 @@ class Trainer(MetricLossOnly):
                 super().train(start_epoch=epoch, num_epochs=epoch)
             finally:
                 self._let_backbone_learn(True)  # whoever comes next finds it as it was
-        return self.history
 
-    def resume(self, path: str | os.PathLike[str] | None = None) -> int:
+    def resume(self, path: str | os.PathLike[str] | None = None, other_data: bool = False) -> int:
         """Load a checkpoint and return how many epochs it has been trained.
+
+        The recipe must be that of the checkpoint, but may have more epochs: the learning rates are then, from the next
+        epoch on, those of a training that was planned with them. One behind a cosine schedule of other length, whose
+        first epochs had other rates, is warned of.
 
         Args:
             path: None: ``last.pt`` in ``folder``.
+            other_data: Whether the data set may be another, such as one without the files that have broken since.
 
         Raises:
             FileNotFoundError: If it is not there.
-            ValueError: If neither ``path`` nor ``folder`` is given.
+            ValueError: If neither ``path`` nor ``folder`` is given, the file is damaged, or it is of a training with
+                other settings, another network or, without ``other_data``, other images. Nothing is changed then.
         """
         if path is None:
             if self.folder is None:
                 raise ValueError("path must be given for a trainer without folder, got None")
             path = self.folder / "last.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        path = Path(path)
+        state = read_checkpoint(path)
+        done = len(state["history"])
+        try:
+            recorded = state["config"] if "config" in state else read_config(path.parent)
+        except (FileNotFoundError, ValueError):  # of a checkpoint of former versions that was moved
+            recorded = None
+        settings = self._settings_to_go_on_with(path, state, recorded)
+        trained_on = None if recorded is None else recorded.get("training_images")
+        if not other_data and trained_on not in (None, self._fingerprint):
+            raise ValueError(
+                f"dataset must have the images and labels that {path} was trained with, or other_data=True be given, "
+                f"got others (fingerprint {self._fingerprint}, not {trained_on})"
+            )
+        weights = self._checked_weights(path, state)
+        planned, new = (None if recorded is None else int(recorded["settings"]["epochs"])), self.recipe.epochs
+        if new < done:
+            raise ValueError(f"epochs must be >= {done}, which {path} has been trained, got {new}")
+
+        self.recipe.settings = settings
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(weights.get(name, state.get(name)))
+        if planned not in (None, new):
+            self._plan_anew(done)
+            if settings.schedule == "cosine":
+                warnings.warn(
+                    f"epochs 1 to {done} had the learning rates of a cosine schedule of {planned} epochs; those from "
+                    f"epoch {done + 1} on are of one of {new}",
+                    stacklevel=2,
+                )
         self.history, self.best = state["history"], state["best"]
+        self._unvalidated = self.validate is not None and not state.get("validated", True)
+        if self._scaler is not None:
+            if "scaler" in state:
+                self._scaler.load_state_dict(state["scaler"])
+            else:
+                warnings.warn(f"{path} was trained without scaled gradients; from here on they are", stacklevel=2)
+        self._sampler_state = state.get("sampler") if trained_on == self._fingerprint else None
+        self._resumed = [] if recorded is None else list(recorded.get("resumed", []))
+        if planned not in (None, new):
+            self._resumed.append({"epoch": done, "epochs": [planned, new]})
+        if self.folder is not None and path.resolve().parent == self.folder.resolve():
+            self._own_files = _signature(self.folder / "last.pt")
         _set_random_state(state["random"])
         return self.epochs_done
 
+    def _settings_to_go_on_with(self, path: Path, state: dict[str, Any], recorded: dict[str, Any] | None) -> Any:
+        """Return the recipe's settings, with the sampler that former versions had; refuse those of another training."""
+        settings = self.recipe.settings
+        former = "config" not in state
+        if former and not settings.notes["sampler"].endswith(": given"):
+            settings = settings.replaced("sampler", "MPerClassSampler", "as in the version that began the training")
+        now = describe_run(self.recipe, self.autocast)
+        now["settings"]["sampler"] = settings.sampler
+        if recorded is not None:
+            others = differences(recorded, now)
+        else:
+            others = [
+                f"{name} of {part}: {before}, got {here}"
+                for part in self.optimizers
+                for name, before, here in _other_numbers(state.get(part), self.optimizers[part])
+            ]
+        if others:
+            raise ValueError(f"a recipe must be that of {path} to go on: {'; '.join(others)}")
+        return settings
+
+    def _checked_weights(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the weights under the names that network and loss have here; check that all else is there."""
+        missing = [name for name in (*self._parts(), "best", "random") if name not in state]
+        if missing:
+            raise ValueError(f"{path} must have {missing[0]!r} to go on from, got none")
+        rule = f"{path} must hold the network of this recipe"
+        modules = {"trunk": self.models["trunk"], "loss": self.loss_funcs["metric_loss"]}
+        weights = {name: matched_state(module, state[name], rule) for name, module in modules.items()}
+        for name, optimizer in self.optimizers.items():
+            sizes = [
+                [len(g["params"]) for g in groups] for groups in (state[name]["param_groups"], optimizer.param_groups)
+            ]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"{path} must have the parameters of {name}, {sizes[1]} in its groups, got {sizes[0]}: what is "
+                    "frozen now was not, or the other way round"
+                )
+        return weights
+
+    def _make_optimizers(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        recipe = self.recipe
+        of_loss = {id(p) for p in recipe.loss.parameters()}
+        parts: dict[str, list[dict[str, Any]]] = {"trunk": [], "metric_loss": []}
+        for group in recipe.param_groups:
+            name = "metric_loss" if any(id(p) in of_loss for p in group["params"]) else "trunk"
+            parts[name].append(group)
+        optimizers = {f"{name}_optimizer": recipe.optimizer(groups) for name, groups in parts.items() if groups}
+        schedulers = {
+            f"{name.removesuffix('_optimizer')}_scheduler_by_epoch": recipe.scheduler(optimizer)
+            for name, optimizer in optimizers.items()
+        }
+        return optimizers, schedulers
+
+    def _plan_anew(self, done: int) -> None:
+        """Give optimizers and schedulers the learning rates of a training that had these settings from the start."""
+        optimizers, schedulers = self._make_optimizers()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*lr_scheduler.step.*before.*optimizer.step")
+            for scheduler in schedulers.values():
+                for _ in range(done):
+                    scheduler.step()
+        for name, scheduler in schedulers.items():
+            self.lr_schedulers[name].load_state_dict(scheduler.state_dict())
+        for name, optimizer in optimizers.items():
+            for group, planned in zip(self.optimizers[name].param_groups, optimizer.param_groups, strict=True):
+                group["lr"] = planned["lr"]
+
     def initialize_dataloader(self) -> None:
-        """Make loader and sampler; PML's sampler remembers how it shuffled, and a resumed run would not."""
-        self.sampler = self.recipe.sampler(self._labels)
+        """Make the loader of an epoch; PML's sampler anew, which remembers how it shuffled and cannot be saved."""
+        if self._users_sampler is None and not hasattr(self.sampler, "state_dict"):
+            length = None
+            if self._iterations and self.recipe.settings.sampler == "ShuffledPassSampler":
+                length = self._iterations * self.batch_size
+            with torch.random.fork_rng(
+                devices=[], enabled=self._sampler_state is not None
+            ):  # its seed is not used then
+                self.sampler = self.recipe.sampler(self._labels, length)
+        if self._sampler_state is not None and hasattr(self.sampler, "load_state_dict"):
+            self.sampler.load_state_dict(self._sampler_state)
+        self._sampler_state = None
         super().initialize_dataloader()
+
+    def backward(self) -> None:
+        """Compute the gradients, scaled for float16."""
+        loss = self.losses["total_loss"]
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def clip_gradients(self) -> None:
+        """Clip the gradients, which are no longer scaled then."""
+        if self._scaler is not None:
+            for optimizer in self._stepping():
+                self._scaler.unscale_(optimizer)
+        super().clip_gradients()
+
+    def step_optimizers(self) -> None:
+        """Step; with float16, optimizers whose gradients overflowed skip it."""
+        if self._scaler is None:
+            super().step_optimizers()
+            return
+        for optimizer in self._stepping():
+            self._scaler.step(optimizer)
+        self._scaler.update()
+
+    def _stepping(self) -> list[torch.optim.Optimizer]:
+        return [
+            optimizer
+            for name, optimizer in self.optimizers.items()
+            if name.removesuffix("_optimizer") not in self.freeze_these
+            and any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        ]
 
     def get_trunk_output(self, data: Tensor) -> Tensor:
         """Return the embeddings; PML calls it."""
@@ -208,7 +392,7 @@ class Trainer(MetricLossOnly):
                 parameter.requires_grad_(learns)
 
     def _parts(self) -> dict[str, Any]:
-        parts = {"trunk": self.models["trunk"], "loss": self.loss_funcs["metric_loss"]}
+        parts = {"trunk": unwrapped(self.models["trunk"]), "loss": unwrapped(self.loss_funcs["metric_loss"])}
         return parts | self.optimizers | self.lr_schedulers
 
     def _add_loss(self, trainer: Any) -> None:
@@ -224,12 +408,23 @@ class Trainer(MetricLossOnly):
             "seconds": time.perf_counter() - self._started,
             "lr": self._lr,
         }
-        metrics = {} if self.validate is None else self.validate(self.models["trunk"]) or {}
-        entry |= metrics
         self.history.append(entry)
+        self._unvalidated = self.validate is not None
+        if self._unvalidated and self.folder is not None:
+            self._save(better=False)  # validate may fail
+        return self._finish_epoch()
+
+    def _finish_epoch(self) -> bool:
+        entry = self.history[-1]
+        returned = None if self.validate is None else self.validate(self.models["trunk"])
+        metrics = {name: _number(name, value) for name, value in (returned or {}).items()}
+        entry |= metrics
+        self._unvalidated = False
         better = self.metric in metrics and self._is_better(metrics[self.metric])
         if better:
             self.best = entry
+        if math.isnan(metrics.get(self.metric, 0)):
+            warnings.warn(f"{self.metric} of epoch {entry['epoch']} is NaN: it counts as less than any", stacklevel=2)
         if self.folder is not None:
             self._save(better)
         if self.validate is not None and self.metric not in metrics:
@@ -242,26 +437,58 @@ class Trainer(MetricLossOnly):
         """Return whether a metric is larger than the best; NaN, of classes without pairs, is smaller than any."""
         return self.best is None or math.isnan(self.best[self.metric]) or value > self.best[self.metric]
 
+    def _state(self) -> dict[str, Any]:
+        parts = self._parts()
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {name: network_state(parts[name]) for name in ("trunk", "loss")}
+        state |= {"history": self.history, "best": self.best, "random": _random_state()}
+        state |= {"validated": not self._unvalidated, "config": self._config()}
+        if hasattr(self.sampler, "state_dict"):
+            state["sampler"] = self.sampler.state_dict()
+        if self._scaler is not None:
+            state["scaler"] = self._scaler.state_dict()
+        return state
+
+    def _prepare(self, folder: Path) -> None:
+        """Make sure, before there is anything to lose, that the folder is this training's and that it can be kept."""
+        if self._own_files != _signature(folder / "last.pt") or (self._own_files is None and not self.history):
+            _set_aside(folder)
+        self._save_config(folder)
+        if not self._can_be_saved:
+            try_checkpoint(folder, self._state())
+            self._can_be_saved = True
+
     def _save(self, better: bool) -> None:
         assert self.folder is not None
         self._save_config(self.folder)
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        state |= {"history": self.history, "best": self.best, "random": _random_state()}
-        for name in (*(["best.pt"] if better else []), "last.pt"):  # in this order, last.pt never names a best it lacks
-            torch.save(state, self.folder / f"{name}.new")
-            os.replace(self.folder / f"{name}.new", self.folder / name)  # a run killed here leaves the last one whole
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        (self.folder / "metrics.jsonl").write_text(lines)
+        state = self._state()
+        if better:
+            write_checkpoint(self.folder / "best.pt", state)  # first: last.pt never names a best that is not there
+        write_checkpoint(self.folder / "last.pt", state)
+        self._own_files = _signature(self.folder / "last.pt")
+        if not self._unvalidated:
+            text = "".join(strict_json(entry) + "\n" for entry in self.history)
+            write_text(self.folder / "metrics.jsonl", text)
+
+    def _config(self) -> dict[str, Any]:
+        more: dict[str, Any] = {"training_images": self._fingerprint}
+        if self._users_sampler is not None:
+            more["sampler"] = type(self._users_sampler).__name__
+        if self._resumed:
+            more["resumed"] = self._resumed
+        return describe_run(self.recipe, self.autocast, **more)
 
     def _save_config(self, folder: Path) -> None:
         """Write ``config.json``, unless it is there with all of that, and more perhaps."""
-        config = describe_run(self.recipe, self.autocast)
+        config = self._config()
         try:
             there = read_config(folder)
         except (FileNotFoundError, ValueError):
             there = {}
         if any(name not in there or there[name] != config[name] for name in config if name != "versions"):
-            write_config(folder, config)
+            core = ("recipe", "num_classes", "preset", "settings", "autocast")
+            same = self._resumed is not None or all(there.get(name) == config[name] for name in core)
+            write_config(folder, there | config if same else config)
 
 
 def _checked_labels(dataset: Any, labels: Any, num_classes: int) -> Tensor:
@@ -276,6 +503,52 @@ def _checked_labels(dataset: Any, labels: Any, num_classes: int) -> Tensor:
     return labels
 
 
+def _number(name: str, value: Any) -> float:
+    """Return a metric as a number of Python, which all files know."""
+    if isinstance(value, np.generic | np.ndarray | Tensor) and np.prod(value.shape) == 1:
+        value = value.item()
+    if not isinstance(name, str) or not isinstance(value, int | float):
+        raise TypeError(f"validate must return numbers by name, got {name!r}: {value!r}")
+    return value
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """Return what changes where a file is written anew; None if it is not there."""
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _set_aside(folder: Path) -> None:
+    """Move the files of a former run out of the way."""
+    files = [folder / name for name in ("best.pt", "last.pt", "metrics.jsonl") if (folder / name).is_file()]
+    if not files:
+        return
+    number = 1
+    while (folder / f"replaced-{number}").exists():
+        number += 1
+    target = folder / f"replaced-{number}"
+    target.mkdir()
+    if (folder / "config.json").is_file():
+        shutil.copy2(folder / "config.json", target)
+    for file in files:
+        os.replace(file, target / file.name)
+    warnings.warn(f"{folder} held another run, which is in {target} now", stacklevel=4)
+
+
+def _other_numbers(state: Any, optimizer: torch.optim.Optimizer) -> list[tuple[str, Any, Any]]:
+    """Return names and values of what an optimizer had other than it has, but for what a schedule changes."""
+    groups = [] if state is None else state["param_groups"]
+    others = {
+        name: (before.get(name, "none"), now.get(name, "none"))
+        for before, now in zip(groups, optimizer.param_groups, strict=False)
+        for name in ("momentum", "betas", "initial_lr", "weight_decay")
+        if before.get(name, "none") != now.get(name, "none")
+    }
+    return [(name, *values) for name, values in others.items()]
+
+
 def _random_state() -> dict[str, Any]:
     """Return the state of the generators that samplers, transforms and networks draw from."""
     numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (PML's sampler draws from it)
@@ -286,8 +559,9 @@ def _random_state() -> dict[str, Any]:
 
 def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available():
+        for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):  # there may be fewer now
+            torch.cuda.set_rng_state(of_device, device)
     state["numpy"]["state"]["key"] = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
     np.random.set_state(state["numpy"])  # noqa: NPY002
     random.setstate(state["python"])

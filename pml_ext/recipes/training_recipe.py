@@ -12,7 +12,9 @@ from torch import nn
 
 from pml_ext.recipes.settings import Settings
 from pml_ext.recipes.transforms import Transforms, make_transforms
+from pml_ext.samplers.shuffled_pass_sampler import ShuffledPassSampler
 from pml_ext.trunks.parameter_groups import param_groups
+from pml_ext.trunks.wrappers import unwrapped
 from pml_ext.types import Indices
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -86,20 +88,27 @@ class Recipe:
         m = self.settings.samples_per_class
         return min(self.settings.batch_size // m, len(np.unique(np.asarray(labels)))) * m
 
-    def sampler(self, labels: Any) -> MPerClassSampler:
-        """Return PML's ``MPerClassSampler``, with ``samples_per_class`` images of each class of a batch.
+    def sampler(self, labels: Any, length: int | None = None) -> torch.utils.data.Sampler[int]:
+        """Return the sampler that is set, with ``samples_per_class`` images of each class of a batch.
+
+        ``sampler="ShuffledPassSampler"`` is ours; "MPerClassSampler" is PML's, which draws each batch anew.
 
         Args:
             labels: ``(N,)``, integers, of the data set.
+            length: Images of an epoch. None: N, or a batch if that is more.
         """
         size = self.batch_size(labels)
-        length = max(len(labels), size)
-        return MPerClassSampler(labels, self.settings.samples_per_class, size, length_before_new_iter=length)
+        length = max(len(labels), size) if length is None else length
+        m = self.settings.samples_per_class
+        if self.settings.sampler == "MPerClassSampler":
+            sampler: torch.utils.data.Sampler[int] = MPerClassSampler(labels, m, size, length_before_new_iter=length)
+            return sampler
+        return ShuffledPassSampler(labels, m, size, length)
 
 
 def _with_rate(groups: list[dict[str, Any]], loss: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Take the parameters of an IntraBatchLoss's refiner out of their groups, into some of their own."""
-    parts = [getattr(loss, name, None) for name in ("refiner", "norm", "refined_loss")]
+    parts = [getattr(unwrapped(loss), name, None) for name in ("refiner", "norm", "refined_loss")]
     own = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
     parted = []
     for group in groups:

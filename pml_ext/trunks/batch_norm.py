@@ -17,7 +17,8 @@ def freeze_batch_norm(module: T) -> T:
     this name also stops the training of weight and bias.
 
     Args:
-        module: Changed in place. Copies and pickles of it stay frozen.
+        module: Changed in place. Copies and pickles of it stay frozen, and so do batch norms that take the place of
+            others in it, as those of ``nn.SyncBatchNorm.convert_sync_batchnorm`` do.
 
     Returns:
         The module.
@@ -33,11 +34,17 @@ def freeze_batch_norm(module: T) -> T:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     if not norms:
         raise ValueError(f"module must contain a batch norm, got a {type(module).__name__} without")
+    kept: list[nn.Module] = [module, *norms]  # the norms too: somebody may call their train() alone
+    for m in kept:
+        m.train = partial(_train_but_norms, m)  # type: ignore[method-assign]
     for norm in norms:
         norm.eval()
-        norm.train = partial(_stay_in_eval, norm)  # type: ignore[method-assign, assignment]
     return module
 
 
-def _stay_in_eval(norm: nn.Module, mode: bool = True) -> nn.Module:
-    return norm
+def _train_but_norms(module: nn.Module, mode: bool = True) -> nn.Module:
+    type(module).train(module, mode)
+    for m in module.modules():
+        if isinstance(m, _BatchNorm):
+            m.training = False
+    return module

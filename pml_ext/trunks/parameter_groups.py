@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from pml_ext.trunks.wrappers import backbone_of, unwrapped
+
 
 def param_groups(
     trunk: nn.Module,
@@ -21,10 +23,11 @@ def param_groups(
 
     Args:
         trunk: Its attribute ``backbone``, if it has one, is the backbone; the rest are new layers. Without such an
-            attribute all of it is backbone.
-        loss_func: Its parameters are the proxies.
+            attribute all of it is backbone. ``torch.compile``, ``DistributedDataParallel``, ``AveragedModel`` and
+            ``nn.Sequential`` are looked through.
+        loss_func: Its parameters are the proxies, also where it is a part of ``trunk``.
         lr: Of the backbone, > 0.
-        head_lr: Of the new layers. None: ``lr``.
+        head_lr: Of the new layers, which ``trunk`` must then have. None: ``lr``.
         proxy_lr: Of the loss's parameters.
         weight_decay: >= 0.
 
@@ -32,7 +35,8 @@ def param_groups(
         Groups with the keys ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out.
 
     Raises:
-        ValueError: If a rate is not positive, ``weight_decay`` is negative, or nothing requires a gradient.
+        ValueError: If a rate is not positive, ``weight_decay`` is negative, nothing requires a gradient, ``head_lr``
+            differs from ``lr`` and no backbone is there to be told from new layers, or there are two.
 
     Examples:
         >>> groups = param_groups(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), lr=0.1)
@@ -43,16 +47,24 @@ def param_groups(
         The learning rates are those of MHGL (WACV 2022): 1e-4, 1e-4, and 1e-2 for proxies. The weight decay is that of
         Proxy-Anchor's code; MHGL gives none.
     """
-    head_lr = lr if head_lr is None else head_lr
-    for name, rate in (("lr", lr), ("head_lr", head_lr), ("proxy_lr", proxy_lr)):
+    for name, rate in (("lr", lr), ("head_lr", lr if head_lr is None else head_lr), ("proxy_lr", proxy_lr)):
         if not rate > 0:
             raise ValueError(f"{name} must be > 0, got {rate}")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
-    parts: list[tuple[str, float, nn.Module]] = [("backbone", lr, getattr(trunk, "backbone", trunk))]
-    parts.append(("new layers", head_lr, trunk))
+    backbone = backbone_of(trunk)
+    if backbone is None and head_lr not in (None, lr):
+        kind = type(unwrapped(trunk)).__name__
+        raise ValueError(
+            f"head_lr must be None for a trunk whose new layers are not known, got {head_lr} for a {kind} without the "
+            "attribute backbone"
+        )
+    parts: list[tuple[str, float, nn.Module]] = [("backbone", lr, trunk if backbone is None else backbone)]
+    parts.append(("new layers", lr if head_lr is None else head_lr, trunk))
     if loss_func is not None:
-        parts.append(("proxies", proxy_lr, loss_func))
+        # First where the trunk contains the loss: whoever is first gets a parameter that two of them have.
+        inside = {id(p) for p in loss_func.parameters()} < {id(p) for p in trunk.parameters()}
+        parts.insert(0 if inside else len(parts), ("proxies", proxy_lr, loss_func))
     groups, seen = [], set()
     for name, rate, module in parts:
         members: dict[bool, list[nn.Parameter]] = {True: [], False: []}

@@ -103,3 +103,48 @@ def test_in_a_trainer_of_pml():
     )
     with pytest.warns(UserWarning, match=MESSAGE):
         trainer.train()
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_silence_with_a_fused_optimizer(make):
+    """Fused steps do not raise the version of a tensor."""
+    loss_func = ProxyAnchorLoss(3, 4)
+    assert not train(loss_func, 230, make(loss_func.parameters(), lr=0.1, fused=True), zero_first=False)
+
+
+def test_silence_while_gradients_are_accumulated():
+    loss_func = ProxyAnchorLoss(3, 4)
+    optimizer = torch.optim.SGD(loss_func.parameters(), lr=0.1)
+    assert not train(loss_func, 230)  # 230 backward passes, then the first step
+    optimizer.step()
+    assert not train(loss_func, 130)
+
+
+def test_each_parameter_counts():
+    """The first one is trained, the second gets no gradient, and the third is in no optimizer."""
+    loss_func = ProxyAnchorLoss(3, 4)
+    loss_func.distance = Scaled()
+    loss_func.unused = torch.nn.Parameter(torch.ones(2))
+    assert [name for name, _ in loss_func.named_parameters()] == ["proxies", "unused", "distance.scale"]
+    (message,) = train(loss_func, 130, torch.optim.SGD([loss_func.proxies], lr=0.1))
+    assert message.endswith("; unchanged: distance.scale")
+
+
+def test_rows_without_gradients_are_no_proof():
+    """Proxies of classes that do not occur get no gradients here; they stay as they are though they are trained."""
+    loss_func = Rows()
+    optimizer = torch.optim.SGD(loss_func.parameters(), lr=0.1)
+    assert not train(loss_func, 230, optimizer, zero_first=False)
+    (message,) = train(Rows(), 230)
+    assert message.endswith("; unchanged: rows")
+
+
+class Rows(MultiSimilarityLoss):
+    """Only one of many rows gets a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.ones(50, 4))
+
+    def compute_loss(self, embeddings, *args):
+        return super().compute_loss(embeddings * self.rows[17], *args)

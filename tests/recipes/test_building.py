@@ -4,12 +4,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning import losses, miners, samplers
 from torch import nn
 
 from pml_ext.learners import split_learners
 from pml_ext.losses import EnsembleLoss, IntraBatchLoss
 from pml_ext.recipes import PRESETS, RECIPES, recipe
+from pml_ext.samplers import ShuffledPassSampler
 from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, PooledTrunk
 
 CLASSES = 6
@@ -207,9 +208,12 @@ def test_schedules():
     assert rates == [1.0, 0.1, 0.1, 0.01]
 
 
-def test_sampler():
-    made = tiny("proxy_anchor", batch_size=8, samples_per_class=4)
+@pytest.mark.parametrize("kind", [ShuffledPassSampler, samplers.MPerClassSampler])
+def test_sampler(kind):
+    made = tiny("proxy_anchor", batch_size=8, samples_per_class=4, sampler=kind.__name__)
     labels = torch.tensor([0] * 9 + [1] * 3 + [2] * 8)
+    assert type(made.sampler(labels)) is kind and len(made.sampler(labels)) == 16
+    assert len(made.sampler(labels, length=41)) == 40
     batch = list(made.sampler(labels))[:8]
     assert sorted(torch.bincount(labels[batch], minlength=3).tolist()) == [0, 4, 4]
     assert made.batch_size(labels) == 8
@@ -226,6 +230,7 @@ def test_sampler():
         ({"backbone": "resnet19"}, "backbone must be a timm model such as .*resnet18.*, got 'resnet19'"),
         ({"batch_size": 10, "samples_per_class": 4}, "batch_size must be a multiple of samples_per_class = 4.* got 10"),
         ({"optimizer": "Adagrad"}, "optimizer must be one of AdamW, RAdam, SGD, got 'Adagrad'"),
+        ({"sampler": "random"}, "sampler must be one of ShuffledPassSampler, MPerClassSampler, got 'random'"),
         ({"schedule": "line"}, "schedule must be one of cosine, step, got 'line'"),
         ({"levels": "local"}, "levels must be 'both' or 'global', got 'local'"),
         ({"in_channels": 2}, "in_channels must be 1 or 3, got 2"),

@@ -39,3 +39,10 @@ def test_norms_of_timm():
 def test_no_batch_norm():
     with pytest.raises(ValueError, match="module must contain a batch norm, got a Linear without"):
         freeze_batch_norm(nn.Linear(2, 2))
+
+
+def test_norms_in_the_place_of_others_are_frozen():
+    net = freeze_batch_norm(nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4))))
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net).train()
+    assert isinstance(net[1][0], nn.SyncBatchNorm)
+    assert net.training and net[1].training and not net[1][0].training

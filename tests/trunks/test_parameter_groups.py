@@ -4,6 +4,7 @@ from torch import nn
 
 from pml_ext.losses import HybridLoss
 from pml_ext.trunks import param_groups
+from pml_ext.trunks.wrappers import backbone_of
 
 
 class Trunk(nn.Module):
@@ -62,3 +63,57 @@ def test_bad_arguments():
         param_groups(Trunk(), weight_decay=-1)
     with pytest.raises(ValueError, match="trunk must have a parameter that requires a gradient"):
         param_groups(nn.ReLU())
+
+
+def rates(groups, module):
+    by_parameter = {id(p): group["lr"] for group in groups for p in group["params"]}
+    return {by_parameter[id(p)] for p in module.parameters()}
+
+
+WRAPPERS = {
+    "data parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "sequential": lambda trunk: nn.Sequential(trunk, nn.Linear(2, 2)),
+    "several": lambda trunk: nn.DataParallel(nn.Sequential(nn.DataParallel(trunk), nn.ReLU())),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_are_looked_through(wrap):
+    wrapped = wrap(Trunk())
+    groups = param_groups(wrapped, lr=0.1, head_lr=0.2)
+    backbone = backbone_of(wrapped)
+    assert isinstance(backbone[1], nn.BatchNorm2d)
+    assert rates(groups, backbone) == {0.1}
+    inside = {id(p) for p in backbone.parameters()}
+    others = nn.ParameterList([p for p in wrapped.parameters() if id(p) not in inside])
+    assert len(others) >= 2 and rates(groups, others) == {0.2}
+
+
+def test_a_backbone_that_cannot_be_told():
+    """Also one inside of a module that we know nothing of."""
+    net = nn.Module()
+    net.trunk = Trunk()
+    for trunk in (net, nn.Linear(2, 2)):
+        with pytest.raises(
+            ValueError, match=r"head_lr must be None for a trunk .* got 0\.2 for a (Module|Linear) with"
+        ):
+            param_groups(trunk, lr=0.1, head_lr=0.2)
+        assert rates(param_groups(trunk, lr=0.1), trunk) == {0.1}
+    with pytest.raises(ValueError, match="trunk must have one part with the attribute backbone, got 2"):
+        param_groups(nn.Sequential(Trunk(), Trunk()))
+
+
+def test_a_loss_inside_of_the_network():
+    net = Trunk()
+    net.criterion = HybridLoss(3, 2)
+    groups = param_groups(nn.DataParallel(net), net.criterion, 0.1, 0.2, 0.3)
+    assert (rates(groups, net.backbone), rates(groups, net.head), rates(groups, net.criterion)) == ({0.1}, {0.2}, {0.3})
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+
+
+def test_a_network_inside_of_the_loss():
+    net = Trunk()
+    net.criterion = HybridLoss(3, 2)
+    groups = param_groups(net.backbone, net, 0.1, proxy_lr=0.3)
+    assert (rates(groups, net.backbone), rates(groups, net.head)) == ({0.1}, {0.3})

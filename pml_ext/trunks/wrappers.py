@@ -1,0 +1,37 @@
+"""What lies inside of wrappers: those of ``torch.compile``, of parallel training, of averaging, and ``Sequential``."""
+
+from torch import nn
+
+_INSIDE = ("_orig_mod", "module")  # torch.compile; DataParallel, DistributedDataParallel, AveragedModel and others
+_OF_LOSSES = "DistributedLossWrapper"  # PML's and ours, which keep the loss in ``loss``
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside of ``torch.compile``, ``DistributedDataParallel``, ``AveragedModel`` and the like."""
+    names = [name for name in _INSIDE if isinstance(getattr(module, name, None), nn.Module)]
+    if type(module).__name__ == _OF_LOSSES:
+        names.append("loss")
+    return unwrapped(getattr(module, names[0])) if names else module
+
+
+def backbone_of(trunk: nn.Module) -> nn.Module | None:
+    """Return the attribute ``backbone`` of a network, also of one inside of wrappers or of a ``Sequential``, or None.
+
+    Raises:
+        ValueError: If a ``Sequential`` has two networks with a backbone.
+    """
+    trunk = unwrapped(trunk)
+    own = getattr(trunk, "backbone", None)
+    if isinstance(own, nn.Module):
+        return own
+    if not isinstance(trunk, nn.Sequential):
+        return None
+    backbones = [backbone for backbone in map(backbone_of, trunk) if backbone is not None]
+    if len(backbones) > 1:
+        raise ValueError(f"trunk must have one part with the attribute backbone, got {len(backbones)}")
+    return backbones[0] if backbones else None
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a parameter or buffer without ``torch.compile``, which may wrap any part of a network."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -1,0 +1,40 @@
+import torch
+
+from pml_ext.datasets import ClassSubset, ImageArrays
+from pml_ext.datasets.image_files import ImageFiles
+from pml_ext.recipes.data_fingerprint import fingerprint, image_names
+
+FILES = [f"/photos/{name}.jpg" for name in ("a/1", "a/2", "b/1", "b/2", "c/1", "c/2")]
+LABELS = [0, 0, 1, 1, 2, 2]
+
+
+def of_files(files=FILES, labels=LABELS, classes=(2, 1)):
+    view = ClassSubset(ImageFiles(files, labels), classes)
+    return fingerprint(view, view.labels)
+
+
+def test_names_of_files_and_labels_count():
+    assert of_files() == of_files([file.replace("/photos", "/moved/here") for file in FILES])
+    others = [of_files([*FILES[:-1], "/photos/c/3.jpg"]), of_files(classes=(1, 2)), of_files(labels=[0, 0, 1, 2, 1, 2])]
+    assert len({of_files(), *others}) == 4
+    assert of_files([file.replace("a/", "d/") for file in FILES]) == of_files()  # of a class that is not in the view
+    inner = ClassSubset(ClassSubset(ImageFiles(FILES, LABELS), [1, 2]), [1])
+    assert image_names(inner) == ["c/1.jpg", "c/2.jpg"]
+    assert image_names(ImageArrays(torch.zeros(6, 4, 4, dtype=torch.uint8), LABELS)) is None
+
+
+def test_pixels_of_arrays_count():
+    images = torch.arange(96, dtype=torch.uint8).view(6, 4, 4)
+    first, same, other = (fingerprint(ImageArrays(x, LABELS), LABELS) for x in (images, images.clone(), images + 1))
+    assert first == same != other
+    view = ClassSubset(ImageArrays(images, LABELS), [0, 1])
+    changed = ClassSubset(ImageArrays(images + 1, LABELS), [0, 1])
+    assert fingerprint(view, view.labels) != fingerprint(changed, changed.labels)
+
+
+def test_a_data_set_may_say_it_itself():
+    class Own:
+        def fingerprint(self):
+            return "mine"
+
+    assert fingerprint(Own(), LABELS) == "mine"
