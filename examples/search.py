@@ -10,7 +10,8 @@ from pathlib import Path
 import command_line  # first: it keeps a warning away
 
 from pml_ext import recipes
-from pml_ext.datasets.image_files import ImageFiles, read_image
+from pml_ext.datasets.image_files import ImageFiles
+from pml_ext.datasets.image_reader import read_image
 
 
 def main(run, query, k=10, index=None, out=None, device=None):
