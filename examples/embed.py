@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from pml_ext import recipes
+from pml_ext.datasets.folder_walk import find_images
 from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.readable import Readable
-from pml_ext.datasets.folder_walk import find_images
 
 
 def main(run, images, out=None, skip_broken=False, batch_size=256, workers=0, device=None):

@@ -29,31 +29,35 @@ class FolderWalk:
         self.left_out: list[str] = []
         self._taken: set[tuple[int, int]] = set()
 
-    def class_folders(self, root: str | os.PathLike[str], names: Sequence[str] | None = None) -> list[str]:
-        """Return the names of the sub-folders that may be classes, sorted; what else lies in ``root`` is left out.
+    def class_folders(
+        self, roots: Sequence[str | os.PathLike[str]], names: Sequence[str] | None = None
+    ) -> list[list[str]]:
+        """Return the names of the sub-folders that may be classes, sorted; what else lies in ``roots`` is left out.
 
-        From then on no walk enters these folders, ``root``, or a folder that ``root`` lies in, from elsewhere.
+        From then on no walk enters these folders, ``roots``, or a folder that these lie in, from elsewhere.
 
         Args:
-            root: The folder.
+            roots: The folders, each of which has a list.
             names: Of the sub-folders to take; others do not count as left out. None: all.
         """
-        self._taken |= {_identity(folder) for folder in (root, *Path(root).resolve().parents)}
-        with os.scandir(root) as scanned:
-            entries = sorted(scanned, key=lambda entry: (entry.is_symlink(), entry.name))
-        folders = []
-        for entry in entries:
+        self._taken |= {_identity(folder) for root in roots for folder in (root, *Path(root).resolve().parents)}
+        entries = []
+        for i, root in enumerate(roots):
+            with os.scandir(root) as scanned:
+                entries += [(entry.is_symlink(), i, entry.name, entry) for entry in scanned]
+        folders: list[list[str]] = [[] for _ in roots]
+        for _, i, name, entry in sorted(entries, key=lambda place: place[:3]):  # links last
             if not _is_folder(entry):
                 if not self._leave_out(entry):
                     self.left_out.append(entry.path)
-            elif names is not None and entry.name not in names:
+            elif names is not None and name not in names:
                 continue
-            elif _is_hidden(entry.name) or _identity(entry.path) in self._taken:
+            elif _is_hidden(name) or _identity(entry.path) in self._taken:
                 self.left_out.append(entry.path + os.sep)
             else:
                 self._taken.add(_identity(entry.path))
-                folders.append(entry.name)
-        return sorted(folders)
+                folders[i].append(name)
+        return [sorted(names) for names in folders]
 
     def images(self, folders: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
         """Return the paths of all images in each folder and below it, sorted.

@@ -84,7 +84,7 @@ def images_of_classes(
     Raises:
         ValueError: As ``ImageFolder``.
     """
-    folders = [walk.class_folders(root, classes) for root in roots]
+    folders = walk.class_folders(roots, classes)
     for root, names in zip(roots, folders, strict=True):
         if not names and classes is None:
             raise ValueError(f"{name} must have a sub-folder for each class, got {root} without any")

@@ -1,5 +1,6 @@
 """One function that opens a data set for zero-shot retrieval, by its name, file or folder."""
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -217,7 +218,8 @@ def _open_folder(request: _Request) -> RetrievalData:
         (images,) = images_of_classes(walk, "source", [request.path])
         walk.warn(request.path)
         return _of_last_classes(request, name, images)
-    walk.class_folders(request.path, splits)
+    others = [folder for folder in walk.class_folders([request.path])[0] if folder not in splits]
+    walk.left_out += [str(request.path / folder) + os.sep for folder in others]
     parts = images_of_classes(walk, "source", [request.path / split for split in splits])
     walk.warn(request.path)
     return _of_splits(request, name, dict(zip(splits, parts, strict=True)))

@@ -21,7 +21,7 @@ def meaning(name: str) -> str | None:
     """Return which split a name may stand for, "validation" included, in any of the common spellings, or None."""
     plain = re.sub(r"[\W_]", "", name.lower())
     for split, words in _WORDS.items():
-        if re.fullmatch(rf"(boundingbox|images?)?({words})(set|split|data|images?|\d{{4}})?", plain):
+        if re.fullmatch(rf"(boundingbox|images?)?({words})(set|split|data|images?|\d+)?", plain):
             return split
     return None
 
@@ -41,6 +41,7 @@ def check_splits(name: str, given: list[str]) -> tuple[str, ...]:
             return splits
     wrong = [split for split in given if split not in ("train", "test", "query", "gallery")]
     if wrong:
+        wrong.sort(key=lambda split: meaning(split) == "validation")  # a misspelled one first
         likely = meaning(wrong[0])
         hint = f" ({likely}?)" if likely not in (None, "validation") else ""
         raise ValueError(f"{name} must be {RULE}, got {wrong[0]!r}{hint}")
@@ -54,10 +55,11 @@ def splits_of(folder: Path) -> tuple[str, ...]:
     folder has the name of a split.
 
     Raises:
-        ValueError: If they are not those of ``COMPLETE``. Validation images beside ``train`` and ``test`` are left out.
+        ValueError: If they are not those of ``COMPLETE``; validation folders beside these are not used.
     """
     given = sorted(e.name for e in os.scandir(folder) if meaning(e.name) and os.path.isdir(e.path))
     if not given or (len(given) == 1 and has_images(folder / given[0])):
         return ()
     used = [name for name in given if meaning(name) != "validation"]
-    return check_splits(f"folders of splits in {folder}", used if {"train", "test"} <= set(given) else given)
+    whole = any(set(used) == set(splits) for splits in COMPLETE)
+    return check_splits(f"folders of splits in {folder}", used if whole else given)
