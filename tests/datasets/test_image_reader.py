@@ -210,7 +210,7 @@ def test_what_is_wrong_with_the_machine_is_not_wrong_with_the_image(tmp_path, mo
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"background": "whit"}, ValueError, "background must be a colour, as 'white' or '#ffffff', got 'whit'"),
+        ({"background": "paper"}, ValueError, "background must be a colour, as 'white' or '#ffffff', got 'paper'"),
         ({"background": (0, 0)}, ValueError, r"background must have three values of 0 to 255, got \(0, 0\)"),
         ({"background": (0, 0, 256)}, ValueError, r"background must have three values of 0 to 255, got \(0, 0, 256\)"),
         ({"background": 0}, TypeError, "background must be a colour's name or three integers, got 0"),

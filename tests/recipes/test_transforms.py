@@ -129,5 +129,8 @@ def test_transparent_images_lie_on_white(channels):
         seen = made.test(given)
         assert seen.shape == (channels, 2, 2)
         torch.testing.assert_close(
-            seen[:, 0], torch.tensor([90 / 127.5 - 1, 1.0]).expand(channels, 2), atol=0.01, rtol=0  # torchvision cuts grays off
+            seen[:, 0],
+            torch.tensor([90 / 127.5 - 1, 1.0]).expand(channels, 2),
+            atol=0.01,
+            rtol=0,  # torchvision cuts grays off
         )
