@@ -82,17 +82,26 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
 
     def _read_or_replace(self, index: int) -> Any:
         """Return the image, or the next one of its class that can be read."""
-        same = (self.labels == self.labels[index]).nonzero().flatten()
-        start = int((same == index % len(self)).nonzero())
-        for i in [*same[start:].tolist(), *same[:start].tolist()]:
-            if self.broken[i]:
-                continue
-            try:
-                return self.reader(self.paths[i])
-            except ValueError as error:
-                self.broken[i] = True
-                warnings.warn(f"{error}; another image of its class takes its place", stacklevel=3)
+        image = self._read(index)
+        if image is not None:
+            return image
+        same = (self.labels == self.labels[index]).nonzero().flatten().tolist()
+        after = same.index(index % len(self)) + 1
+        for i in same[after:] + same[:after]:
+            image = self._read(i)
+            if image is not None:
+                return image
         raise ValueError(f"cannot read any of the {len(same)} images of a class, {self.paths[index]} for one")
+
+    def _read(self, index: int) -> Any:
+        """Return the image, or None if it cannot be read, which is noted."""
+        if not self.broken[index]:
+            try:
+                return self.reader(self.paths[index])
+            except ValueError as error:
+                self.broken[index] = True
+                warnings.warn(f"{error}; another image of its class takes its place", stacklevel=4)
+        return None
 
 
 def broken_images(
