@@ -47,6 +47,7 @@ EIGHT = [f"c{c}/{i}.png" for c in range(4) for i in range(2)]
         ({"c0/other": "../c1"}, ["c0/other"]),
         ({"c9": "c1"}, ["c9"]),  # one folder, one class
         ({"c9": "."}, ["c9"]),
+        ({"c9": ".."}, ["c9"]),
     ],
 )
 def test_links_do_not_repeat_images(root, links, left_out):
