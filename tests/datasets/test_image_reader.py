@@ -10,6 +10,7 @@ from PIL import Image
 from pml_ext.datasets import ImageReader, image_reader
 from pml_ext.datasets.image_files import broken_images
 from pml_ext.datasets.image_reader import flatten, read_image
+from pml_ext.visualization.thumbnails import as_image
 
 COLOURS = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255]]
 
@@ -226,3 +227,7 @@ def test_what_is_wrong_with_the_machine_is_not_wrong_with_the_image(tmp_path, mo
 def test_bad_settings(settings, error, message):
     with pytest.raises(error, match=message):
         ImageReader(**settings)
+
+
+def test_pictures_of_reports_lie_on_white():
+    assert as_image(Image.new("RGBA", (1, 1)), "images[0]").getpixel((0, 0)) == (255, 255, 255)
