@@ -169,12 +169,13 @@ def main(
         print(f"warning: {counted}, others took their places: {command_line.some_of(replaced)}", file=sys.stderr)
 
     run = load_run(out, device)  # what is tested is what others load
-    whole = [len(view) for view in tested]
+    whole = tested
     tested, *embedded = zip(*[embed(run.recipe.trunk, view, progress=True) for view in tested], strict=True)
     embedded = list(zip(*embedded, strict=True))
-    unread = sum(whole) - sum(map(len, tested))
+    unread = [path for all_, part in zip(whole, tested, strict=True) for path in paths_without(all_, part)]
     if unread:
-        print(f"warning: tested without {unread} of {sum(whole)} images that cannot be read", file=sys.stderr)
+        counted = f"{len(unread)} of {sum(map(len, whole))} images that cannot be read"
+        print(f"warning: tested without {counted}: {command_line.some_of(unread)}", file=sys.stderr)
     metrics = recipes.retrieval_metrics(*embedded[0], *embedded[1:], metrics=tuple(METRICS))
     result = {"split": "test", "epoch": run.epoch, **metrics}
     with (out / "metrics.jsonl").open("w", encoding="utf-8") as file:
@@ -264,6 +265,12 @@ def only(view, kept):
     part = copy.copy(view)
     part.indices, part.labels = view.indices[kept], view.labels[kept]
     return part
+
+
+def paths_without(view, part):
+    """Return the paths of the images of a view that a part of it lacks."""
+    lacking = view.indices[~torch.isin(view.indices, part.indices)].tolist()
+    return [view.dataset.paths[i] for i in lacking]
 
 
 def replacing_broken(dataset):
