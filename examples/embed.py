@@ -1,9 +1,10 @@
 """Embed all images of a folder with a trained network, and index them.
 
 Run: python examples/embed.py --run runs/photos --images photos/
-after examples/train.py. The folder may have any layout. --out gets embeddings.npy (float32, unit length), paths.txt (a
-line for each row, relative to the folder), index.faiss (inner product, which is the cosine; for other programs) and
-index.json; older ones are replaced, once all of it is there. Then: examples/search.py.
+after examples/train.py. The folder may have any layout: photos/gallery is the one to embed where queries search a
+gallery. --out gets embeddings.npy (float32, unit length), paths.txt (a line for each row, relative to the folder),
+index.faiss (inner product, which is the cosine; for other programs) and index.json; older ones are replaced, once all
+of it is there. Then: examples/search.py.
 """
 
 import os
@@ -17,26 +18,10 @@ import numpy as np
 import torch
 
 from pml_ext import recipes
+from pml_ext.datasets.folder_walk import find_images
 from pml_ext.datasets.image_files import ImageFiles
-from pml_ext.datasets.image_folder import find_images
+from pml_ext.datasets.readable import Readable
 from pml_ext.strict_json import strict_json
-
-
-class Readable(torch.utils.data.Dataset):
-    """A data set of images without labels; what cannot be read is an image of zeros with the label -1."""
-
-    def __init__(self, dataset, settings):
-        self.dataset = dataset
-        self.nothing = torch.zeros(settings.in_channels, settings.image_size, settings.image_size)
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        try:
-            return self.dataset[index]
-        except ValueError:
-            return self.nothing, -1
 
 
 def main(run, images, out=None, skip_broken=False, batch_size=256, workers=0, device=None):
@@ -55,10 +40,11 @@ def main(run, images, out=None, skip_broken=False, batch_size=256, workers=0, de
     if broken_name is not None:  # paths.txt has a line for each
         raise ValueError(f"--images must have no line break in a name, got {broken_name!r}")
     made = loaded.recipe
+    channels, size = made.settings.in_channels, made.settings.image_size
     dataset = ImageFiles(files, [0] * len(files), transform=made.transforms.test)
     embeddings, labels = recipes.embed(
         made.trunk,
-        Readable(dataset, made.settings) if skip_broken else dataset,
+        Readable(dataset, torch.zeros(channels, size, size)) if skip_broken else dataset,
         batch_size,
         loaded.autocast,
         workers,

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from pml_ext import recipes
-from pml_ext.datasets.image_files import ImageFiles, read_image
+from pml_ext.datasets.image_files import ImageFiles
+from pml_ext.datasets.image_reader import read_image
 from pml_ext.evaluation.metrics import as_embeddings
 
 

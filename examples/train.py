@@ -5,13 +5,14 @@ Run: python examples/train.py --recipe mhgl --data glyphs --epochs 5 --out runs/
      python examples/train.py --recipe intra_batch --preset paper:cub --data cub --root data --download --out runs/cub
 
 The network learns the training classes less some validation classes, which choose the epoch: a fifth of them where
-there are four or more. The test classes are looked at once, at the end. All image files are checked before the first
-epoch. --out gets config.json, metrics.jsonl (a line for each epoch, one of the test), last.pt, best.pt (the best epoch;
-without validation classes there is none, and the last epoch is tested), curves.png, gallery.png, and report.html to be
-opened in a browser (not for In-Shop, whose queries search a gallery). After an interruption the same command with
---resume goes on behind the last whole epoch; with the same --workers and --device it ends where an uninterrupted run
-does. It may have more --epochs than before, and with --skip-broken it leaves out files that have broken since. Then:
-examples/embed.py and examples/search.py.
+there are four or more. The test classes are looked at once, at the end; queries search the gallery where the data has
+one. All image files are checked before the first epoch, most of them without being decoded; with --skip-broken, those
+that turn out to be broken later are replaced in training, left out of tests, and named. --out gets config.json,
+metrics.jsonl (a line for each epoch, one of the test), last.pt, best.pt (the best epoch; without validation classes
+there is none, and the last epoch is tested), curves.png, gallery.png, and report.html to be opened in a browser. After
+an interruption the same command with --resume goes on behind the last whole epoch; with the same --workers and --device
+it ends where an uninterrupted run does. It may have more --epochs than before, and with --skip-broken it leaves out
+files that have broken since. Then: examples/embed.py and examples/search.py.
 """
 
 import argparse
@@ -29,8 +30,9 @@ import torch
 from tqdm import tqdm
 
 from pml_ext import recipes
-from pml_ext.datasets import open_data
+from pml_ext.datasets import ClassSubset, open_data
 from pml_ext.datasets.image_files import ImageFiles, broken_images
+from pml_ext.datasets.readable import Readable
 from pml_ext.recipes.checkpoint import write_text
 from pml_ext.recipes.data_fingerprint import fingerprint, image_names
 from pml_ext.recipes.device import usable_device
@@ -97,13 +99,15 @@ def main(
             few = f"{opened.num_classes} training classes are too few"
             print(f"{few} to cut validation classes from: the last epoch is kept")
     fitted = hold_out(opened, validation_classes, seed)
+    if skip_broken:
+        fitted = replace(fitted, train=replacing_broken(fitted.train))
     given = {"epochs": epochs, "backbone": backbone, "embedding_size": embedding_size, "image_size": image_size}
     given = merge({name: value for name, value in given.items() if value is not None}, dict(settings))
     given.setdefault("in_channels", opened.in_channels)
     if old is not None:  # a run of a former version goes on with PML's sampler
         given.setdefault("sampler", old["settings"]["sampler"])
     if preset == "small" and given.get("image_size") is None:
-        given["image_size"] = side_of(opened.train[0][0])
+        given["image_size"] = side_of((replacing_broken(opened.train) if skip_broken else opened.train)[0][0])
     for seeded in (torch.manual_seed, np.random.seed, random.seed):  # before the network is made
         seeded(seed)
     made = recipes.recipe(recipe, fitted.num_classes, preset=preset, class_embeddings=fitted.class_embeddings, **given)
@@ -117,10 +121,15 @@ def main(
         view.transform = made.transforms.test
 
     def embed(trunk, view, progress=False):
-        return recipes.embed(trunk, view, autocast=autocast, num_workers=workers, progress=progress)
+        """Return a view of what could be read, the embeddings and the labels."""
+        size = made.settings.image_size
+        readable = Readable(view, torch.zeros(opened.in_channels, size, size)) if skip_broken else view
+        embeddings, labels = recipes.embed(trunk, readable, autocast=autocast, num_workers=workers, progress=progress)
+        kept = labels >= 0
+        return only(view, kept), embeddings[kept], labels[kept]
 
     def validate(trunk):
-        return recipes.retrieval_metrics(*embed(trunk, fitted.test))
+        return recipes.retrieval_metrics(*embed(trunk, fitted.test)[1:])
 
     def tell(trainer):
         entry = trainer.history[-1]
@@ -173,15 +182,30 @@ def train_and_test(trainer, opened, fitted, validation_classes, out, device, emb
     validated = fitted.test.num_classes if validation_classes else 0
     print(f"{fitted.num_classes} classes to train, {validated} to validate, {opened.test.num_classes} to test")
     trainer.train()
+    replaced = replaced_files(fitted.train)
+    if replaced:
+        counted = f"{len(replaced)} of {len(fitted.train)} images to train with cannot be read"
+        print(f"warning: {counted}, others took their places: {command_line.some_of(replaced)}", file=sys.stderr)
 
     run = load_run(out, device)  # what is tested is what others load
-    embedded = [embed(run.recipe.trunk, view, progress=True) for view in tested]
+    whole = tested
+    tested, *embedded = zip(*[embed(run.recipe.trunk, view, progress=True) for view in tested], strict=True)
+    embedded = list(zip(*embedded, strict=True))
+    unread = [path for all_, part in zip(whole, tested, strict=True) for path in paths_without(all_, part)]
+    if unread:
+        counted = f"{len(unread)} of {sum(map(len, whole))} images that cannot be read"
+        print(f"warning: tested without {counted}: {command_line.some_of(unread)}", file=sys.stderr)
     metrics = recipes.retrieval_metrics(*embedded[0], *embedded[1:], metrics=tuple(METRICS))
     result = {"split": "test", "epoch": run.epoch, **metrics}
     write_text(out / "metrics.jsonl", "".join(strict_json(entry) + "\n" for entry in [*trainer.history, result]))
     draw(out, trainer.history, tested, embedded)
     if len(tested) == 1:
-        retrieval_report(*embedded[0], Images(*tested), opened.test.class_names, out / "report.html", title=str(out))
+        in_gallery = {}
+    else:
+        embeddings, labels = embedded[1]
+        in_gallery = {"gallery": embeddings, "gallery_labels": labels, "gallery_images": Images(tested[1])}
+    names = tested[-1].class_names  # a gallery has all classes of the queries, with the same numbers, and others
+    retrieval_report(*embedded[0], Images(tested[0]), names, out / "report.html", title=str(out), **in_gallery)
     why = "best on validation classes" if validation_classes else "the last"
     print(f"test, with the network of epoch {run.epoch} of {made.epochs} ({why}), percent:")
     print("  ".join(f"{title} {100 * result[name]:.1f}" for name, title in METRICS.items()))
@@ -252,17 +276,75 @@ def without_broken(data, skip_broken):
         first = next(iter(broken.values()))
         raise ValueError(f"cannot read {counted} (--skip-broken: leave them out): {names}; the first: {first}")
     print(f"warning: skipped {counted} that cannot be read: {names}", file=sys.stderr)
-    start = 0
+    start, kept = 0, {}
     for name, view in views.items():
-        kept = torch.tensor([start + i not in broken for i in range(len(view))])
+        kept[name] = torch.tensor([start + i not in broken for i in range(len(view))])
+        view.dataset.broken[view.indices[~kept[name]]] = True  # or one might take the place of another
         start += len(view)
-        views[name] = copy.copy(view)
-        views[name].indices, views[name].labels = view.indices[kept], view.labels[kept]
-        lost = sorted(set(range(view.num_classes)) - set(views[name].labels.tolist()))
-        if lost:
-            lost = view.classes[lost[0]] if view.class_names is None else view.class_names[lost[0]]
-            raise ValueError(f"--data must have an image of each class that can be read, got none of {lost}")
-    return replace(data, **views)
+    return part_of(data, kept)
+
+
+def part_of(data, kept):
+    """Return some images of data, without the classes that have none of them: in a gallery or among the queries."""
+    views = {name: getattr(data, name) for name in kept}
+    left = {name: {view.classes[i] for i in view.labels[kept[name]].tolist()} for name, view in views.items()}
+    if "gallery" in views:
+        left["test"] &= left["gallery"]
+    classes = {name: [c for c in view.classes if c in left[name]] for name, view in views.items()}
+    if "gallery" in views:  # queries' classes first: labels mean the same in both
+        classes["gallery"].sort(key=lambda c: c not in left["test"])
+    lost = [(view, c) for name, view in views.items() for c in view.classes if c not in left[name]]
+    if lost:
+        names = [str(c if view.class_names is None else view.class_names[view.classes.index(c)]) for view, c in lost]
+        names = list(dict.fromkeys(names))
+        counted = f"{len(names)} classes" if len(names) > 1 else "a class"
+        print(
+            f"warning: left out {counted} without images that can be read: {command_line.some_of(names)}",
+            file=sys.stderr,
+        )
+    if len(classes["train"]) < 2 or not classes["test"]:
+        counts = f"{len(classes['train'])} and {len(classes['test'])}"
+        raise ValueError(f"--data must have >= 2 training and >= 1 test classes that can be read, got {counts}")
+    parts = {}
+    for name, view in views.items():
+        part = ClassSubset(view.dataset, classes[name])
+        part.transform = view.transform
+        parts[name] = only(part, torch.isin(part.indices, view.indices[kept[name]]))
+    rows = data.class_embeddings
+    if rows is not None:
+        rows = rows[[data.train.classes.index(c) for c in classes["train"]]]
+    return replace(data, class_embeddings=rows, **parts)
+
+
+def only(view, kept):
+    """Return some images of a view, with the labels that they have."""
+    part = copy.copy(view)
+    part.indices, part.labels = view.indices[kept], view.labels[kept]
+    return part
+
+
+def paths_without(view, part):
+    """Return the paths of the images of a view that a part of it lacks."""
+    lacking = view.indices[~torch.isin(view.indices, part.indices)].tolist()
+    return [view.dataset.paths[i] for i in lacking]
+
+
+def replacing_broken(dataset):
+    """Return a view in which another image of the class takes the place of one that cannot be read."""
+    dataset = copy.copy(dataset)
+    if isinstance(dataset, ImageFiles):
+        dataset.skip_broken = True
+    elif isinstance(dataset, ClassSubset):
+        dataset.dataset = replacing_broken(dataset.dataset)
+    return dataset
+
+
+def replaced_files(view):
+    """Return the paths of a view's images that another one had to replace."""
+    dataset, indices = view, torch.arange(len(view))
+    while isinstance(dataset, ClassSubset):
+        dataset, indices = dataset.dataset, dataset.indices[indices]
+    return [dataset.paths[i] for i in indices.tolist() if dataset.broken[i]] if isinstance(dataset, ImageFiles) else []
 
 
 def merge(options, settings):
@@ -372,7 +454,7 @@ if __name__ == "__main__":
     command = command_line.Command(wording, description=__doc__)
     command.add_argument("--recipe", required=True, help=", ".join(recipes.RECIPES))
     command.add_argument(
-        "--data", required=True, help="glyphs, cub, cars196, sop, inaturalist2018, in_shop, a folder or an .npz file"
+        "--data", required=True, help="glyphs, cub, cars196, sop, inaturalist2018, in_shop, a folder, .npz or .csv file"
     )
     command.add_argument("--out", required=True, help="folder of the run")
     command.add_argument("--epochs", type=int, help="default: the preset's")

@@ -24,6 +24,7 @@ from pml_ext import recipes
 from pml_ext.datasets import open_data
 from pml_ext.recipes import load_run, retrieval_metrics
 from pml_ext.visualization import retrieval_gallery
+from tests.datasets.test_image_reader import write_png
 from tests.datasets.test_in_shop import make_in_shop
 from tests.processes import run_scripts
 
@@ -455,12 +456,6 @@ def test_broken_images_are_found_before_the_training(tmp_path, capsys):
     for path in broken:
         path.unlink()
     assert run(photos, out, resume=True) == result
-    for path in (photos / "class4").iterdir():
-        path.write_text("no image")
-    with pytest.raises(
-        ValueError, match="--data must have an image of each class that can be read, got none of class4"
-    ):
-        run(photos, tmp_path / "b", skip_broken=True)
 
 
 @pytest.mark.trains
@@ -646,6 +641,58 @@ def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypa
         (tmp_path / "torn" / name).write_text("{")
         status, line = command("embed", ["--run", tmp_path / "torn", "--images", photos], monkeypatch, capsys)
         assert (status, line.startswith(f"embed.py: error: cannot read {tmp_path / 'torn' / name}: ")) == (2, True)
+
+
+def test_classes_that_lose_all_images(tmp_path, capsys):
+    """Of training, gallery and queries; labels and rows follow."""
+    rows = [f"img/id_{c}/{i}.png id_{c} train" for c in range(4) for i in range(2)]
+    rows += [f"img/id_{c}/{i}.png id_{c} {s}" for c in (5, 6, 7, 8) for i, s in enumerate(["query", "gallery"])]
+    rows.append("img/id_4/0.png id_4 gallery")
+    make_in_shop(tmp_path, rows=rows)
+    broken = ["id_1/0", "id_1/1", "id_5/1", "id_7/0"]  # of training, gallery, queries
+    for name in broken:
+        next(tmp_path.rglob(f"{name}.png")).write_text("no image")
+    vectors = np.arange(9.0)[:, None]
+    kept = train.without_broken(open_data("in_shop", root=tmp_path, class_embeddings=vectors), True)
+    lost = "warning: left out 3 classes without images that can be read: id_1, id_5, id_7"
+    assert capsys.readouterr().err.splitlines()[-1] == lost
+    assert kept.class_embeddings.tolist() == [[0], [2], [3]]
+    assert kept.train.class_names == ["id_0", "id_2", "id_3"]
+    assert kept.test.class_names == ["id_6", "id_8"]
+    assert kept.gallery.class_names == ["id_6", "id_8", "id_7", "id_4"]
+    assert (kept.test.labels.tolist(), kept.gallery.labels.tolist()) == ([0, 1], [0, 2, 1, 3])
+    for view in (kept.train, kept.test, kept.gallery):
+        names = [view.dataset.class_names[int(view.dataset.labels[i])] for i in view.indices]
+        assert names == [view.class_names[label] for label in view.labels]
+    for name in ("id_6/0", "id_8/1"):
+        next(tmp_path.rglob(f"{name}.png")).write_text("no image")
+    with pytest.raises(ValueError, match="must have >= 2 training and >= 1 test classes that can be read, got 3 and 0"):
+        train.without_broken(open_data("in_shop", root=tmp_path), True)
+
+
+@pytest.mark.trains
+def test_images_that_turn_out_to_be_broken_are_skipped(tmp_path, capsys):
+    """In training, validation and test: their checksums are right, their pixels cut."""
+    photos = write_folder(tmp_path / "photos")
+    opened = open_data(photos).hold_out(2)
+    trained, validated = opened.train.class_names[0], opened.test.class_names[0]
+    broken = [sorted((photos / name).iterdir())[2] for name in (trained, validated, "class6")]
+    for path in broken:
+        write_png(path, 8, 0, [[9] * SIDE] * SIDE, keep=12)
+    with pytest.warns(UserWarning, match=f"cannot read image {broken[0]}: .*; another image of its class") as warned:
+        result = run(photos, tmp_path / "run", skip_broken=True)
+    assert len([w for w in warned if "cannot read image" in str(w.message)]) == 1  # though there are two epochs
+    printed = capsys.readouterr().err
+    one = f"warning: 1 of 12 images to train with cannot be read, others took their places: {broken[0]}"
+    assert one in printed.splitlines()
+    one = f"warning: tested without 1 of 24 images that cannot be read: {broken[2]}"
+    assert one in printed.splitlines()
+    broken[2].unlink()
+    opened = open_data(photos)
+    loaded = load_run(tmp_path / "run", "cpu")
+    opened.test.transform = loaded.recipe.transforms.test
+    metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
+    assert metrics == pytest.approx({name: result[name] for name in train.METRICS})
 
 
 @pytest.mark.processes

@@ -4,8 +4,9 @@ from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.glyphs import Glyphs
 from pml_ext.datasets.image_arrays import ImageArrays
 from pml_ext.datasets.image_folder import ImageFolder
+from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.datasets.in_shop import InShop
 from pml_ext.datasets.retrieval_data import RetrievalData
 from pml_ext.datasets.sources import open_data
 
-__all__ = ["ClassSubset", "Glyphs", "ImageArrays", "ImageFolder", "InShop", "RetrievalData", "open_data"]
+__all__ = ["ClassSubset", "Glyphs", "ImageArrays", "ImageFolder", "ImageReader", "InShop", "RetrievalData", "open_data"]

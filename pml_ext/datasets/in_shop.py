@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pml_ext.datasets.image_files import ImageFiles
+from pml_ext.datasets.image_reader import ImageReader
 
 SPLITS = ("train", "query", "gallery")
 HOW_TO_GET = (
@@ -24,6 +25,7 @@ class InShop(ImageFiles):
         root: The folder of the data.
         split: "train", "query" or "gallery".
         transform: Applied to the PIL image (RGB).
+        reader: How files are read. None: ``ImageReader()``.
 
     Attributes:
         paths: Of the images, in the order of the list.
@@ -41,7 +43,13 @@ class InShop(ImageFiles):
         Liu et al., "DeepFashion: Powering Robust Clothes Recognition and Retrieval with Rich Annotations", CVPR 2016.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", transform: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        transform: Callable[[Any], Any] | None = None,
+        reader: ImageReader | None = None,
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         root = Path(root)
@@ -60,7 +68,7 @@ class InShop(ImageFiles):
         image_path = _first_file([root / first, root / "Img" / first])
         base = image_path.parents[len(Path(first).parts) - 1]
         super().__init__(
-            [base / image for image, _ in chosen], [label_of[item] for _, item in chosen], transform, names
+            [base / image for image, _ in chosen], [label_of[item] for _, item in chosen], transform, names, reader
         )
         self.root = root
         self.split = split

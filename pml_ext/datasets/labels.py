@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_LARGEST = 2**63 - 1
+
 
 def as_labels(name: str, labels: Any, length: int) -> Tensor:
     """Return labels as a tensor.
@@ -21,12 +23,19 @@ def as_labels(name: str, labels: Any, length: int) -> Tensor:
 
     Raises:
         TypeError: If they are no integers.
-        ValueError: If the shape is another.
+        ValueError: If the shape is another, or a value does not fit int64.
     """
     values = labels.detach().cpu() if isinstance(labels, Tensor) else np.asarray(labels)
+    if isinstance(values, Tensor) and values.dtype == torch.uint64:  # of which torch has no maximum
+        values = values.numpy()
     if isinstance(values, np.ndarray):
         if values.dtype.kind not in "iu":
             raise TypeError(f"{name} must have an integer dtype, got {values.dtype}")
+        if values.dtype == np.uint64 and values.size and values.max() > _LARGEST:  # it would turn negative
+            raise ValueError(
+                f"{name} must be at most 2^63 - 1, got {values.max()}; numpy.unique(labels, return_inverse=True)[1] "
+                "has labels that count from 0"
+            )
         values = torch.from_numpy(values.astype(np.int64))
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must have an integer dtype, got {values.dtype}")

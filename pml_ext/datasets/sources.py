@@ -1,7 +1,8 @@
 """One function that opens a data set for zero-shot retrieval, by its name, file or folder."""
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,17 @@ import torch
 from torch import Tensor
 
 from pml_ext.datasets.class_subset import ClassSubset
+from pml_ext.datasets.csv_file import read_csv
+from pml_ext.datasets.folder_walk import FolderWalk
 from pml_ext.datasets.glyphs import Glyphs
 from pml_ext.datasets.image_arrays import ImageArrays
 from pml_ext.datasets.image_files import ImageFiles
-from pml_ext.datasets.image_folder import ImageFolder, class_folders
+from pml_ext.datasets.image_folder import images_of_classes
+from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.datasets.in_shop import HOW_TO_GET, InShop
 from pml_ext.datasets.labels import label_values
 from pml_ext.datasets.retrieval_data import RetrievalData, number_of_classes
+from pml_ext.datasets.splits import splits_of
 
 NAMES = ("glyphs", "cub", "cars196", "stanford_online_products", "sop", "inaturalist2018", "in_shop")
 
@@ -30,6 +35,7 @@ def open_data(
     root: str | Path | None = None,
     download: bool = False,
     seed: int = 0,
+    reader: ImageReader | None = None,
 ) -> RetrievalData:
     r"""Open a data set and split its classes into training and test classes.
 
@@ -42,11 +48,16 @@ def open_data(
     - A file ``.npz`` with the arrays ``images``, uint8 ``(N, H, W)`` or ``(N, H, W, 3)``, and ``labels``, integers
       ``(N,)`` >= 0; where it has them, ``split``, "train" or "test" for each image, ``class_names`` and
       ``class_embeddings`` ``(C, E)``, a row for each label value. Other arrays are ignored.
-    - A folder with ``train`` and ``test``, each with one sub-folder for each class; what else it has is ignored. Labels
-      of test classes follow those of training classes.
+    - A folder with ``train`` and ``test``, or ``train``, ``query`` and ``gallery``, each with one sub-folder for each
+      class. Labels of test classes follow those of training classes; a class of ``query`` needs images in ``gallery``.
     - A folder with one sub-folder for each class.
+    - A file ``.csv`` with the columns ``path`` (relative to the file's folder), ``label`` (any text) and, where there
+      is a split, ``split``: train and test, or train, query and gallery. Other columns are ignored.
 
-    Without a split, the last classes are the test classes, in the sorted order of labels or folder names. Images are
+    Without a split, the last classes are the test classes, in the sorted order of labels or folder names; labels of a
+    CSV file are sorted as numbers if all of them are integers. What a folder holds beside that is left out, and a
+    warning counts and names it (see ``ImageFolder``); folders named like splits (val, valid, queries, probe, ...) are
+    an error where they are not classes. Images are
     RGB PIL images of files, gray PIL images of ``Glyphs``, uint8 tensors ``(C, H, W)`` of an ``.npz`` file: transforms
     begin with torchvision's ``v2.ToImage()``, which takes all of them.
 
@@ -61,6 +72,7 @@ def open_data(
         root: Folder of PML's data sets and of ``InShop``; others ignore it.
         download: Whether PML downloads the data set if ``root`` is missing or empty.
         seed: Of what is drawn: the jitter of ``Glyphs``.
+        reader: How image files are read. None: ``ImageReader()``.
 
     Returns:
         The data; its transforms are None and may be set.
@@ -78,7 +90,7 @@ def open_data(
     """
     if not isinstance(source, str | Path) or not str(source):
         raise TypeError(f"source must be a name or a path, got {source!r}")
-    request = _Request(source, test_classes, class_embeddings, root, download, seed)
+    request = _Request(source, test_classes, class_embeddings, root, download, seed, reader)
     data = _opener(source)(request)
     if class_embeddings is None:
         return data
@@ -93,6 +105,7 @@ class _Request:
     root: str | Path | None
     download: bool
     seed: int
+    reader: ImageReader | None
 
     @property
     def path(self) -> Path:
@@ -114,12 +127,15 @@ def _opener(source: str | Path) -> Callable[[_Request], RetrievalData]:
         return _OPENERS[key]
     path = Path(source)
     if path.is_dir():
-        return _open_halves if (path / "train").is_dir() and (path / "test").is_dir() else _open_folder
-    if path.suffix.lower() != ".npz" and (path.is_file() or path.name == str(source)):
-        raise ValueError(f"source must be one of {', '.join(NAMES)}, a folder or an .npz file, got {str(source)!r}")
-    if not path.is_file():
+        return _open_folder
+    opener = {".npz": _open_npz, ".csv": _open_csv}.get(path.suffix.lower())
+    if opener is None and (path.is_file() or path.name == str(source)):
+        raise ValueError(
+            f"source must be one of {', '.join(NAMES)}, a folder, a .npz or a .csv file, got {str(source)!r}"
+        )
+    if opener is None or not path.is_file():
         raise FileNotFoundError(f"source must exist, got {source}")
-    return _open_npz
+    return opener
 
 
 def _open_glyphs(request: _Request) -> RetrievalData:
@@ -150,14 +166,16 @@ def _open_pml(class_name: str, name: str, folder_is_class: bool, request: _Reque
     if folder_is_class:  # CUB: "001.Black_footed_Albatross"
         folders = {label: Path(path).parent.name for label, path in zip(labels.tolist(), paths, strict=True)}
         names = [re.sub(r"^\d+\.", "", folders[label]).replace("_", " ") for label in range(len(rank))]
-    dataset = ImageFiles(paths, labels, class_names=names)
+    dataset = ImageFiles(paths, labels, class_names=names, reader=request.reader)
     return _split(dataset, label_values(labels[: len(train)]), label_values(labels[len(train) :]), name, 3)
 
 
 def _open_in_shop(request: _Request) -> RetrievalData:
     if request.download:
         raise ValueError(f"download must be False for in_shop: {HOW_TO_GET}")
-    train, queries, gallery = (InShop(request.folder, split) for split in ("train", "query", "gallery"))
+    train, queries, gallery = (
+        InShop(request.folder, split, reader=request.reader) for split in ("train", "query", "gallery")
+    )
     items, in_gallery = label_values(queries.labels), label_values(gallery.labels)
     lost = sorted(set(items) - set(in_gallery))
     if lost:
@@ -194,38 +212,58 @@ def _open_npz(request: _Request) -> RetrievalData:
 
 
 def _open_folder(request: _Request) -> RetrievalData:
-    val = next((name for name in ("val", "valid", "validation") if (request.path / name).is_dir()), None)
-    if val and (request.path / "train").is_dir():
-        raise ValueError(f"source must have train/ and test/: test/ is missing, found {val}/ in {request.path}")
-    dataset = _image_folder(request.path)
-    classes = label_values(dataset.labels)
-    train, test = _last_classes(request, classes, _deeper(dataset) if len(classes) < 3 else "")
-    return _split(dataset, train, test, request.path.resolve().name, 3)
+    name, splits = request.path.resolve().name, splits_of(request.path)
+    walk = FolderWalk()
+    if not splits:
+        (images,) = images_of_classes(walk, "source", [request.path])
+        walk.warn(request.path)
+        return _of_last_classes(request, name, images)
+    others = [folder for folder in walk.class_folders([request.path])[0] if folder not in splits]
+    walk.left_out += [str(request.path / folder) + os.sep for folder in others]
+    parts = images_of_classes(walk, "source", [request.path / split for split in splits])
+    walk.warn(request.path)
+    return _of_splits(request, name, dict(zip(splits, parts, strict=True)))
 
 
-def _open_halves(request: _Request) -> RetrievalData:
-    train, test = (_image_folder(request.path / half) for half in ("train", "test"))
-    train_names, test_names = train.class_names or [], test.class_names or []
-    both = sorted(set(train_names) & set(test_names))
-    if both:
-        raise ValueError(f"{request.path}: no class may be both in train and test, got {both[0]!r}")
-    labels = torch.cat([train.labels, test.labels + len(train_names)])
-    dataset = ImageFiles(train.paths + test.paths, labels, class_names=train_names + test_names)
-    classes = list(range(len(train_names) + len(test_names)))
-    return _split(dataset, classes[: len(train_names)], classes[len(train_names) :], request.path.resolve().name, 3)
+def _open_csv(request: _Request) -> RetrievalData:
+    splits = read_csv(request.path)
+    if None not in splits:
+        return _of_splits(request, request.path.stem, {str(split): images for split, images in splits.items()})
+    return _of_last_classes(request, request.path.stem, splits[None])
 
 
-def _image_folder(path: Path) -> ImageFolder:
-    if not class_folders(path):
-        raise ValueError(f"source must have a sub-folder for each class, got {path} without any")
-    return ImageFolder(path)
+def _of_last_classes(request: _Request, name: str, images: dict[str, list[str]]) -> RetrievalData:
+    """Return the data of classes, sorted, with their images, whose last ones are the test classes."""
+    paths = [path for c in images for path in images[c]]
+    labels = [label for label, c in enumerate(images) for _ in images[c]]
+    dataset = ImageFiles(paths, labels, None, list(images), request.reader)
+    return _split(dataset, *_last_classes(request, list(range(len(images)))), name, 3)
 
 
-def _deeper(dataset: ImageFolder) -> str:
-    """Return a hint where folders lie in class folders, or nothing."""
-    folders = {Path(path).relative_to(dataset.root).parent for path in dataset.paths}
-    deeper = sorted(folder.as_posix() for folder in folders if len(folder.parts) > 1)
-    return f"; each folder directly in it is one class; found deeper folders: {', '.join(deeper[:3])}" if deeper else ""
+def _of_splits(request: _Request, name: str, splits: dict[str, dict[str, list[str]]]) -> RetrievalData:
+    """Return the data of splits: for each its classes, sorted, with their images."""
+    train, others = splits["train"], {split: images for split, images in splits.items() if split != "train"}
+    for split, images in others.items():
+        both = [c for c in train if c in images]
+        if both:
+            raise ValueError(f"{request.path}: no class may be both in train and {split}, got {both[0]!r}")
+    tested = splits["test"] if "test" in splits else splits["query"]
+    searched = splits.get("gallery", {})
+    lost = [c for c in tested if c not in searched]
+    if searched and lost:
+        raise ValueError(f"{request.path}: query classes must have gallery images, got none of {lost[0]!r}")
+    names = [*train, *tested, *(c for c in searched if c not in tested)]
+    label_of = {c: label for label, c in enumerate(names)}
+    if len(train) < 2 or not tested:
+        raise ValueError(f"{name}: must have >= 2 training and >= 1 test classes, got {len(train)} and {len(tested)}")
+
+    def view(images: dict[str, list[str]], classes: Iterable[str]) -> ClassSubset:
+        paths = [path for c in images for path in images[c]]
+        labels = [label_of[c] for c in images for _ in images[c]]
+        return ClassSubset(ImageFiles(paths, labels, None, names, request.reader), [label_of[c] for c in classes])
+
+    gallery = view(searched, names[len(train) :]) if searched else None
+    return RetrievalData(view(train, train), view(tested, tested), gallery, name=name)
 
 
 _OPENERS: dict[str, Callable[[_Request], RetrievalData]] = {
@@ -248,11 +286,11 @@ def _split(dataset: Any, train: list[int], test: list[int], name: str, in_channe
     return RetrievalData(ClassSubset(dataset, train), ClassSubset(dataset, test), in_channels=in_channels, name=name)
 
 
-def _last_classes(request: _Request, classes: list[int], hint: str = "") -> tuple[list[int], list[int]]:
+def _last_classes(request: _Request, classes: list[int]) -> tuple[list[int], list[int]]:
     if len(classes) < 3:
         raise ValueError(
             f"{request.path} without a split (train and test) must have >= 3 classes, 2 of them to train with, "
-            f"got {len(classes)}{hint}"
+            f"got {len(classes)}"
         )
     first = len(classes) - number_of_classes("test_classes", request.test_classes, len(classes), smallest=1)
     return classes[:first], classes[first:]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torchvision.transforms import v2
 
+from pml_ext.datasets.image_reader import flatten
 from pml_ext.recipes.settings import Settings
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -59,13 +60,14 @@ def make_transforms(settings: Settings) -> Transforms:
 
 
 def _with_channels(image: Any, channels: int) -> torch.Tensor:
-    """Return a tensor of gray or RGB, without alpha."""
+    """Return a tensor of gray or RGB, on white where it is transparent."""
     if not isinstance(image, torch.Tensor):
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise ValueError(f"images must have values with a fixed range, got PIL's mode {image.mode!r}")
-        converted: torch.Tensor = v2.functional.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+        opaque = flatten(image)
+        converted: torch.Tensor = v2.functional.pil_to_tensor(opaque.convert("L") if channels == 1 else opaque)
         return converted
-    opaque: torch.Tensor = image[:-1] if image.shape[0] in (2, 4) else image
+    opaque = _on_white(image) if image.shape[0] in (2, 4) else image
     if opaque.shape[0] == channels:
         return opaque
     convert = v2.functional.rgb_to_grayscale if channels == 1 else v2.functional.grayscale_to_rgb
@@ -75,11 +77,31 @@ def _with_channels(image: Any, channels: int) -> torch.Tensor:
 def _resize(image: torch.Tensor, size: list[int]) -> torch.Tensor:
     if len(size) == 2 and list(image.shape[-2:]) == size:
         return image
+    image = image if len(size) == 2 else _bounded(image)
     resized: torch.Tensor = v2.functional.resize(image, size, antialias=True)
     return resized
 
 
+def _bounded(image: torch.Tensor) -> torch.Tensor:
+    """Return the middle of an image that is longer than 16 times its width: 8000 x 2 pixels would grow to 800 MB."""
+    height, width = image.shape[-2:]
+    longest = 16 * min(height, width)
+    if max(height, width) <= longest:
+        return image
+    cropped: torch.Tensor = v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
+    return cropped
+
+
+def _on_white(image: torch.Tensor) -> torch.Tensor:
+    colours, alpha = image[:-1], image[-1:]
+    if image.dtype != torch.uint8:
+        return colours * alpha + (1 - alpha)
+    blended = colours.int() * alpha.int() + 255 * (255 - alpha.int())
+    return blended.add(127).div(255, rounding_mode="floor").to(torch.uint8)
+
+
 def _pad_to_square(image: torch.Tensor) -> torch.Tensor:
+    image = _bounded(image)
     height, width = image.shape[-2:]
     side = max(height, width)
     left, top = (side - width) // 2, (side - height) // 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pml_ext.datasets.image_files import read_image
+from pml_ext.datasets.image_reader import flatten, read_image
 
 _QUALITIES = ((96, 80), (80, 72), (64, 65), (48, 55), (32, 45), (24, 30))  # longest side, WebP quality
 
@@ -125,7 +125,7 @@ def as_image(item: Any, name: str) -> Any:
             raise ValueError(f"{name} must have values of a fixed range, got PIL mode {item.mode!r}")
         if item.mode.startswith("I;16"):  # convert() would clip at 255
             item = Image.fromarray((np.asarray(item) >> 8).astype(np.uint8))
-        return item.convert("RGB")  # a copy, or thumbnail() would shrink the caller's image
+        return flatten(item)  # a copy, or thumbnail() would shrink the caller's image
     if isinstance(item, Tensor):
         item = item.detach().cpu()
         item = item.float() if item.is_floating_point() else item  # NumPy has no bfloat16

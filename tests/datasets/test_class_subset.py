@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from pml_ext.datasets import ClassSubset, Glyphs, ImageArrays
+from pml_ext.datasets.image_files import ImageFiles
 
 LABELS = [5, 0, 2, 5, 2, 3]
 
@@ -125,3 +126,73 @@ def test_bad_datasets(dataset):
     dataset.labels = [0] * 5
     with pytest.raises(ValueError, match=r"dataset\.labels must have one entry for each of 6 images, got shape \(5,\)"):
         ClassSubset(dataset, [0])
+
+
+def test_ids_that_do_not_fit_are_refused(dataset):
+    """They would turn negative."""
+    high = np.array([1, 2**63 - 1, 3, 4, 5, 6], dtype=np.uint64)
+    assert ImageArrays(dataset.images, high).labels.tolist() == [1, 2**63 - 1, 3, 4, 5, 6]
+    assert ImageArrays(dataset.images, torch.from_numpy(high)).labels[1] == 2**63 - 1
+    high[1] += np.uint64(2)
+    for labels in (high, torch.from_numpy(high)):
+        with pytest.raises(ValueError, match=r"labels must be at most 2\^63 - 1, got 9223372036854775809; numpy\.uniq"):
+            ImageArrays(dataset.images, labels)
+    dataset.labels = high
+    with pytest.raises(ValueError, match=r"dataset\.labels must be at most 2\^63 - 1"):
+        ClassSubset(dataset, [1])
+
+
+def write_files(folder, sizes):
+    for name, size in sizes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(size))
+    return ImageFiles([folder / name for name in sizes], range(len(sizes)))
+
+
+def test_fingerprint_of_files(tmp_path):
+    sizes = {"x/a.png": 3, "x/b.png": 5, "y/c.png": 7}
+
+    folders = iter("abcdefgh")
+
+    def fingerprint(sizes, classes=(0, 1, 2)):
+        return ClassSubset(write_files(tmp_path / next(folders), sizes), classes).fingerprint()
+
+    first = fingerprint(sizes)
+    assert len(first) == 64 and int(first, 16)
+    assert fingerprint(sizes) == first  # elsewhere
+    changed = [
+        fingerprint(sizes | {"x/b.png": 6}),
+        fingerprint({"x/a.png": 3, "x/d.png": 5, "y/c.png": 7}),
+        fingerprint({"x/b.png": 5, "x/a.png": 3, "y/c.png": 7}),
+        fingerprint(sizes, [0, 2, 1]),
+        fingerprint(sizes, [0, 1]),
+    ]
+    (tmp_path / "a" / "x" / "b.png").unlink()
+    changed.append(ClassSubset(ImageFiles([tmp_path / "a" / name for name in sizes], range(3)), range(3)).fingerprint())
+    assert len({first, *changed}) == 7
+
+
+def test_fingerprint_of_a_view_of_a_view(tmp_path):
+    files = write_files(tmp_path, {"a.png": 1, "b.png": 2, "c.png": 3})
+    inner = ClassSubset(ClassSubset(files, [2, 1]), [1, 0])  # labels 0, 1 for files b, c
+    assert inner.labels.tolist() == [0, 1]
+    assert inner.fingerprint() == ClassSubset(files, [1, 2]).fingerprint()
+
+
+def test_fingerprint_of_arrays(dataset):
+    first = ClassSubset(dataset, [0, 2]).fingerprint()
+    dataset.images[0] += 1  # of class 5
+    assert ClassSubset(dataset, [0, 2]).fingerprint() == first
+    dataset.images[1, 3, 3] += 1
+    assert ClassSubset(dataset, [0, 2]).fingerprint() != first
+    glyphs = ClassSubset(Glyphs(samples_per_class=2), [3])
+    assert glyphs.fingerprint() != ClassSubset(Glyphs(samples_per_class=2, seed=1), [3]).fingerprint()
+
+
+def test_fingerprint_of_other_data_sets():
+    plain = LikeTorchvision(list("abcdef"))
+    assert ClassSubset(plain, [5, 0]).fingerprint() == ClassSubset(LikeTorchvision(None), [5, 0]).fingerprint()
+    assert ClassSubset(plain, [5, 0]).fingerprint() != ClassSubset(plain, [0, 5]).fingerprint()
+    assert ClassSubset(plain, [5]).fingerprint() != ClassSubset(plain, [2]).fingerprint()  # the same labels, others
+    plain.samples = [(f"x/{i}.png", 0) for i in range(6)]  # as torchvision's ImageFolder
+    assert ClassSubset(plain, [5]).fingerprint() != ClassSubset(LikeTorchvision(None), [5]).fingerprint()

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pml_ext.datasets import ImageFolder, image_files
+from pml_ext.datasets import ImageFolder, ImageReader
 from pml_ext.datasets.image_files import broken_images
+from pml_ext.datasets.image_reader import read_image
 
 
 def save(path, value=0, mode="RGB", size=(6, 4)):
@@ -93,10 +94,10 @@ def test_broken_images(suffix, noise, tmp_path):
     broken = broken_images(paths)
     for i, reason in broken.items():
         with pytest.raises(ValueError, match="cannot read") as error:
-            image_files.read_image(paths[i])
+            read_image(paths[i])
         assert str(error.value) == f"cannot read image {paths[i]}: {reason}"
     for i in set(range(len(paths))) - set(broken):
-        assert image_files.read_image(paths[i]).size == (50, 40)
+        assert read_image(paths[i]).size == (50, 40)
     assert set(broken) >= {1, 2, 3, 4, 5} and 0 not in broken
 
 
@@ -106,7 +107,7 @@ def test_most_images_are_not_decoded(noise, tmp_path, monkeypatch):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
     paths = [tmp_path / f"a.{suffix}" for suffix in ("jpg", "png", "tif")]
     assert broken_images(paths) == {2: "its mode 'F' has no fixed range of values"}
-    monkeypatch.setattr(image_files, "read_image", None)
+    monkeypatch.setattr(ImageReader, "__call__", None)
     assert broken_images(paths[:2]) == {}
 
 
@@ -136,4 +137,12 @@ def test_bad_folders(root):
             ImageFolder(root, classes=classes)
     (root / "eel").mkdir()
     with pytest.raises(ValueError, match=r"class folder .*eel must contain images \(\.png, "):
+        ImageFolder(root, classes=["cat", "eel"])
+    (root / "new" / "empty").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"root must have a sub-folder with images for each class, got .*new without"):
+        ImageFolder(root / "new")
+    save(root / "eel" / "day 2" / "1.png")
+    save(root / "eel" / "day 1" / "more" / "1.png")
+    deeper = "class folder .*eel must contain images of its own, got some only in day 1/more, day 2: each folder direc"
+    with pytest.raises(ValueError, match=deeper):
         ImageFolder(root)

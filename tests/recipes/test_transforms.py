@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from pml_ext.recipes import recipe
+from pml_ext.recipes.transforms import make_transforms
 
 
 def transforms(**settings):
@@ -77,3 +81,56 @@ def test_images_are_padded_to_squares():
     image = torch.full((3, 20, 40), 255, dtype=torch.uint8)
     transformed = transforms(augmentation="square", image_size=40, in_channels=3).test(image)
     assert (transformed[:, 10:30] > 0).all() and (transformed[:, :10] < 0).all() and (transformed[:, 30:] < 0).all()
+
+
+def of_a_paper(**settings):
+    """Return transforms like those of a paper's preset, without its network."""
+    usual = {"image_size": 224, "resize": 256, "in_channels": 3, "preset": "paper:cub", "flip": None}
+    return make_transforms(SimpleNamespace(**(usual | settings)))
+
+
+@pytest.mark.parametrize("size", [(8000, 2), (2, 8000)])
+def test_thin_images_do_not_grow(size, monkeypatch):
+    """8000 x 2 pixels with a shorter side of 256 would be a million pixels wide."""
+    grown = []
+    resize, pad = v2.functional.resize, v2.functional.pad
+
+    def watched(function):
+        def call(image, *args, **kwargs):
+            grown.append(function(image, *args, **kwargs))
+            return grown[-1]
+
+        return call
+
+    monkeypatch.setattr(v2.functional, "resize", watched(resize))
+    monkeypatch.setattr(v2.functional, "pad", watched(pad))
+    for augmentation in (None, "square", "crop"):
+        for transform in of_a_paper(augmentation=augmentation):
+            assert transform(Image.new("RGB", size)).shape == (3, 224, 224)
+    assert grown and max(image.numel() for image in grown) <= 3 * 256 * 256 * 16
+
+
+def test_the_middle_of_a_thin_image_is_seen():
+    """A crop before the resize has the pixels of one after it."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 10, 400), dtype=np.uint8))
+    made = of_a_paper(augmentation=None, image_size=32, resize=40)
+    whole = v2.functional.center_crop(v2.functional.resize(image, [40], antialias=True), 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    torch.testing.assert_close(made.test(image), (whole / 255 - mean) / std, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_images_lie_on_white(channels):
+    image = Image.new("RGBA", (2, 1))
+    image.putdata([(90, 90, 90, 255), (0, 0, 0, 0)])
+    made = of_a_paper(augmentation=None, in_channels=channels, image_size=2, resize=2, preset="small")
+    tensor = torch.tensor([[90, 0]] * 3 + [[255, 0]], dtype=torch.uint8)[:, None]
+    for given in (image, tensor, tensor / 255, tensor[2:], tensor[2:] / 255):
+        seen = made.test(given)
+        assert seen.shape == (channels, 2, 2)
+        torch.testing.assert_close(
+            seen[:, 0],
+            torch.tensor([90 / 127.5 - 1, 1.0]).expand(channels, 2),
+            atol=0.01,
+            rtol=0,  # torchvision cuts grays off
+        )
