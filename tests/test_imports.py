@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "pml_ext"
 LAYERS = [  # lowest first; a module imports from its own sub-package and from the layers below it
     {"types", "version", "extras", "precision", "modes", "validation"},
     {"pml_internals"},
-    {"learners", "reducers", "class_embeddings"},
+    {"learners", "pairs", "reducers", "refused", "class_embeddings"},
     {"streaming", "regularizers"},
     {"trunks", "neighbors", "distributed", "datasets"},
     {"losses", "visualization"},
