@@ -128,7 +128,11 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         self.register_buffer("class_embeddings", self._own_part(class_embeddings, 0))
         self.register_buffer("class_distances", self._own_part(class_distances, 1))  # columns: those of all rows
         self.register_buffer("class_is_described", self._own_part(described, 0))
-        self.normalize = normalize
+        class_settings = None
+        if described is not None:  # what the descriptions were prepared by, for who loads them
+            metric = -1 if class_embeddings is None else get_args(ClassMetric).index(class_metric)
+            class_settings = torch.tensor([metric, int(normalize)])
+        self.register_buffer("class_settings", class_settings)
         self.record("margin_scale", "base_margin", "scale")
 
     def compute_loss(
@@ -168,15 +172,6 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         labels = labels.to(self.proxies.device).long()
         return self._margins(labels, dtype)
 
-    def get_extra_state(self) -> Tensor:
-        """Return what the buffers were made by, as a tensor for the state dict: the metric's number, ``normalize``."""
-        metric = get_args(ClassMetric).index(self.class_metric) if self.class_embeddings is not None else -1
-        normalized = int(self.normalize) if self.class_is_described is not None else -1
-        return torch.tensor([metric, normalized])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Do nothing: a state that was made otherwise has been refused."""
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -187,14 +182,14 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = self.get_extra_state()
-        state = state_dict.setdefault(f"{prefix}_extra_state", own)  # states of old versions do not tell
-        if not torch.equal(state.cpu(), own):
-            error_msgs.append(
-                f"{prefix}class_metric and normalize must be those that the state's margins were made by, "
-                f"{_told(state)}, got a loss with {_told(own)}"
-            )
-            return
+        if self.class_settings is not None:
+            state = state_dict.setdefault(f"{prefix}class_settings", self.class_settings)  # of old versions: no word
+            if state.tolist() != self.class_settings.tolist():
+                error_msgs.append(
+                    f"{prefix}class_metric and normalize must be those that the state's margins were made by, "
+                    f"{_told(state)}, got a loss with {_told(self.class_settings)}"
+                )
+                return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -238,7 +233,5 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
 def _told(state: Tensor) -> str:
     """Return what a state's two numbers say."""
     metric, normalized = state.tolist()
-    if normalized < 0:
-        return "no class descriptions"
     made_by = "class_distances" if metric < 0 else repr(get_args(ClassMetric)[metric])
     return f"{made_by}, normalize={bool(normalized)}"
