@@ -183,7 +183,9 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         error_msgs: list[str],
     ) -> None:
         if self.class_settings is not None:
-            state = state_dict.setdefault(f"{prefix}class_settings", self.class_settings)  # of old versions: no word
+            state: Any = state_dict.setdefault(
+                f"{prefix}class_settings", self.class_settings
+            )  # of old versions: no word
             if state.tolist() != self.class_settings.tolist():
                 error_msgs.append(
                     f"{prefix}class_metric and normalize must be those that the state's margins were made by, "
