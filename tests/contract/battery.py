@@ -305,15 +305,15 @@ def settings_learn_or_are_refused(case):
         setattr(loss_func.get_submodule(path), name, setting)
         return loss_func(emb, LABELS)
 
-    numbers = [
-        (path, name, float(getattr(part, name)))
+    numbers = {  # one of each kind: learners are alike
+        (type(part), name): (path, name, float(getattr(part, name)))
         for path, part in make(case).named_modules()
         if isinstance(part, losses.BaseMetricLossFunction)
         for name in getattr(part, "_record_these", [])
         if not name.startswith("num_") and not name.endswith("_size")
-    ]
+    }
     assert numbers
-    for path, name, start in numbers:
+    for path, name, start in numbers.values():
         learned = torch.nn.Parameter(torch.tensor([start], dtype=torch.float64))
         try:
             loss = value(path, name, learned)
