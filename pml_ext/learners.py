@@ -8,7 +8,7 @@ from torch import Tensor
 from pml_ext.pml_internals import element_term
 from pml_ext.precision import upcast_half
 from pml_ext.types import LossDict
-from pml_ext.validation import check_count, check_settings
+from pml_ext.validation import check_count, check_settings, scalar
 
 __all__ = ["learner_similarity", "split_learners"]
 
@@ -98,7 +98,7 @@ class DivergenceMixin:
         r"""Return $\sum_{p < q} [m - \lVert b_p - b_q \rVert^2]_+$ of each sample, for the reducer."""
         cosines = _learner_cosines(embeddings, self.num_learners)
         squared_distances = 2 - 2 * cosines  # of unit vectors
-        losses = (self.margin - squared_distances).relu().triu(1).sum((1, 2))  # each pair once
+        losses = (scalar(self.margin) - squared_distances).relu().triu(1).sum((1, 2))  # each pair once
         if self.collect_stats:
             self.learner_similarity = learner_similarity(embeddings, self.num_learners)
         return {"loss": element_term(losses)}

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.losses import CrossBatchMemory as PmlCrossBatchMemory
+from pytorch_metric_learning.losses import SelfSupervisedLoss as PmlSelfSupervisedLoss
 from pytorch_metric_learning.losses import mixins as pml_mixins
 from pytorch_metric_learning.reducers import MultipleReducers
 from pytorch_metric_learning.regularizers import BaseRegularizer as PmlRegularizer
@@ -17,6 +19,8 @@ from pytorch_metric_learning.utils import module_with_records as pml_records
 from torch import Tensor
 
 from pml_ext.types import LossDict
+
+__all__ = ["PmlCrossBatchMemory", "PmlSelfSupervisedLoss"]  # PML's own, also where its namespace is patched with ours
 
 
 class _Records:
@@ -27,6 +31,16 @@ class _Records:
         recordable: Any = self
         recordable.add_to_recordable_attributes(list_of_names=settings, is_stat=False)
         recordable.add_to_recordable_attributes(list_of_names=statistics, is_stat=True)
+
+
+def statistics_of(module: torch.nn.Module) -> dict[str, Any]:
+    """Return the statistics that a module has recorded, by name; empty for one that records none."""
+    return {name: getattr(module, name) for name in getattr(module, "_record_these_stats", ())}
+
+
+def settings_of(module: torch.nn.Module) -> dict[str, Any]:
+    """Return the recorded settings of a module, by name."""
+    return {name: getattr(module, name) for name in getattr(module, "_record_these", ())}
 
 
 class ModuleWithRecords(_Records, pml_records.ModuleWithRecords):
@@ -75,7 +89,7 @@ class LossFunction(_Records, BaseMetricLossFunction):
 
     def extra_repr(self) -> str:
         """Show the recorded settings."""
-        return ", ".join(f"{name}={getattr(self, name)}" for name in getattr(self, "_record_these", []))
+        return ", ".join(f"{name}={value}" for name, value in settings_of(self).items())
 
 
 class RegularizedWeights(pml_mixins.WeightRegularizerMixin):

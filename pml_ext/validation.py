@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from numbers import Integral
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,10 @@ _RENUMBER = (
     "number the classes from 0 without gaps, all training labels at once: "
     "labels = torch.unique(all_labels, return_inverse=True)[1]; in PML's trainers "
     "set_min_label_to_zero=True, dataset_labels=all_labels"
+)
+_MULTILABEL = (
+    "several classes of one sample are not for losses with proxies; losses that compare samples take them as pairs, "
+    "indices_tuple=pml_ext.pairs.pairs_from_multilabel(labels, rule), with labels=None"
 )
 _enabled = True
 _already_valid: ContextVar[bool] = ContextVar("pml_ext_already_valid", default=False)
@@ -66,26 +70,97 @@ def already_valid() -> Iterator[None]:
 def is_batch_itself(
     embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
 ) -> bool:
-    """Whether references are the batch itself, in which nothing is compared with itself: PML 2 tells it by identity."""
-    return ref_emb is None or (ref_emb is embeddings and (ref_labels is None or ref_labels is labels))
+    """Whether references are the batch itself, in which nothing is compared with itself.
+
+    Inside of this package that is told by ``ref_emb=None``, which no hook or wrapper can change. From outside it may
+    come as PML 2 tells it, by one object for both. ``without_refs_to_itself`` looks at that before hooks of a module
+    hand over copies. What PyTorch itself makes of one tensor given twice (views of a backward hook, leaves of a
+    checkpoint) is recognised too: the same memory with the same history.
+    """
+    if ref_emb is None or ref_emb is embeddings:
+        return ref_emb is None or ref_labels is None or is_same(ref_labels, labels)
+    if torch.compiler.is_compiling() or not (isinstance(embeddings, Tensor) and isinstance(ref_emb, Tensor)):
+        return False
+    if not (embeddings.requires_grad and ref_emb.requires_grad and ref_emb.grad_fn is embeddings.grad_fn):
+        return False  # such as embeddings.detach(): references without a gradient
+    return is_same(ref_emb, embeddings) and (ref_labels is None or is_same(ref_labels, labels))
 
 
-def check_settings(positive: Mapping[str, float], finite: Mapping[str, float] = MappingProxyType({})) -> None:
-    """Check the numbers that a loss is set up with.
+def without_refs_to_itself(
+    embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the references, an empty tuple where they are the batch itself: for ``__call__``, ahead of all hooks."""
+    if ref_emb is None and ref_labels is not None:
+        return ref_emb, ref_labels  # which is refused
+    return () if is_batch_itself(embeddings, labels, ref_emb, ref_labels) else (ref_emb, ref_labels)
+
+
+def is_same(x: Tensor | None, y: Tensor | None) -> bool:
+    """Whether two are one object, or views of the same memory in the same order."""
+    if x is y or torch.compiler.is_compiling():
+        return x is y
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or (x.dtype, x.device) != (y.dtype, y.device):
+        return False
+    return x.numel() > 0 and x.is_set_to(y)
+
+
+def check_settings(positive: Mapping[str, Any], finite: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Check the numbers that a loss is set up with: each a number or, to be learned, a tensor of one.
 
     Args:
         positive: Names and values that must be > 0 and finite.
         finite: Names and values that must be finite.
 
     Raises:
-        ValueError: If one is not; the message names it.
+        TypeError: If one is no number; the message names it.
+        ValueError: If one is out of range, likewise.
     """
     for name, value in positive.items():
+        check_number(name, value)
+        value = value.item() if isinstance(value, Tensor) else value
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be > 0 and finite, got {value}")
     for name, value in finite.items():
+        check_number(name, value)
+        value = value.item() if isinstance(value, Tensor) else value
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Check that a setting is a number, or a tensor of one number, which may be a parameter.
+
+    Raises:
+        TypeError: If it is not; the message names it.
+    """
+    if isinstance(value, Tensor):
+        good = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    else:
+        good = isinstance(value, Real) and not isinstance(value, bool)
+    if not good:
+        raise TypeError(f"{name} must be a number or a tensor of one number, got {value!r}")
+
+
+def is_learned(*settings: Any) -> bool:
+    """Whether one of the settings is a tensor that gets a gradient: what computes with floats would lose it."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in settings)
+
+
+def scalar(setting: Any) -> Any:
+    """Return a setting for arithmetic: a tensor of one number without dimensions, so that it promotes no dtype."""
+    return setting.reshape(()) if isinstance(setting, Tensor) else setting
+
+
+def as_number(name: str, setting: Any) -> Any:
+    """Return a setting for what computes with numbers alone.
+
+    Raises:
+        TypeError: If it is no number, or a tensor that requires a gradient, which would get none.
+    """
+    check_number(name, setting)
+    if is_learned(setting):
+        raise TypeError(f"{name} must be a number here, got a tensor that requires a gradient, which it would not get")
+    return setting.item() if isinstance(setting, Tensor) else setting
 
 
 def check_count(name: str, value: Any) -> None:
@@ -254,12 +329,18 @@ def check_lengths(embeddings: Tensor, labels: Tensor | None, name: str = "labels
 
 
 def _check_labels(name: str, labels: Tensor | None, length: int) -> None:
-    if labels is not None:
+    if labels is None:
+        return
+    rows_of_classes = isinstance(labels, Tensor) and labels.ndim == 2 and len(labels) == length
+    if not rows_of_classes:
         check_integers(name, labels)
-        if labels.shape != (length,):
-            columns = labels.shape[1] if labels.ndim == 2 and len(labels) == length else 0
-            advice = {0: "", 1: f": {name}.squeeze(1)"}.get(columns, f": of one-hot {name}, {name}.argmax(1)")
-            raise ValueError(f"{name} must have shape (batch_size,) = ({length},), got {tuple(labels.shape)}{advice}")
+    if labels.shape != (length,):
+        advice = ""
+        if rows_of_classes:
+            one_each = bool((labels != 0).sum(1).eq(1).all())
+            advice = f": of one-hot {name}, {name}.argmax(1)" if one_each else f": {_MULTILABEL}"
+            advice = f": {name}.squeeze(1)" if labels.shape[1] == 1 else advice
+        raise ValueError(f"{name} must have shape (batch_size,) = ({length},), got {tuple(labels.shape)}{advice}")
 
 
 def _check_indices_form(

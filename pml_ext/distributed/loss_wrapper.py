@@ -4,7 +4,7 @@ import zlib
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory
+from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -21,10 +21,20 @@ from pml_ext.distributed.collectives import (
 )
 from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, confirm, gather
 from pml_ext.distributed.miner_wrapper import convert, input_error, without_itself
+from pml_ext.distributed.settings import check_same_settings
 from pml_ext.distributed.sharding import whole_batch
+from pml_ext.pml_internals import PmlCrossBatchMemory
+from pml_ext.refused import unchanged_where_refused
 from pml_ext.streaming.gradients import first_derivative_only
 from pml_ext.types import Indices
-from pml_ext.validation import check_enqueue_mask, check_indices_tuple, is_batch_itself, validation_enabled
+from pml_ext.validation import (
+    check_enqueue_mask,
+    check_indices_tuple,
+    is_batch_itself,
+    is_same,
+    validation_enabled,
+    without_refs_to_itself,
+)
 
 
 class DistributedLossWrapper(nn.Module):
@@ -79,15 +89,31 @@ class DistributedLossWrapper(nn.Module):
 
     def __init__(self, loss: Any, efficient: bool = False, process_group: Group = None) -> None:
         super().__init__()
-        if not isinstance(loss, BaseMetricLossFunction | CrossBatchMemory):
+        if not isinstance(loss, BaseMetricLossFunction | PmlCrossBatchMemory):
             raise TypeError(f"loss must be a BaseMetricLossFunction or CrossBatchMemory, got {type(loss).__name__}")
-        if efficient and isinstance(loss, CrossBatchMemory):
+        if efficient and isinstance(loss, PmlCrossBatchMemory):
             raise ValueError("efficient must be False for CrossBatchMemory, which is not supported with it, got True")
         self.loss = loss
         self.efficient = efficient
         self.process_group = process_group
         self.synchronized = False
+        self._settings_compared = False
         self._synchronize()
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Indices | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Any:
+        """Call the wrapper with its hooks, which may replace tensors: what is the batch itself, is known before."""
+        refs: tuple[Tensor | None, ...] = ref_emb, ref_labels
+        if not isinstance(self.loss, PmlCrossBatchMemory):  # which refuses references
+            refs = without_refs_to_itself(embeddings, labels, ref_emb, ref_labels) or (None, None)
+        return super().__call__(embeddings, labels, indices_tuple, *refs, enqueue_mask)
 
     def forward(
         self,
@@ -108,7 +134,7 @@ class DistributedLossWrapper(nn.Module):
             ref_labels: Their labels.
             enqueue_mask: For ``CrossBatchMemory``.
         """
-        memory = isinstance(self.loss, CrossBatchMemory)
+        memory = isinstance(self.loss, PmlCrossBatchMemory)
         error = self._check(embeddings, labels, indices_tuple, ref_emb, ref_labels, enqueue_mask)
         ranks = ranks_of(self.process_group)
         if world_size(self.process_group) == 1:
@@ -119,6 +145,9 @@ class DistributedLossWrapper(nn.Module):
                     return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
                 return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         self._synchronize()
+        if not self._settings_compared:
+            check_same_settings("loss", self, self.process_group)
+            self._settings_compared = True
         if is_batch_itself(embeddings, labels, ref_emb, ref_labels):
             ref_emb = ref_labels = None
         parts = [Part(embeddings, labels), None if ref_emb is None else Part(ref_emb, ref_labels)]
@@ -135,19 +164,34 @@ class DistributedLossWrapper(nn.Module):
         refs = None
         if parts[1] is not None:
             refs = gather(parts[1], sizes[1], self.process_group, factor, "ref_emb")
-            if ref_labels is labels:  # PML takes one object for one set of labels
+            if is_same(ref_labels, labels):  # PML takes one object for one set of labels
                 refs = refs._replace(labels=batch.labels)
         with shared_random_state(seed, embeddings.device), whole_batch(None if self.efficient else ranks):
             if memory:
                 mask = self._gather_mask(enqueue_mask, batch)
-                return self.loss(batch.embeddings, batch.labels, None, mask)
+                return self._on_all_ranks(batch.embeddings, batch.labels, None, mask)
             if self.efficient:
                 return self._sum_of_ranks(parts[0], batch, refs, indices_tuple)  # type: ignore[arg-type]
             if indices_tuple is not None:
                 indices_tuple = self._same_on_all_ranks(indices_tuple, batch, batch if refs is None else refs)
             if refs is None:
-                return self.loss(batch.embeddings, batch.labels, indices_tuple)
-            return self.loss(batch.embeddings, batch.labels, indices_tuple, refs.embeddings, refs.labels)
+                return self._on_all_ranks(batch.embeddings, batch.labels, indices_tuple)
+            return self._on_all_ranks(batch.embeddings, batch.labels, indices_tuple, refs.embeddings, refs.labels)
+
+    def _on_all_ranks(self, *arguments: Any) -> Tensor:
+        """Return the loss, if no rank has failed inside of it."""
+        if self._has_split_classes():  # the others wait in a collective of the loss, which is no place to tell them
+            value: Tensor = self.loss(*arguments)
+            return value
+        loss, error = None, None
+        with unchanged_where_refused(self.loss):
+            try:
+                loss = self.loss(*arguments)
+            except Exception as failed:
+                error = failed
+            confirm(error, 0, self.process_group)
+        assert loss is not None
+        return loss
 
     def _sum_of_ranks(
         self, part: Part, batch: Gathered, refs: Gathered | None, indices_tuple: Indices | None
@@ -156,20 +200,34 @@ class DistributedLossWrapper(nn.Module):
         parameters = dict(self.loss.named_parameters())
         zero, *shared = _SumGradients.apply(self.process_group, *parameters.values())
         loss, error = None, None
-        try:  # what fails here, fails on this rank alone
-            ref_rows, ref_labels = (batch if refs is None else refs).own_first()
-            own = (ref_rows if refs is None else batch.own_first()[0])[: len(part.embeddings)]
-            labels = None if part.labels is None else part.labels.to(own.device)
-            if indices_tuple is None:
-                indices_tuple = _all_pairs(labels, ref_labels)
-            arguments = (own, labels, indices_tuple, ref_rows, ref_labels)
-            loss = torch.func.functional_call(self.loss, dict(zip(parameters, shared, strict=True)), arguments)
-        except Exception as failed:
-            error = failed
-        confirm(error, 0, self.process_group)
+        with unchanged_where_refused(self.loss):
+            try:  # what fails here, fails on this rank alone
+                loss = self._of_own_rows(part, batch, refs, indices_tuple, dict(zip(parameters, shared, strict=True)))
+            except Exception as failed:
+                error = failed
+            confirm(error, 0, self.process_group)
         assert loss is not None
         total = all_reduce(loss, self.process_group, "the losses")
         return total + (loss - loss.detach()) + zero.to(loss)  # in this order all ranks have the same value, to the bit
+
+    def _of_own_rows(
+        self,
+        part: Part,
+        batch: Gathered,
+        refs: Gathered | None,
+        indices_tuple: Indices | None,
+        parameters: dict[str, Tensor],
+    ) -> Tensor:
+        """Return the loss of own rows against all rows."""
+        ref_rows, ref_labels = (batch if refs is None else refs).own_first()
+        own = (ref_rows if refs is None else batch.own_first()[0])[: len(part.embeddings)]
+        labels = None if part.labels is None else part.labels.to(own.device)
+        if indices_tuple is None:
+            indices_tuple = _all_pairs(labels, ref_labels)
+        loss: Tensor = torch.func.functional_call(
+            self.loss, parameters, (own, labels, indices_tuple, ref_rows, ref_labels)
+        )
+        return loss
 
     def _same_on_all_ranks(self, indices_tuple: Indices, batch: Gathered, refs: Gathered) -> Indices:
         """Return a tuple with its rows in rank order, if all ranks have the same."""
@@ -216,7 +274,7 @@ class DistributedLossWrapper(nn.Module):
     ) -> Exception | None:
         """Return what is wrong with this rank's input."""
         inner = self.loss
-        if isinstance(self.loss, CrossBatchMemory):
+        if isinstance(self.loss, PmlCrossBatchMemory):
             inner = self.loss.loss
             if ref_emb is not None or ref_labels is not None:
                 return ValueError("ref_emb must not be given with CrossBatchMemory, which has references of its own")

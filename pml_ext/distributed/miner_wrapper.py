@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from pml_ext.distributed.collectives import Group, draw_seed, shared_random_state, world_size
 from pml_ext.distributed.gathered_batch import Gathered, Part, agree, gather
+from pml_ext.distributed.settings import check_same_settings
 from pml_ext.types import Indices
-from pml_ext.validation import check_batch, validation_enabled
+from pml_ext.validation import check_batch, is_batch_itself, is_same, validation_enabled
 
 
 class DistributedMinerWrapper(nn.Module):
@@ -49,6 +50,7 @@ class DistributedMinerWrapper(nn.Module):
         self.miner = miner
         self.efficient = efficient
         self.process_group = process_group
+        self._settings_compared = False
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
@@ -57,6 +59,11 @@ class DistributedMinerWrapper(nn.Module):
         if world_size(self.process_group) == 1:
             mined: Indices = self.miner(embeddings, labels, ref_emb, ref_labels)
             return mined
+        if not self._settings_compared:
+            check_same_settings("miner", self, self.process_group)
+            self._settings_compared = True
+        if is_batch_itself(embeddings, labels, ref_emb, ref_labels):
+            ref_emb = ref_labels = None
         parts = [Part(embeddings, labels), None if ref_emb is None else Part(ref_emb, ref_labels)]
         sizes, seed = agree(
             parts, input_error(embeddings, labels, ref_emb, ref_labels), draw_seed(), self.process_group
@@ -64,6 +71,8 @@ class DistributedMinerWrapper(nn.Module):
         with torch.no_grad():
             batch = gather(parts[0], sizes[0], self.process_group, 1, "embeddings")  # type: ignore[arg-type]
             refs = batch if parts[1] is None else gather(parts[1], sizes[1], self.process_group, 1, "ref_emb")
+            if parts[1] is not None and is_same(ref_labels, labels):  # PML takes one object for one set of labels
+                refs = refs._replace(labels=batch.labels)
         with shared_random_state(seed, embeddings.device):
             if self.efficient:
                 ref_rows, ref_row_labels = refs.own_first()

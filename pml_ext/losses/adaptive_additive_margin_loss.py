@@ -11,7 +11,7 @@ from pml_ext.pml_internals import element_term
 from pml_ext.streaming.class_margins import ClassMargins, ClassMetric, Kind, prepare_distances, prepare_embeddings
 from pml_ext.streaming.margin_softmax import margin_softmax_loss
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_batch, check_settings
+from pml_ext.validation import check_batch, check_settings, scalar
 
 Direction = Literal["distance", "similarity"]
 
@@ -47,7 +47,8 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         margin_scale: $a$, in units of cosine. Without second modality it has no effect.
         base_margin: $m_0$, in units of cosine.
         direction: "distance": far classes get the larger margin. "similarity": near ones do; $1 - d$ replaces $d$.
-        scale: $s$ > 0.
+        scale: $s$ > 0. ``scale``, ``base_margin`` and ``margin_scale`` may be parameters; a matrix of batch times
+            classes is formed then, and with ``process_group`` that is refused.
         chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
         process_group: Ranks over which proxies and class descriptions are split, as in ``ProxyAnchorLoss``, but with
             any reducer.
@@ -62,7 +63,10 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
           sample's loss is multiplied by its share in the tuple, as in PML's classification losses.
 
     Raises:
-        TypeError: If ``class_embeddings`` or ``class_distances`` is no tensor or array of numbers.
+        TypeError: If ``class_embeddings`` or ``class_distances`` is no tensor or array of numbers, or requires a
+            gradient, which a buffer does not get; if a setting is no number, or requires a gradient with
+            ``process_group``.
+        RuntimeError: If a state is loaded whose margins another ``class_metric`` or ``normalize`` has made.
         ValueError: If both are given, their shape or a value breaks a rule, no class is described, an argument is out
             of range, ``labels`` are missing or out of range, or ``ref_emb`` is given.
         NotImplementedError: If a gradient of the streamed loss is differentiated.
@@ -124,6 +128,11 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         self.register_buffer("class_embeddings", self._own_part(class_embeddings, 0))
         self.register_buffer("class_distances", self._own_part(class_distances, 1))  # columns: those of all rows
         self.register_buffer("class_is_described", self._own_part(described, 0))
+        class_settings = None
+        if described is not None:  # what the descriptions were prepared by, for who loads them
+            metric = -1 if class_embeddings is None else get_args(ClassMetric).index(class_metric)
+            class_settings = torch.tensor([metric, int(normalize)])
+        self.register_buffer("class_settings", class_settings)
         self.record("margin_scale", "base_margin", "scale")
 
     def compute_loss(
@@ -134,13 +143,13 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        if self._can_stream(embeddings):
-            class_margins = self._class_margins(embeddings.device)
+        if self._can_stream(embeddings, self.scale, self.base_margin, self.margin_scale):
+            class_margins = self._class_margins(embeddings.device, self.margin_scale)
             settings = {"scale": self.scale, "margin": self.base_margin, "class_margins": class_margins}
             losses = self._streamed(margin_softmax_loss, embeddings, labels, **settings)
         else:  # the equation itself: for any distance, derivative and transform
             logits = self._logits(embeddings)
-            logits = logits + self.scale * self._margins(labels, logits.dtype)
+            logits = logits + scalar(self.scale) * self._margins(labels, logits.dtype)
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         if indices_tuple is not None:
             losses = losses * sample_weights(indices_tuple, len(labels), losses.dtype)
@@ -163,6 +172,30 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         labels = labels.to(self.proxies.device).long()
         return self._margins(labels, dtype)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.class_settings is not None:
+            state: Any = state_dict.setdefault(
+                f"{prefix}class_settings", self.class_settings
+            )  # of old versions: no word
+            if state.tolist() != self.class_settings.tolist():
+                error_msgs.append(
+                    f"{prefix}class_metric and normalize must be those that the state's margins were made by, "
+                    f"{_told(state)}, got a loss with {_told(self.class_settings)}"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def _own_part(self, x: Tensor | None, dim: int) -> Tensor | None:
         """Return what belongs to this rank's classes, as a tensor of all ranks where classes are split."""
         if x is None or self.shards is None:
@@ -171,9 +204,10 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         return own
 
     def _logits(self, embeddings: Tensor) -> Tensor:
-        return super()._logits(embeddings) * (self.scale if self.distance.is_inverted else -self.scale)
+        scale = scalar(self.scale)
+        return super()._logits(embeddings) * (scale if self.distance.is_inverted else -scale)
 
-    def _class_margins(self, device: torch.device) -> ClassMargins | None:
+    def _class_margins(self, device: torch.device, margin_scale: Any) -> ClassMargins | None:
         kind: Kind = "table"
         table, described = self.class_distances, self.class_is_described
         if self.class_embeddings is not None:
@@ -181,7 +215,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
             kind = "euclidean" if self.class_metric == "euclidean" else "squared"
         if table is None:
             return None
-        constant, slope = 0.0, self.margin_scale
+        constant, slope = 0.0, margin_scale
         if self.direction == "similarity":
             constant, slope = slope, -slope
         if self.shards is not None:
@@ -190,8 +224,16 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
 
     def _margins(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         size = len(labels), self.num_classes
-        margins = torch.full(size, float(self.base_margin), dtype=dtype, device=labels.device)
-        class_margins = self._class_margins(labels.device)
+        margins = torch.zeros(size, dtype=dtype, device=labels.device)
+        class_margins = self._class_margins(labels.device, 1.0)
         if class_margins is not None:
             class_margins.of(labels, dtype).add_to(margins, 0)
-        return margins.scatter_(1, labels[:, None], 0.0)
+        margins = scalar(self.base_margin) + scalar(self.margin_scale) * margins
+        return margins.scatter(1, labels[:, None], 0.0)
+
+
+def _told(state: Tensor) -> str:
+    """Return what a state's two numbers say."""
+    metric, normalized = state.tolist()
+    made_by = "class_distances" if metric < 0 else repr(get_args(ClassMetric)[metric])
+    return f"{made_by}, normalize={bool(normalized)}"

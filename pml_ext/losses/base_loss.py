@@ -8,8 +8,9 @@ from torch import Tensor
 from pml_ext.losses.optimizer_watch import OptimizerWatch
 from pml_ext.pml_internals import LossFunction
 from pml_ext.precision import full_precision, upcast_half
+from pml_ext.refused import unchanged_where_refused
 from pml_ext.types import Indices
-from pml_ext.validation import check_batch, check_lengths, is_batch_itself, validation_wanted
+from pml_ext.validation import check_batch, check_lengths, is_batch_itself, validation_wanted, without_refs_to_itself
 
 
 class BaseLoss(LossFunction):
@@ -34,6 +35,18 @@ class BaseLoss(LossFunction):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._optimizer_watch = OptimizerWatch()
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Indices | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Any:
+        """Call the loss with its hooks, which may replace tensors: what is the batch itself, is known before."""
+        refs = without_refs_to_itself(embeddings, labels, ref_emb, ref_labels)
+        return super().__call__(embeddings, labels, indices_tuple, *refs)
 
     def forward(
         self,
@@ -61,12 +74,12 @@ class BaseLoss(LossFunction):
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If a shape or value breaks a rule. The message names argument, rule and value.
         """
-        if validation_wanted():
+        wanted = validation_wanted()
+        if wanted:
             check_batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, self.num_classes, self.embedding_size)
-            self._optimizer_watch.look(self)
         if labels is None and self.needs_labels:
             raise ValueError("labels are required for this loss function, got None")
-        with full_precision(embeddings.device):
+        with full_precision(embeddings.device), unchanged_where_refused(self):
             self.clear_statistics()
             emb, own_labels = upcast_half(embeddings), _to_int64(labels, embeddings)
             indices_tuple = None if indices_tuple is None else tuple(_to_int64(x, emb) for x in indices_tuple)
@@ -78,7 +91,10 @@ class BaseLoss(LossFunction):
             else:
                 emb, ref_emb, ref_labels = _with_refs(emb, ref_emb, ref_labels)
             terms = self.compute_loss(emb, own_labels, indices_tuple, ref_emb, ref_labels)
-            return self.reduce_terms(terms, emb, self.element_labels(own_labels))
+            value = self.reduce_terms(terms, emb, self.element_labels(own_labels))
+        if wanted:
+            self._optimizer_watch.look(self)
+        return value
 
     def element_labels(self, labels: Tensor | None) -> Tensor | None:
         """Return what the indices of "element" losses index: the labels of the batch, unless losses are per class."""

@@ -1,6 +1,7 @@
 """The base of losses with one proxy a class."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from pml_ext.losses.similarity import can_stream, distance_matrix, is_plain
 from pml_ext.pml_internals import RegularizedWeights
 from pml_ext.streaming.proxy_chunks import check_chunk_size
 from pml_ext.types import LossDict
-from pml_ext.validation import check_count
+from pml_ext.validation import already_valid, check_count, is_learned
 
 
 class BaseProxyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
@@ -72,11 +73,15 @@ class BaseProxyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
         """Return the proxies on the embeddings' device, in the wider of both dtypes; the parameter stays as it is."""
         return self.proxies.to(embeddings.device, torch.promote_types(self.proxies.dtype, embeddings.dtype))
 
-    def _can_stream(self, embeddings: Tensor) -> bool:
-        return self.shards is not None or can_stream(self.distance, embeddings, self.num_classes)
+    def _can_stream(self, embeddings: Tensor, *settings: Any) -> bool:
+        """Whether to walk over the proxies: not with settings that are learned, which get their gradient elsewhere."""
+        if self.shards is not None:
+            return True
+        return not is_learned(*settings) and can_stream(self.distance, embeddings, self.num_classes)
 
     def _streamed(self, walk: Callable[..., Any], embeddings: Tensor, labels: Tensor, **kwargs: Any) -> Any:
         """Call one of the functions of ``pml_ext.streaming``."""
+        walk = partial(_call_valid, walk)
         if torch.compiler.is_compiling():  # a call that is not looked into, instead of a loop that is unrolled
             walk = torch.compiler.disable(walk)  # type: ignore[no-untyped-call]
         proxies: Any = self.proxies
@@ -93,3 +98,8 @@ class BaseProxyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
+
+
+def _call_valid(walk: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with already_valid():
+        return walk(*args, **kwargs)

@@ -9,7 +9,7 @@ from pytorch_metric_learning.reducers import DoNothingReducer
 from torch import Tensor
 
 from pml_ext.types import Indices
-from pml_ext.validation import check_indices_tuple, validation_enabled
+from pml_ext.validation import check_indices_tuple, check_number, validation_enabled
 
 
 def check_child(name: str, child: Any) -> None:
@@ -25,9 +25,11 @@ def check_child(name: str, child: Any) -> None:
         raise ValueError(f"{name} must reduce its losses to one number, got a loss with DoNothingReducer")
 
 
-def check_weights(**weights: float) -> None:
-    """Raise a ValueError that names the first weight that is negative or not finite."""
+def check_weights(**weights: Any) -> None:
+    """Raise a ValueError that names the first weight that is negative or not finite, a TypeError where it is none."""
     for name, weight in weights.items():
+        check_number(name, weight)
+        weight = weight.item() if isinstance(weight, Tensor) else weight
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
 

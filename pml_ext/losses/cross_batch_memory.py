@@ -1,28 +1,32 @@
 """PML's CrossBatchMemory, opened to the losses of this package."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from pytorch_metric_learning import losses
 from torch import Tensor
 
 from pml_ext.losses.children import compared_losses
 from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.losses.hybrid_loss import HybridLoss
 from pml_ext.losses.optimizer_watch import OptimizerWatch
+from pml_ext.pairs import joined, without_pairs
+from pml_ext.pml_internals import PmlCrossBatchMemory
 from pml_ext.precision import full_precision, upcast_half
+from pml_ext.refused import unchanged_where_refused
 from pml_ext.types import Indices
 from pml_ext.validation import already_valid, check_batch, check_enqueue_mask, check_indices_tuple, validation_wanted
 
 
-class CrossBatchMemory(losses.CrossBatchMemory):
+class CrossBatchMemory(PmlCrossBatchMemory):
     """Compare each batch with the embeddings of earlier batches too.
 
     PML's class, with these changes. It takes ``HybridLoss`` where the pair part is a loss that PML admits: the pair
     part sees the memory, the proxy part the batch; and ``EnsembleLoss`` of such losses, whose divergence sees the
-    batch. The state dict holds the position in the queue; without it, as in
-    PML's, a loaded memory counts as empty. Bad input is refused before it enters the memory, which stays float32 or
-    better. Where ``enqueue_mask`` lets nothing in, the memory stays as it is (PML's counts as full from then on).
+    batch. The state dict holds the position in the queue; without it, as in PML's, a loaded memory counts as empty. No
+    sample is compared with itself, in a batch of one row neither. Bad input is refused before it enters the memory,
+    which stays float32 or better. Where ``enqueue_mask`` lets nothing in, the memory stays as it is (PML's counts as
+    full from then on).
 
     Args:
         loss: ``HybridLoss``, ``EnsembleLoss``, ``MultiSimilarityLoss``, or a loss that PML's class takes.
@@ -54,6 +58,12 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020, through PML's implementation.
     """
 
+    embedding_memory: Tensor
+    label_memory: Tensor
+    queue_idx: int
+    has_been_filled: bool
+    _overwritten: tuple[Tensor, Tensor, Tensor] | None = None  # rows, and what was there before the latest batch
+
     def __init__(
         self, loss: Any, embedding_size: int, memory_size: int = 1024, miner: Any = None, **kwargs: Any
     ) -> None:
@@ -62,7 +72,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
                 if isinstance(child, HybridLoss | EnsembleLoss):
                     if child.miner is not None:
                         raise ValueError(f"miner must be given to the memory: {name} would not use its own there")
-                elif type(child).__name__ not in losses.CrossBatchMemory.supported_losses():
+                elif type(child).__name__ not in PmlCrossBatchMemory.supported_losses():
                     raise TypeError(f"{name} must be one that supports ref_emb, got {type(child).__name__}")
             miner = loss.miner if miner is None else miner
         known = getattr(loss, "embedding_size", None) or embedding_size
@@ -73,7 +83,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     @staticmethod
     def supported_losses() -> list[str]:
-        return [*losses.CrossBatchMemory.supported_losses(), "EnsembleLoss", "HybridLoss"]
+        return [*PmlCrossBatchMemory.supported_losses(), "EnsembleLoss", "HybridLoss"]
 
     @classmethod
     def check_loss_support(cls, loss_name: str) -> None:
@@ -94,15 +104,17 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         """
         if labels is None:
             raise ValueError("labels are required for this loss function, got None")
-        if validation_wanted():
+        wanted = validation_wanted()
+        if wanted:
             self._check(embeddings, labels, indices_tuple, enqueue_mask)
-            self._optimizer_watch.look(self)
         if not len(embeddings):
             return (upcast_half(embeddings) * 0).sum()
-        with already_valid(), full_precision(embeddings.device):
+        with unchanged_where_refused(self), already_valid(), full_precision(embeddings.device):
             # by name: torch.compile fails on super() inside of with
-            forward: Any = losses.CrossBatchMemory.forward
+            forward: Any = PmlCrossBatchMemory.forward
             loss: Tensor = forward(self, upcast_half(embeddings), labels.long(), indices_tuple, enqueue_mask)
+        if wanted:
+            self._optimizer_watch.look(self)
         return loss
 
     def _check(
@@ -121,8 +133,44 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             check_indices_tuple(indices_tuple, len(embeddings), in_memory)
 
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
-        if batch_size:  # PML takes a position that has not moved for a full memory
-            super().add_to_memory(embeddings, labels, batch_size)
+        if not batch_size:  # PML takes a position that has not moved for a full memory
+            return
+        if not torch.compiler.is_compiling():
+            rows = torch.arange(self.queue_idx, self.queue_idx + batch_size, device=labels.device) % self.memory_size
+            self._overwritten = rows, self.embedding_memory[rows], self.label_memory[rows]
+        super().add_to_memory(embeddings, labels, batch_size)
+
+    def create_indices_tuple(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        memory_embeddings: Tensor,
+        memory_labels: Tensor,
+        indices_tuple: Indices | None,
+        without_itself: bool,
+    ) -> Indices:
+        """Return what is compared. PML leaves each sample's pair with itself in where the batch is one row."""
+        mined: Indices = super().create_indices_tuple(embeddings, labels, memory_embeddings, memory_labels, None, False)
+        if without_itself:
+            mined = without_pairs(mined, self.curr_batch_idx)
+        return mined if indices_tuple is None else joined(mined, indices_tuple)
+
+    def saved_state(self) -> Callable[[], None]:
+        """Return a function that takes back what a call has done to the memory."""
+        memories = self.embedding_memory, self.label_memory
+        position = self.queue_idx, self.has_been_filled
+        self._overwritten = None
+
+        def restore() -> None:
+            if self._overwritten is not None:
+                rows, *old = self._overwritten
+                for memory, now, x in zip(memories, (self.embedding_memory, self.label_memory), old, strict=True):
+                    if now is memory:  # else a memory of another dtype has taken its place
+                        memory[rows] = x
+            self.embedding_memory, self.label_memory = memories
+            self.queue_idx, self.has_been_filled = position
+
+        return restore
 
     def get_extra_state(self) -> Tensor:
         """Return the position in the queue and whether it has been filled once, as a tensor for the state dict."""

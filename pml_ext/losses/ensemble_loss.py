@@ -17,7 +17,7 @@ from pml_ext.losses.logits import LogitsMixin, logits_of
 from pml_ext.pml_internals import reduced_term
 from pml_ext.reducers import BatchAverageReducer
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, check_count, check_settings
+from pml_ext.validation import already_valid, check_count, check_settings, scalar
 
 
 class EnsembleLoss(LogitsMixin, BaseLoss):
@@ -161,7 +161,7 @@ class EnsembleLoss(LogitsMixin, BaseLoss):
                 setattr(self, f"learner_{m}_loss", value.item())
         return {
             "learner_loss": reduced_term(torch.stack(values).sum()),
-            "divergence_loss": reduced_term(self.divergence_weight * divergence),
+            "divergence_loss": reduced_term(scalar(self.divergence_weight) * divergence),
         }
 
     def _logits(self, embeddings: Tensor) -> Tensor:
@@ -217,6 +217,8 @@ def _drawn_afresh(loss: BaseMetricLossFunction, num_learners: int) -> BaseMetric
         elif own and callable(getattr(module, "weight_init_func", None)):
             with torch.no_grad():
                 for parameter in own:
+                    if parameter.numel() == 1:  # a setting that is learned: it begins where it was set
+                        continue
                     module.weight_init_func(parameter)
         elif own:
             raise ValueError(

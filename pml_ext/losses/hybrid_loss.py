@@ -15,7 +15,7 @@ from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
 from pml_ext.pml_internals import reduced_term
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid
+from pml_ext.validation import already_valid, scalar
 
 _PROXY_ARGUMENTS = ("weight_init_func", "weight_regularizer", "weight_reg_weight", "process_group")
 
@@ -160,8 +160,8 @@ class HybridLoss(LogitsMixin, BaseLoss):
         if self.collect_stats:
             self.pair_loss_value, self.proxy_loss_value = pair.item(), proxy.item()
         return {
-            "pair_loss": reduced_term(self.pair_weight * pair),
-            "proxy_loss": reduced_term(self.proxy_weight * proxy),
+            "pair_loss": reduced_term(scalar(self.pair_weight) * pair),
+            "proxy_loss": reduced_term(scalar(self.proxy_weight) * proxy),
         }
 
     def _logits(self, embeddings: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pml_ext.losses.logits import LogitsMixin, logits_of
 from pml_ext.pml_internals import reduced_term
 from pml_ext.precision import full_precision, upcast_half
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, check_batch, check_count, validation_wanted
+from pml_ext.validation import already_valid, check_batch, check_count, scalar, validation_wanted
 
 _OLD_NAMES = {
     "norms.layer_0.": "norm.",
@@ -169,12 +169,14 @@ class IntraBatchLoss(LogitsMixin, BaseLoss):
                     refined = self.refine(embeddings)
                     if self.norm is not None:
                         refined = _normalize(self.norm, refined)
-                    values["refined_loss"] = self.refined_weight * self.refined_loss(refined, labels, indices_tuple)
+                    values["refined_loss"] = scalar(self.refined_weight) * self.refined_loss(
+                        refined, labels, indices_tuple
+                    )
                 if self.raw_loss is not None:
-                    values["raw_loss"] = self.raw_weight * self.raw_loss(embeddings, labels, indices_tuple)
+                    values["raw_loss"] = scalar(self.raw_weight) * self.raw_loss(embeddings, labels, indices_tuple)
         if self.collect_stats:
             for name, weight in (("refined_loss", self.refined_weight), ("raw_loss", self.raw_weight)):
-                setattr(self, f"{name}_value", values[name].item() / weight if weight else 0.0)
+                setattr(self, f"{name}_value", (values[name] / weight).item() if weight else 0.0)
         return {name: reduced_term(value) for name, value in values.items()}
 
     def refine(self, embeddings: Tensor) -> Tensor:

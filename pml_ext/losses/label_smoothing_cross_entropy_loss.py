@@ -12,7 +12,7 @@ from pml_ext.losses.logits import LogitsMixin
 from pml_ext.losses.sample_weights import sample_weights
 from pml_ext.pml_internals import RegularizedWeights, element_term
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_count, check_settings
+from pml_ext.validation import as_number, check_count, check_settings, scalar
 
 
 class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
@@ -27,7 +27,7 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
     Args:
         num_classes: C >= 1.
         embedding_size: D >= 1.
-        temperature: $T$ > 0. Small: sharp.
+        temperature: $T$ > 0. Small: sharp. May be a parameter.
         label_smoothing: $\epsilon$, 0 to 1, 1 excluded.
         bias: Whether there is $b$; it starts at zero.
         **kwargs: Passed to PML's mixin and base: ``weight_init_func`` (default: that of ``torch.nn.Linear``),
@@ -42,6 +42,7 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
         - output: scalar. To the reducer: ``loss``, ``(B,)``, reduction type "element".
 
     Raises:
+        TypeError: If ``temperature`` is no number, or ``label_smoothing`` none or one that requires a gradient.
         ValueError: If an argument breaks a rule, ``labels`` are missing or ``ref_emb`` is given.
 
     Examples:
@@ -71,6 +72,7 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
         for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
             check_count(name, value)
         check_settings({"temperature": temperature})
+        label_smoothing = as_number("label_smoothing", label_smoothing)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in 0 to 1, 1 excluded, got {label_smoothing}")
         self.num_classes = num_classes
@@ -99,7 +101,7 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
     ) -> LossDict:
         logits = self._logits(embeddings)
         losses = torch.nn.functional.cross_entropy(
-            logits, labels, reduction="none", label_smoothing=self.label_smoothing
+            logits, labels, reduction="none", label_smoothing=as_number("label_smoothing", self.label_smoothing)
         )
         if indices_tuple is not None:
             losses = losses * sample_weights(indices_tuple, len(labels), losses.dtype)
@@ -113,7 +115,7 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
         dtype = torch.promote_types(self.weight.dtype, embeddings.dtype)  # moved where used, and never cast
         weight = self.weight.to(embeddings.device, dtype)
         bias = None if self.bias is None else self.bias.to(embeddings.device, dtype)
-        return torch.nn.functional.linear(embeddings.to(dtype), weight, bias) / self.temperature
+        return torch.nn.functional.linear(embeddings.to(dtype), weight, bias) / scalar(self.temperature)
 
     def get_default_weight_init_func(self) -> Callable[[Tensor], Tensor]:
         return partial(torch.nn.init.kaiming_uniform_, a=5**0.5)

@@ -11,7 +11,7 @@ from pml_ext.losses.log_sum_exp import log1p_sum_exp
 from pml_ext.losses.similarity import distance_matrix
 from pml_ext.pml_internals import element_term, reduced_term
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_settings, validation_enabled
+from pml_ext.validation import check_settings, scalar, validation_enabled
 
 
 class MultiSimilarityLoss(BaseLoss):
@@ -28,7 +28,7 @@ class MultiSimilarityLoss(BaseLoss):
     the object ``labels``.
 
     Args:
-        alpha: $\alpha$ > 0, how sharply the positives are weighted.
+        alpha: $\alpha$ > 0, how sharply the positives are weighted. Like ``beta`` and ``base`` it may be a parameter.
         beta: $\beta$ > 0, how sharply the negatives are weighted.
         base: $\lambda$, in the units of ``distance`` (cosine: -1 to 1).
         negative_sign: "minus" as above; "printed" has $S_{ij} + \lambda$ in the second sum, as MHGL's Eq. 6 prints it.
@@ -85,7 +85,7 @@ class MultiSimilarityLoss(BaseLoss):
         if not len(embeddings) or (ref_emb is not None and not len(ref_emb)):
             return {"loss": reduced_term(embeddings.sum() * 0)}
         similarity = distance_matrix(self.distance, embeddings, ref_emb)  # (B, R)
-        base = self.base
+        base = scalar(self.base)
         if not self.distance.is_inverted:  # a distance is a negative similarity, and so is its base
             similarity, base = -similarity, -base
         if indices_tuple is not None:
@@ -96,7 +96,8 @@ class MultiSimilarityLoss(BaseLoss):
             negative = ~positive
             if ref_emb is None:
                 positive.fill_diagonal_(False)
-        settings = _Settings(self.alpha, self.beta, base, base if self.negative_sign == "minus" else -base)
+        alpha, beta = scalar(self.alpha), scalar(self.beta)
+        settings = _Settings(alpha, beta, base, base if self.negative_sign == "minus" else -base)
         return {"loss": element_term(_pair_losses(similarity, positive, negative, settings))}
 
     def extra_repr(self) -> str:
@@ -107,10 +108,10 @@ class MultiSimilarityLoss(BaseLoss):
 
 
 class _Settings(NamedTuple):
-    alpha: float
-    beta: float
-    positive_base: float
-    negative_base: float
+    alpha: Any  # numbers, or tensors of one number
+    beta: Any
+    positive_base: Any
+    negative_base: Any
 
 
 def _exponents(similarity: Tensor, s: _Settings) -> tuple[Tensor, Tensor]:
@@ -119,10 +120,11 @@ def _exponents(similarity: Tensor, s: _Settings) -> tuple[Tensor, Tensor]:
 
 def _pair_losses(similarity: Tensor, positive: Tensor, negative: Tensor, s: _Settings) -> Tensor:
     """Return the equation's value for each anchor, ``(B,)``."""
-    if similarity.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    wanted = similarity.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if wanted and not any(isinstance(x, Tensor) for x in s):  # which may be learned
         losses: Tensor = _PairLosses.apply(similarity, positive, negative, s)[0]  # the same, in fewer passes
         return losses
-    of_positives, of_negatives = _exponents(similarity, s)
+    of_positives, of_negatives = -s.alpha * (similarity - s.positive_base), s.beta * (similarity - s.negative_base)
     return log1p_sum_exp(of_positives, positive, 1) / s.alpha + log1p_sum_exp(of_negatives, negative, 1) / s.beta
 
 

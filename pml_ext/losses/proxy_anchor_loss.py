@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_metric_learning.reducers import DivisorReducer
@@ -14,7 +14,9 @@ from pml_ext.losses.sample_weights import sample_weights
 from pml_ext.pml_internals import element_term, reduced_term
 from pml_ext.streaming.proxy_anchor import proxy_anchor_loss
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_settings
+from pml_ext.validation import check_settings, scalar
+
+TupleWeights = Literal["exponent", "factor"]
 
 
 class ProxyAnchorLoss(BaseProxyLoss):
@@ -25,7 +27,8 @@ class ProxyAnchorLoss(BaseProxyLoss):
 
     $P$: all proxies. $P^+$: those with a sample in the batch. $X_p^\pm$: samples of the proxy's class, and the others.
     $s$: similarity (for a distance the signs swap). With ``indices_tuple``, $w_i - 1$ is added to the exponents, $w_i$
-    being the share of sample $i$ in the tuple, as PML does.
+    being the share of sample $i$ in the tuple, as PML 2.9 does: what no pair names counts $1 / e$ of what the most
+    frequent sample does. See ``tuple_weights``.
 
     Value, parameter name and initialisation are PML's, so that state dicts are exchangeable. It differs where PML
     falls short: proxies are used on the device of the embeddings but never cast, and ``ClassWeightedReducer`` weighs
@@ -36,7 +39,10 @@ class ProxyAnchorLoss(BaseProxyLoss):
         num_classes: $|P|$ >= 1. Labels lie in 0 to ``num_classes - 1``.
         embedding_size: Width of embeddings and proxies, >= 1.
         margin: $\delta$, in the units of ``distance`` (cosine: 0 to 1 is usual).
-        alpha: $\alpha$ > 0, the scale.
+        alpha: $\alpha$ > 0, the scale. Like ``margin`` it may be a parameter; a matrix of batch times classes is formed
+            then, and with ``process_group`` that is refused.
+        tuple_weights: "exponent": as above. "factor": exponentials are multiplied by $w_i$, as by PML 3: samples that
+            nothing mined names are left out, and classes that have no other sample leave $P^+$.
         chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
         process_group: Ranks (a process group or a ``DeviceMesh``) over which proxies, their gradient and the
             optimizer's state are split: each rank has its classes only, as rows of a ``DTensor``. Such a loss must be
@@ -52,8 +58,9 @@ class ProxyAnchorLoss(BaseProxyLoss):
           ``(num_classes,)``, reduction type "element", with these divisors, which takes two.
 
     Raises:
-        ValueError: If a size is < 1, ``alpha`` is not positive, ``chunk_size`` is < 1, ``labels`` are missing or out of
-            range, or ``ref_emb`` is given.
+        TypeError: If ``alpha`` or ``margin`` is no number, or requires a gradient with ``process_group``.
+        ValueError: If a size is < 1, ``alpha`` is not positive, ``chunk_size`` is < 1, ``tuple_weights`` is unknown,
+            ``labels`` are missing or out of range, or ``ref_emb`` is given.
         NotImplementedError: If a gradient of the streamed loss is differentiated.
 
     Examples:
@@ -77,12 +84,16 @@ class ProxyAnchorLoss(BaseProxyLoss):
         alpha: float = 32,
         chunk_size: int | None = None,
         process_group: Any = None,
+        tuple_weights: TupleWeights = "exponent",
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, embedding_size, chunk_size, process_group, **kwargs)
         check_settings(positive={"alpha": alpha}, finite={"margin": margin})
+        if tuple_weights not in get_args(TupleWeights):
+            raise ValueError(f"tuple_weights must be one of {', '.join(get_args(TupleWeights))}, got {tuple_weights!r}")
         self.margin = margin
         self.alpha = alpha
+        self.tuple_weights = tuple_weights
         self.record("alpha", "margin")
 
     def compute_loss(
@@ -95,8 +106,13 @@ class ProxyAnchorLoss(BaseProxyLoss):
     ) -> LossDict:
         shift = None
         if indices_tuple is not None:
-            shift = sample_weights(indices_tuple, len(labels), embeddings.dtype) - 1
-        streamed = self._can_stream(embeddings)
+            weights = sample_weights(indices_tuple, len(labels), embeddings.dtype)
+            if self.tuple_weights == "factor":
+                named = weights > 0
+                embeddings, labels, shift = embeddings[named], labels[named], weights[named].log()
+            else:
+                shift = weights - 1
+        streamed = self._can_stream(embeddings, self.alpha, self.margin)
         reduced = streamed and self._divides_only()
         if streamed:
             settings = {"alpha": self.alpha, "margin": self.margin, "sample_shift": shift, "per_class": not reduced}
@@ -119,9 +135,9 @@ class ProxyAnchorLoss(BaseProxyLoss):
     def _dense(self, embeddings: Tensor, labels: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return both parts of each class, ``(C,)``, by the equation: for any distance, derivative and transform."""
         sign = 1 if self.distance.is_inverted else -1  # a distance is a negative similarity, and so is its margin
-        similarity, margin = sign * self._logits(embeddings), sign * self.margin  # (B, C)
+        similarity, margin, alpha = sign * self._logits(embeddings), sign * scalar(self.margin), scalar(self.alpha)
         own = similarity.gather(1, labels[:, None]).squeeze(1)  # (B,)
-        positive, negative = -self.alpha * (own - margin), self.alpha * (similarity + margin)
+        positive, negative = -alpha * (own - margin), alpha * (similarity + margin)
         if shift is not None:
             positive, negative = positive + shift, negative + shift[:, None]
         others = torch.ones_like(similarity, dtype=torch.bool).scatter(1, labels[:, None], False)

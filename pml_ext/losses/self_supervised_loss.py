@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from pytorch_metric_learning import losses
 from torch import Tensor
 
 from pml_ext.losses.ensemble_loss import EnsembleLoss
+from pml_ext.pml_internals import PmlSelfSupervisedLoss
 from pml_ext.precision import full_precision, upcast_half
 from pml_ext.validation import check_embeddings
 
 
-class SelfSupervisedLoss(losses.SelfSupervisedLoss):
+class SelfSupervisedLoss(PmlSelfSupervisedLoss):
     """Compare two views of each sample, without labels.
 
     PML's class, which takes the ``MultiSimilarityLoss`` of this package and an ``EnsembleLoss`` of such losses too.
@@ -43,12 +43,12 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
         super().__init__(loss, symmetric=symmetric, **kwargs)
         children = loss.compares_with_refs() if isinstance(loss, EnsembleLoss) else {}
         for name, child in children.items():
-            if type(child).__name__ not in losses.SelfSupervisedLoss.supported_losses():
+            if type(child).__name__ not in PmlSelfSupervisedLoss.supported_losses():
                 raise TypeError(f"loss.{name} must be one that takes two views, got {type(child).__name__}")
 
     @staticmethod
     def supported_losses() -> list[str]:
-        return [*losses.SelfSupervisedLoss.supported_losses(), "EnsembleLoss"]
+        return [*PmlSelfSupervisedLoss.supported_losses(), "EnsembleLoss"]
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """Return the loss of two views, row by row."""
@@ -59,7 +59,7 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
             raise ValueError(f"ref_emb must have the shape of embeddings, {shapes}")
         with full_precision(embeddings.device):  # autocast on a CPU joins no float16
             # by name: torch.compile fails on super() inside of with
-            forward: Any = losses.SelfSupervisedLoss.forward
+            forward: Any = PmlSelfSupervisedLoss.forward
             loss: Tensor = forward(self, upcast_half(embeddings), upcast_half(ref_emb))
         return loss
 

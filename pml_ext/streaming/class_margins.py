@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pml_ext.streaming.proxy_chunks import Shard, rows_of
+from pml_ext.validation import as_number
 
 ClassMetric = Literal["cosine", "euclidean", "squared_euclidean"]
 Kind = Literal["squared", "euclidean", "table"]
@@ -31,6 +32,36 @@ class ClassMargins(NamedTuple):
     kind: Kind
     constant: float
     slope: float
+
+    def without_gradients(self) -> "ClassMargins":
+        """Return the same with plain numbers.
+
+        Raises:
+            TypeError: If the table or a number requires a gradient: it would get none.
+        """
+        if self.table.requires_grad:
+            raise TypeError(
+                "class_margins.table must not require a gradient, which it would not get, got one that does"
+            )
+        numbers = {name: as_number(f"class_margins.{name}", getattr(self, name)) for name in ("constant", "slope")}
+        return self._replace(**numbers)
+
+    def check(self, num_here: int, num_classes: int) -> None:
+        """Check the shapes.
+
+        Args:
+            num_here: Classes that the proxies are of.
+            num_classes: All classes.
+
+        Raises:
+            ValueError: If a shape is another.
+        """
+        shape: tuple[Any, ...] = (num_here, *self.table.shape[1:])
+        if self.kind == "table":
+            shape = (num_classes, num_here)
+        for name, x, expected in (("table", self.table, shape), ("described", self.described, (num_here,))):
+            if x.shape != expected:
+                raise ValueError(f"class_margins.{name} must have shape {expected}, got {tuple(x.shape)}")
 
     def of(self, labels: Tensor, dtype: torch.dtype, scale: float = 1.0, shard: Shard | None = None) -> "BatchMargins":
         """Return the margins of the classes of a batch, ``(B,)``, times ``scale``, against those that are here."""
@@ -173,8 +204,12 @@ def _largest_square(rows: Tensor) -> float:
 
 def _as_floats(name: str, x: Any) -> Tensor:
     """Return descriptions of classes as float32 or float64, a copy."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise TypeError(
+            f"{name} must not require a gradient, which a buffer does not get, got one that does: .detach()"
+        )
     try:
-        x = torch.as_tensor(x).detach()
+        x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor or an array of numbers, got {type(x).__name__}") from error
     if x.is_complex() or x.dtype == torch.bool:

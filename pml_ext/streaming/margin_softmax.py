@@ -9,7 +9,16 @@ from torch import Tensor
 from pml_ext.precision import full_precision
 from pml_ext.streaming.class_margins import BatchMargins, ClassMargins
 from pml_ext.streaming.gradients import first_derivative_only, through_norm, unit_rows
-from pml_ext.streaming.proxy_chunks import Chunk, ProxyChunks, Shard, check_chunk_size, rows_here, write_gradient
+from pml_ext.streaming.proxy_chunks import (
+    Chunk,
+    ProxyChunks,
+    Shard,
+    check_chunk_size,
+    check_walk,
+    rows_here,
+    write_gradient,
+)
+from pml_ext.validation import as_number, check_settings, validation_wanted
 
 _LOG2_E = math.log2(math.e)
 
@@ -42,9 +51,9 @@ def margin_softmax_loss(
     gradients. Nothing but one number a sample is kept between them.
 
     Args:
-        embeddings: ``(B, D)``, B >= 1. Half precision is raised to float32.
+        embeddings: ``(B, D)``, finite. Half precision is raised to float32.
         proxies: ``(C, D)``, on the same device. Each chunk is raised to the wider dtype of both.
-        labels: ``(B,)``, int64 in 0 to C - 1 (of a shard: to the number of all classes - 1).
+        labels: ``(B,)``, integers in 0 to C - 1 (of a shard: to the number of all classes - 1).
         scale: $s$ > 0.
         margin: $m$.
         class_margins: $m_{yj}$, without gradient. None: 0.
@@ -58,13 +67,25 @@ def margin_softmax_loss(
         shard's part of it. It has first derivatives only: differentiating a gradient raises NotImplementedError.
 
     Raises:
-        ValueError: If ``chunk_size`` is no integer >= 1.
+        TypeError: If an argument has the wrong type or dtype, or ``scale``, ``margin`` or ``class_margins`` requires a
+            gradient, which ``AdaptiveAdditiveMarginLoss`` can give.
+        ValueError: If a shape or value breaks a rule: labels out of range, embeddings that are not finite, a
+            ``chunk_size`` that is no integer >= 1.
     """
     check_chunk_size(chunk_size)
+    scale, margin = as_number("scale", scale), as_number("margin", margin)
+    if class_margins is not None:
+        class_margins = class_margins.without_gradients()
+    if validation_wanted():
+        check_settings({"scale": scale}, {"margin": margin})
+        check_walk(embeddings, proxies, labels, shard)
+        if class_margins is not None:
+            class_margins.check(len(proxies), len(proxies) if shard is None else shard.num_classes)
     with full_precision(embeddings.device):
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
         settings = _Settings(scale, margin, class_margins, normalize, chunk_size, shard)
-        losses: Tensor = _MarginSoftmax.apply(embeddings.to(dtype), proxies, labels, settings)
+        embeddings, labels = embeddings.to(dtype), labels.to(embeddings.device, torch.int64)
+        losses: Tensor = _MarginSoftmax.apply(embeddings, proxies, labels, settings)
         return losses
 
 

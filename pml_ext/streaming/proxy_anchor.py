@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pml_ext.precision import full_precision
 from pml_ext.streaming.gradients import first_derivative_only, through_norm, unit_rows
-from pml_ext.streaming.proxy_chunks import ProxyChunks, Shard, check_chunk_size, write_gradient
+from pml_ext.streaming.proxy_chunks import ProxyChunks, Shard, check_chunk_size, check_walk, write_gradient
+from pml_ext.validation import as_number, check_settings, validation_wanted
 
 _LOG2_E = math.log2(math.e)
 
@@ -45,9 +46,9 @@ def proxy_anchor_loss(
     weight for each proxy.
 
     Args:
-        embeddings: ``(B, D)``, B >= 1. Half precision is raised to float32.
+        embeddings: ``(B, D)``, finite. Half precision is raised to float32. Of no sample all parts are 0.
         proxies: ``(C, D)``, on the same device. Each chunk is raised to the wider dtype of both.
-        labels: ``(B,)``, int64 in 0 to C - 1 (of a shard: to the number of all classes - 1).
+        labels: ``(B,)``, integers in 0 to C - 1 (of a shard: to the number of all classes - 1).
         alpha: $\alpha$ > 0.
         margin: $\delta$.
         sample_shift: $b_i$, ``(B,)``, without gradient. None: 0.
@@ -63,14 +64,27 @@ def proxy_anchor_loss(
         an argument is. They have first derivatives only: differentiating a gradient raises NotImplementedError.
 
     Raises:
-        ValueError: If ``chunk_size`` is no integer >= 1, or ``sample_shift`` requires a gradient.
+        TypeError: If an argument has the wrong type or dtype, or ``alpha`` or ``margin`` requires a gradient, which
+            ``ProxyAnchorLoss`` can give.
+        ValueError: If a shape or value breaks a rule: labels out of range, embeddings that are not finite, no sample of
+            a shard, a ``chunk_size`` that is no integer >= 1; or if ``sample_shift`` requires a gradient.
     """
     check_chunk_size(chunk_size)
+    alpha, margin = as_number("alpha", alpha), as_number("margin", margin)
+    if validation_wanted():
+        check_settings({"alpha": alpha}, {"margin": margin})
+        check_walk(embeddings, proxies, labels, shard)
     if sample_shift is not None and sample_shift.requires_grad:
         raise ValueError("sample_shift must not require a gradient, got one that does")
     with full_precision(embeddings.device):
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
-        embeddings = embeddings.to(dtype)
+        embeddings, labels = embeddings.to(dtype), labels.to(embeddings.device, torch.int64)
+        if not len(embeddings):
+            if shard is not None:
+                raise ValueError("embeddings must have rows where the proxies are a shard, got none")
+            nothing = (embeddings.sum() + proxies.sum().to(dtype)) * 0  # with a graph
+            nothing = nothing.expand(len(proxies)) if per_class else nothing
+            return nothing, nothing
         settings = _Settings(alpha, margin, normalize, per_class, chunk_size, shard)
         pos, neg = _ProxyAnchor.apply(embeddings, proxies, labels, sample_shift, settings, torch.is_grad_enabled())
         return pos, neg

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pml_ext.streaming.gradients import inverse_norm
+from pml_ext.validation import check_batch, check_embeddings, check_integers
 
 _BLOCK = {"cpu": 2**18, "cuda": 2**23}  # numbers in a block: 1 MB, about a core's cache, and 32 MB
 _SMALLEST = 512  # below, the calls cost more than the cache saves
@@ -146,6 +147,27 @@ def check_chunk_size(chunk_size: int | None) -> None:
     """
     if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
         raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size}")
+
+
+def check_walk(embeddings: Tensor, proxies: Tensor, labels: Tensor, shard: Shard | None) -> None:
+    """Check what a walk over proxies is given, as the losses check it.
+
+    Args:
+        embeddings: ``(B, D)``, floating point, finite.
+        proxies: ``(C, D)``, floating point, on the device of the embeddings.
+        labels: ``(B,)``, integers in 0 to C - 1, or of a shard to the number of all classes - 1.
+        shard: Which classes the proxies are. None: all.
+
+    Raises:
+        TypeError: If a tensor has the wrong type or dtype.
+        ValueError: If a shape or a value breaks a rule.
+    """
+    check_embeddings("proxies", proxies)
+    check_integers("labels", labels)
+    num_classes = len(proxies) if shard is None else shard.num_classes
+    check_batch(embeddings, labels, num_classes=num_classes, embedding_size=proxies.shape[1])
+    if proxies.device != embeddings.device:
+        raise ValueError(f"proxies must be on the device of embeddings, {embeddings.device}, got {proxies.device}")
 
 
 def write_gradient(grad: Tensor, chunk: Chunk, out: Tensor) -> None:

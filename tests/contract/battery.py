@@ -245,6 +245,132 @@ def unknown_arguments_are_refused(case):
         make(case, no_such_argument=1)
 
 
+def cloned(_, args, kwargs):
+    """Replace all tensors, as hooks that run before a module may."""
+    args = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args)
+    return args, {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
+
+
+class Through(torch.nn.Module):
+    """Hands on what it is given, as wrappers do."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args):
+        return self.inside(*args)
+
+
+@hidden
+def hooks_and_wrappers_do_not_change_the_value(case):
+    """Samples are not compared with themselves, whatever becomes of the objects on their way into a loss."""
+    emb = embeddings()
+    expected = plain(case, emb)
+    (expected_grad,) = grads_of(expected, emb)
+
+    def hooked(add):
+        loss_func = make(case)
+        for part in loss_func.modules():
+            if isinstance(part, losses.BaseMetricLossFunction):
+                add(part)
+        return loss_func
+
+    def outside():
+        wrapper = Through(make(case))
+        wrapper.register_full_backward_hook(lambda *_: None)
+        return wrapper
+
+    for loss_func in (
+        hooked(lambda part: part.register_full_backward_hook(lambda *_: None)),
+        hooked(lambda part: part.register_forward_pre_hook(cloned, with_kwargs=True)),
+        outside(),
+        lambda *args: torch.func.functional_call(make(case), dict(make(case).named_parameters()), args),
+    ):
+        for refs in ((), (None, emb, LABELS)):  # as PML has it, one object for both is the batch itself
+            loss = loss_func(emb, LABELS, *refs)
+            close(loss, expected)
+            (grad,) = grads_of(loss, emb)
+            assert grad.any()
+            close(grad, expected_grad)
+
+
+@hidden
+def settings_learn_or_are_refused(case):
+    """The gradient by a scale, margin or temperature that is a parameter is that of finite differences."""
+    emb = embeddings(torch.float64)
+
+    def value(path, name, setting):
+        loss_func = make(case).double().train(not case.batch_norm)
+        setattr(loss_func.get_submodule(path), name, setting)
+        return loss_func(emb, LABELS)
+
+    numbers = {  # one of each kind: learners are alike
+        (type(part), name): (path, name, float(getattr(part, name)))
+        for path, part in make(case).named_modules()
+        if isinstance(part, losses.BaseMetricLossFunction)
+        for name in getattr(part, "_record_these", [])
+        if not name.startswith("num_") and not name.endswith("_size")
+    }
+    assert numbers
+    for path, name, start in numbers.values():
+        learned = torch.nn.Parameter(torch.tensor([start], dtype=torch.float64))
+        try:
+            loss = value(path, name, learned)
+        except TypeError as error:
+            assert f"{name} must be a number here, got a tensor that requires a gradient" in str(error)  # noqa: PT017
+            continue
+        close(loss, value(path, name, start))
+        step = 1e-6 * max(1.0, abs(start))
+        slope = (value(path, name, start + step) - value(path, name, start - step)) / (2 * step)
+        (grad,) = grads_of(loss, learned)
+        assert grad is not None, name
+        close(grad.squeeze(), slope.detach())
+
+
+def _state(loss_func):
+    """Return what a call must leave alone where it is refused."""
+    kinds = c_f.list_of_recordable_attributes_list_names()
+    tensors = {name: x.clone() for name, x in loss_func.state_dict().items()}
+    numbers = {
+        (path, name): getattr(part, name)
+        for path, part in loss_func.named_modules()
+        for kind in kinds
+        for name in getattr(part, kind, [])
+    }
+    watched = {path: dict(vars(part._optimizer_watch)) for path, part in loss_func.named_modules() if is_ours(part)}
+    return tensors, numbers, watched
+
+
+def is_ours(part):
+    return hasattr(part, "_optimizer_watch")
+
+
+@hidden
+def refused_calls_change_nothing(case):
+    """Buffers, running norms, settings, statistics and counters are those of before."""
+    with mock.patch.object(c_f, "COLLECT_STATS", True):
+        loss_func = make(case)
+    emb = embeddings()
+    loss_func(emb, LABELS)
+    tensors, numbers, watched = _state(loss_func)
+    far = (torch.tensor([0, 99]),) * 3
+    failing = mock.Mock(side_effect=RuntimeError("out of memory"))
+    reduces = mock.patch.object(loss_func.reducer, "forward", failing)  # the last that happens
+    for args, context in (
+        ((emb / 0, LABELS), contextlib.nullcontext()),
+        ((emb, LABELS[:5]), contextlib.nullcontext()),
+        ((emb, LABELS, far), contextlib.nullcontext()),
+        ((emb, None if case.uses_labels else LABELS.float()), contextlib.nullcontext()),
+        ((emb * 2, LABELS), reduces),
+    ):
+        with context, pytest.raises((TypeError, ValueError, RuntimeError)):
+            loss_func(*args)
+        after = _state(loss_func)
+        assert after[1:] == (numbers, watched)
+        assert all(torch.equal(x, tensors[name]) for name, x in after[0].items())
+
+
 @hidden
 def docstring_has_all_sections(case):
     doc = inspect.getdoc(type(make(case)))

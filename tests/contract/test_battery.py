@@ -223,6 +223,30 @@ class Lenient:
         return super().forward(embeddings, torch.arange(len(embeddings)) // 2 if labels is None else labels, *args)
 
 
+class Numb:
+    """Takes a setting for a plain number."""
+
+    def compute_loss(self, *args):
+        if "alpha" in self._parameters:
+            self.alpha = self._parameters.pop("alpha").item()
+        return super().compute_loss(*args)
+
+
+class Unforeseen:
+    """Tells the batch itself by its object, after hooks."""
+
+    def __call__(self, *args, **kwargs):
+        return torch.nn.Module.__call__(self, *args, **kwargs)
+
+
+class Unsettled:
+    """Changes before it looks at what it is given."""
+
+    def forward(self, *args, **kwargs):
+        self.base += 1e-3
+        return super().forward(*args, **kwargs)
+
+
 class Permuted:
     """Takes the second half of a tuple for the first."""
 
@@ -270,7 +294,7 @@ NOT_FLAT = {  # properties that a loss with the right value and a gradient of ze
     *("repeated pairs count once", "reducers of single sub losses", "statistics are collected", "state dict"),
     *("weight regularizers", "TrainWithClassifier", "finite with one class one sample or none", "empty tuples"),
     *("finite gradients of zeros of equal rows and of large halves", "inputs are not changed", "function transforms"),
-    *("value can be scaled in place", "torch.compile", "fullgraph=True"),
+    *("value can be scaled in place", "torch.compile", "fullgraph=True", "refused calls change nothing"),
 }
 OF_SAMPLES = {"Mean-, Sum-, AvgNonZero-, DivisorReducer", "ThresholdReducer", "PerAnchorReducer"}
 WRONG = {
@@ -292,6 +316,7 @@ WRONG = {
         "statistics are collected",
     },
     Misplaced: {"ClassWeightedReducer"},
+    Numb: {"settings learn or are refused"},
     OfPairsAlone: {"every miner", "triplet miners"},
     OnceOnly: {"double backward"},
     Overwriting: {"inputs are not changed"},
@@ -310,6 +335,8 @@ WRONG = {
     TrainingOnly: {"eval computes a loss"},
     Transformed: {"function transforms"},
     Undivided: {"Mean-, Sum-, AvgNonZero-, DivisorReducer"},
+    Unforeseen: {"hooks and wrappers do not change the value"},
+    Unsettled: {"refused calls change nothing"},
     Unstable: {"finite gradients of zeros of equal rows and of large halves"},
 }
 RAISED = {  # where this, and no comparison, is the right outcome

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning import losses, miners, reducers
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +18,7 @@ from pml_ext.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from pml_ext.distributed.collectives import shared_random_state
 from pml_ext.losses import CrossBatchMemory, HybridLoss, IntraBatchLoss, MultiSimilarityLoss, ProxyAnchorLoss
 from pml_ext.trunks import IntraBatchRefiner
+from tests.contract.battery import cloned
 from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, embeddings, make
 from tests.pml_internals import pml_dist
 from tests.processes import start
@@ -121,6 +122,26 @@ def error_of(call):
     except Exception as error:  # what is raised is the result
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def out_of_memory(*_):
+    raise RuntimeError("out of memory")
+
+
+def differ(wrapped, key):
+    """Let one rank have another setting."""
+    loss_func = wrapped.loss
+    if key == "weight":
+        loss_func.proxy_weight = 0.3
+    elif key == "mode":
+        loss_func.proxy_loss.eval()
+    elif key == "reducer":
+        loss_func.pair_loss.set_reducer(reducers.ThresholdReducer(low=0.1))
+    elif key == "parameters":
+        with torch.no_grad():
+            loss_func.proxy_loss.proxies[0, 0] += 1
+    else:
+        wrapped.efficient = True
 
 
 def others(rank, world, rows, splits):
@@ -280,6 +301,41 @@ def others(rank, world, rows, splits):
     loss = wrapped(own.clone().requires_grad_(), labels)
     loss.backward()
     observed["empty rank"] = (loss.detach(), build(lambda: make(CASES["HybridLoss"]))[1](DATA, LABELS).detach())
+
+    # one object for batch and references, told ahead of hooks
+    copying = DistributedLossWrapper(MultiSimilarityLoss())
+    copying.register_forward_pre_hook(cloned, with_kwargs=True)
+    own = DATA[rows], LABELS[rows]
+    observed["itself, hooks"] = copying(*own, None, *own), MultiSimilarityLoss()(DATA, LABELS)
+    mining = DistributedMinerWrapper(miners.PairMarginMiner(neg_margin=-1.0, pos_margin=2.0))
+    observed["itself, mined"] = mining(*own, *own), mining(*own)
+
+    # a rank that fails inside of the loss, after it has changed
+    memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=30))
+    memory(DATA[rows], LABELS[rows])
+    before = memory.loss.embedding_memory.clone(), memory.loss.queue_idx
+    hook = memory.loss.loss.register_forward_hook(out_of_memory) if rank == 1 else None
+    observed["failed inside"] = error_of(lambda: memory(DATA[rows] + 1, LABELS[rows]))
+    observed["memory after"] = (memory.loss.embedding_memory.clone(), memory.loss.queue_idx), before
+    if hook is not None:
+        hook.remove()
+    observed["memory goes on"] = error_of(lambda: memory(DATA[rows] + 1, LABELS[rows]))
+
+    # what differs between ranks, once, at the first call
+    def weighted():
+        return DistributedLossWrapper(HybridLoss(NUM_CLASSES, SIZE, proxy_weight=0.03).double())
+
+    for key in ("weight", "mode", "reducer", "parameters", "efficient"):
+        wrapped = weighted()
+        if rank == 1:
+            differ(wrapped, key)
+        observed["differs", key] = error_of(lambda w=wrapped: w(DATA[rows], LABELS[rows]))
+    wrapped = weighted()
+    wrapped(DATA[rows], LABELS[rows])
+    wrapped.loss.proxy_weight = 0.1 + rank  # later it is not looked at
+    observed["differs", "later"] = error_of(lambda: wrapped(DATA[rows], LABELS[rows]))
+    miner = DistributedMinerWrapper(miners.MultiSimilarityMiner(epsilon=0.1 + rank))
+    observed["differs", "miner"] = error_of(lambda: miner(DATA[rows], LABELS[rows]))
 
     # bad input on one rank
     wrapped = DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES, SIZE).double())
@@ -464,6 +520,43 @@ def test_bad_input_raises_on_all_ranks(observed):
             assert one[key].startswith("ValueError: embeddings must have one width and dtype on all ranks"), one[key]
         assert "indices_tuple must be given on all ranks or on none" in one["tuple on one"]
         assert "indices_tuple must be the same on all ranks" in one["tuples differ"]
+
+
+def test_the_batch_itself(observed):
+    for one in observed:
+        torch.testing.assert_close(*one["itself, hooks"])
+        for a, b in zip(*one["itself, mined"], strict=True):
+            assert torch.equal(a, b)
+        assert not (one["itself, mined"][0][0] == one["itself, mined"][0][1]).any()
+        assert len(one["itself, mined"][0][0])
+
+
+def test_a_rank_that_fails_inside_of_the_loss_is_an_error_on_all(observed):
+    for rank, one in enumerate(observed):
+        expected = "RuntimeError: out of memory" if rank == 1 else "ValueError: all ranks must be given a valid batch"
+        assert one["failed inside"].startswith(expected)
+        (rows, position), (rows_before, position_before) = one["memory after"]
+        assert torch.equal(rows, rows_before)
+        assert position == position_before == len(DATA)
+        assert one["memory goes on"] == "no error"
+
+
+def test_settings_that_differ_are_noticed_at_the_first_call(observed):
+    names = {
+        "weight": "loss.proxy_weight",
+        "mode": "loss.proxy_loss.training",
+        "reducer": "loss.pair_loss.reducer",
+        "parameters": "loss.proxy_loss.proxies",
+        "efficient": "efficient",
+        "miner": "miner.epsilon",
+    }
+    for one in observed:
+        for key, name in names.items():
+            kind = "miner" if key == "miner" else "loss"
+            assert one["differs", key].startswith(f"ValueError: {kind} must be the same on all ranks, got {name}")
+        assert one["differs", "later"] == "no error"
+    weight = observed[0]["differs", "weight"]
+    assert weight.endswith("got loss.proxy_weight = 0.03 here, 0.3 on rank 1")
 
 
 def slow_worker(rank, init_file, results):

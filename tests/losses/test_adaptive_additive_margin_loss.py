@@ -194,7 +194,7 @@ def test_dense_and_streamed_agree(monkeypatch):
 def test_class_descriptions_are_buffers_and_not_trained():
     loss_func = make(torch.float32, class_embeddings=TEXT)
     assert [name for name, _ in loss_func.named_parameters()] == ["proxies"]
-    assert set(loss_func.state_dict()) == {"proxies", "class_embeddings", "class_is_described"}
+    assert set(loss_func.state_dict()) == {"proxies", "class_embeddings", "class_is_described", "class_settings"}
     assert loss_func.class_embeddings.shape == TEXT.shape
     other = AdaptiveAdditiveMarginLoss(NUM_CLASSES, SIZE, class_embeddings=torch.randn(NUM_CLASSES, 4))
     other.load_state_dict(loss_func.state_dict())
@@ -203,6 +203,7 @@ def test_class_descriptions_are_buffers_and_not_trained():
         "proxies",
         "class_distances",
         "class_is_described",
+        "class_settings",
     }
     assert set(make().state_dict()) == {"proxies"}
 
@@ -389,3 +390,47 @@ def test_reducers_see_each_sample():
     assert each["losses"].shape == each["indices"].shape == LABELS.shape
     assert each["divisor"] == 9
     torch.testing.assert_close(make(reducer=DivisorReducer())(EMB, LABELS), each["losses"].mean())
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ({"class_metric": "cosine"}, {"class_metric": "euclidean"}),
+        ({"class_metric": "cosine"}, {"class_metric": "squared_euclidean"}),
+        ({"normalize": False}, {"normalize": True}),
+    ],
+)
+def test_a_state_of_other_margins_is_refused(saved, loaded):
+    """Buffers mean what the settings say: loaded into others, the margins would be those of neither."""
+    state = make(class_embeddings=TEXT, **saved).state_dict()
+    loss_func = make(class_embeddings=TEXT.flip(0), **loaded)
+    before = {name: x.clone() for name, x in loss_func.state_dict().items()}
+    with pytest.raises(RuntimeError, match="class_metric and normalize must be those that the state's margins"):
+        loss_func.load_state_dict(state)
+    assert all(torch.equal(x, before[name]) for name, x in loss_func.state_dict().items())
+    again = make(class_embeddings=TEXT.flip(0), direction="similarity", **saved)  # which changes no buffer
+    again.load_state_dict(state)
+    assert torch.equal(again.class_embeddings, state["class_embeddings"])
+
+
+def test_a_distance_matrix_says_whether_it_is_normalized():
+    distances = 3 * (1 - torch.eye(NUM_CLASSES))
+    state = make(class_distances=distances, normalize=False).state_dict()
+    message = r"those that the state's margins were made by, class_distances, normalize=False, got .* normalize=True"
+    with pytest.raises(RuntimeError, match=message):
+        make(class_distances=distances).load_state_dict(state)
+    make(class_distances=distances, normalize=False).load_state_dict(state)
+
+
+def test_states_of_old_versions_load():
+    state = make(class_embeddings=TEXT).state_dict()
+    del state["class_settings"]
+    loss_func = make(class_embeddings=TEXT.flip(0))
+    loss_func.load_state_dict(state)
+    assert torch.equal(loss_func.class_embeddings, state["class_embeddings"])
+
+
+def test_descriptions_that_require_a_gradient_are_refused():
+    for name, x in (("class_embeddings", TEXT.clone()), ("class_distances", 1 - torch.eye(NUM_CLASSES))):
+        with pytest.raises(TypeError, match=rf"{name} must not require a gradient, .* \.detach\(\)"):
+            make(**{name: x.requires_grad_()})

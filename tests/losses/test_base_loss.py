@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
-from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, make
+from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, embeddings, grads_of, make
 
 WITH_NETWORK = {name: case for name, case in CASES.items() if name.startswith("IntraBatchLoss")}
 MOVED = {name: case for name, case in CASES.items() if name not in WITH_NETWORK}
@@ -51,3 +52,36 @@ def test_a_loss_with_a_network_must_be_moved(case, cuda_rules):
     message = r"on the device of embeddings, cuda:0: call loss_func.to\(device\), got a refiner on cpu"
     with pytest.raises(ValueError, match=message), cuda_rules:
         loss_func(torch.randn(len(LABELS), SIZE, device="cuda"), LABELS)
+
+
+@pytest.mark.parametrize("name", ["MultiSimilarityLoss", "HybridLoss", "EnsembleLoss", "IntraBatchLoss"])
+def test_checkpoints_hand_over_leaves_of_their_own(name):
+    """A reentrant checkpoint computes a second time, with one leaf for each argument: one object becomes two."""
+    emb = embeddings()
+    (expected,) = grads_of(make(CASES[name])(emb, LABELS), emb)
+    loss_func = make(CASES[name])
+    checkpoint(loss_func, emb, LABELS, None, emb, LABELS, use_reentrant=True).backward()
+    torch.testing.assert_close(emb.grad, expected)
+
+
+def test_references_without_a_gradient_are_references():
+    """``embeddings.detach()`` has the same memory, and is not the batch itself."""
+    emb, loss_func = embeddings(), make(CASES["MultiSimilarityLoss"])
+    loss = loss_func(emb, LABELS, None, emb.detach(), LABELS)
+    torch.testing.assert_close(loss, loss_func(emb, LABELS, None, emb.detach().clone(), LABELS.clone()))
+    assert loss != loss_func(emb, LABELS)
+    with torch.no_grad():
+        torch.testing.assert_close(loss_func(emb, LABELS, None, emb.detach(), LABELS), loss)
+        torch.testing.assert_close(loss_func(emb, LABELS, None, emb, LABELS), loss_func(emb, LABELS))
+
+
+def test_labels_that_are_missing_do_not_move_running_norms():
+    """The refined embeddings are normalised before the loss on them asks for labels."""
+    loss_func = make(CASES["IntraBatchLoss"])
+    before = loss_func.norm.running_mean.clone(), loss_func.norm.num_batches_tracked.clone()
+    with pytest.raises(ValueError, match="labels are required"):
+        loss_func(embeddings())
+    assert torch.equal(loss_func.norm.running_mean, before[0])
+    assert torch.equal(loss_func.norm.num_batches_tracked, before[1])
+    loss_func(embeddings(), LABELS)
+    assert loss_func.norm.running_mean.any()

@@ -18,7 +18,7 @@ from pytorch_metric_learning.reducers import (
 )
 from pytorch_metric_learning.regularizers import LpRegularizer
 
-from pml_ext.losses import ProxyAnchorLoss
+from pml_ext.losses import EnsembleLoss, ProxyAnchorLoss
 
 NUM_CLASSES, SIZE = 6, 5
 EMB = torch.randn(9, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -302,3 +302,67 @@ def test_dense_refuses_wrong_labels_without_validation(without_validation):
     for labels in (torch.tensor([0, 4]), torch.tensor([0, -1])):
         with pytest.raises((RuntimeError, IndexError)):
             loss_func(torch.randn(2, 8), labels)
+
+
+WEIGHTED = torch.tensor([0, 2, 6, 6]), torch.tensor([1, 3, 5, 5]), torch.tensor([2, 8, 8, 3])  # 4 and 7 are not named
+
+
+@pytest.mark.parametrize("miner_output", [WEIGHTED, (*WEIGHTED[:2], *WEIGHTED[::2])], ids=["triplets", "pairs"])
+@pytest.mark.parametrize("distance", [CosineSimilarity(), LpDistance()], ids=["streamed", "dense"])
+def test_tuple_weights_as_a_factor(distance, miner_output):
+    """As PML 3 has them: exponentials times the share, rows of share 0 left out."""
+    loss_func = ProxyAnchorLoss(NUM_CLASSES, SIZE, tuple_weights="factor", distance=distance).double()
+    counts = np.bincount(torch.cat(miner_output).numpy(), minlength=len(EMB))
+    w, labels = counts / counts.max(), LABELS.numpy()
+    assert set(np.flatnonzero(w == 0)) == {4, 7}
+    matrix = distance(EMB, loss_func.proxies).detach().numpy()
+    s, margin = (matrix, 0.1) if distance.is_inverted else (-matrix, -0.1)
+    own = labels[:, None] == np.arange(NUM_CLASSES)
+    pos = np.log1p((np.exp(-32 * (s - margin)) * own * w[:, None]).sum(0)).sum() / len(set(labels[w > 0]))
+    neg = np.log1p((np.exp(32 * (s + margin)) * ~own * w[:, None]).sum(0)).sum() / NUM_CLASSES
+    assert loss_func(EMB, LABELS, miner_output).item() == pytest.approx(pos + neg, rel=1e-9)
+
+
+def test_rows_that_nothing_names_are_left_out():
+    """Equal shares: the loss of these rows alone. PML 2.9 counts the others 1 / e, and so does the default."""
+    rows = torch.tensor([0, 1, 2, 3, 5, 6])
+    pairs = rows[0::2], rows[1::2], rows[0::2], rows[1::2]
+    emb = EMB.clone().requires_grad_()
+    torch.manual_seed(0)
+    factor = ProxyAnchorLoss(NUM_CLASSES, SIZE, tuple_weights="factor").double()
+    loss = factor(emb, LABELS, pairs)
+    torch.testing.assert_close(loss, factor(EMB[rows], LABELS[rows]))
+    (grad,) = torch.autograd.grad(loss, emb)
+    assert set(grad.any(1).nonzero().flatten().tolist()) == set(rows.tolist())
+    default, theirs = ProxyAnchorLoss(NUM_CLASSES, SIZE).double(), losses.ProxyAnchorLoss(NUM_CLASSES, SIZE).double()
+    theirs.load_state_dict(default.state_dict())
+    torch.testing.assert_close(default(EMB, LABELS, pairs), theirs(EMB, LABELS, pairs))
+    default.load_state_dict(factor.state_dict())
+    assert default(EMB, LABELS, pairs) != loss
+    torch.testing.assert_close(factor(EMB, LABELS, (rows[:0],) * 3), factor(EMB, LABELS))  # nothing mined: all count
+    with pytest.raises(ValueError, match="tuple_weights must be one of exponent, factor, got 'w'"):
+        ProxyAnchorLoss(NUM_CLASSES, SIZE, tuple_weights="w")
+
+
+def test_learned_scale_and_margin():
+    """PML's gradients, by embeddings, proxies, scale and margin; numbers that are set later count too."""
+    ours, theirs = (cls(NUM_CLASSES, SIZE).double() for cls in (ProxyAnchorLoss, losses.ProxyAnchorLoss))
+    theirs.load_state_dict(ours.state_dict())
+    for loss_func in (ours, theirs):
+        for name, value in (("alpha", 24.0), ("margin", 0.2)):
+            setattr(loss_func, name, torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)))
+    emb, pairs = EMB.clone().requires_grad_(), miners.MultiSimilarityMiner()(EMB, LABELS)
+    for indices_tuple in (None, pairs):
+        by_ours, by_theirs = (
+            torch.autograd.grad(f(emb, LABELS, indices_tuple), (emb, f.proxies, f.alpha, f.margin))
+            for f in (ours, theirs)
+        )
+        assert all(grad.any() for grad in by_ours)
+        torch.testing.assert_close(by_ours, by_theirs)
+
+
+def test_learned_scale_is_not_drawn_afresh_for_each_learner():
+    loss = ProxyAnchorLoss(NUM_CLASSES, SIZE, alpha=torch.nn.Parameter(torch.tensor(20.0)))
+    ensemble = EnsembleLoss(loss, 2)
+    assert [child.alpha.item() for child in ensemble.losses.values()] == [20.0, 20.0]
+    assert not torch.equal(*(child.proxies for child in ensemble.losses.values()))

@@ -1,12 +1,22 @@
 """CrossBatchMemory and SelfSupervisedLoss."""
 
 import io
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners
 
-from pml_ext.losses import CrossBatchMemory, HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss, SelfSupervisedLoss
+from pml_ext.losses import (
+    CrossBatchMemory,
+    EnsembleLoss,
+    HybridLoss,
+    MultiSimilarityLoss,
+    ProxyAnchorLoss,
+    SelfSupervisedLoss,
+)
+from tests.contract.battery import cloned
 
 SIZE = 5
 
@@ -186,3 +196,101 @@ def test_two_views_must_match():
         SelfSupervisedLoss(MultiSimilarityLoss())(EMBEDDINGS, EMBEDDINGS[:6])
     with pytest.raises(TypeError, match=r"ref_emb must be a torch\.Tensor, got NoneType"):
         SelfSupervisedLoss(MultiSimilarityLoss())(EMBEDDINGS, None)
+
+
+def by_loops(emb, labels, memory, memory_labels, own):
+    """Multi-Similarity of rows against a memory in NumPy, each row's own place left out."""
+    unit, others = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (emb.numpy(), memory.numpy()))
+    total = 0.0
+    for i, row in enumerate(unit):
+        pairs = [(row @ other, labels[i] == memory_labels[j]) for j, other in enumerate(others) if j != own[i]]
+        total += np.log1p(sum(np.exp(-2 * (s - 0.5)) for s, same in pairs if same)) / 2
+        total += np.log1p(sum(np.exp(50 * (s - 0.5)) for s, same in pairs if not same)) / 50
+    return total / len(unit)
+
+
+@pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(epsilon=10.0)])
+def test_batches_of_one_row_are_not_compared_with_themselves(miner):
+    """PML takes the only row for a batch that goes round the end of the queue, and leaves its pair with itself in."""
+    memory = CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=5, miner=miner)
+    seen, classes = torch.empty(0, SIZE), torch.empty(0, dtype=torch.long)
+    emb, labels = EMBEDDINGS.double(), CLASSES % 2
+    for step in range(7):
+        loss = memory(emb[step : step + 1], labels[step : step + 1])
+        seen, classes = torch.cat([seen, emb[step : step + 1]])[-5:], torch.cat([classes, labels[step : step + 1]])[-5:]
+        expected = by_loops(emb[step : step + 1], labels[step : step + 1], seen, classes, [len(seen) - 1])
+        assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert expected > 0
+
+
+def test_given_tuples_are_added():
+    emb, labels = EMBEDDINGS.double(), CLASSES
+    for given in ((torch.tensor([0]), torch.tensor([5]), torch.tensor([6])), (torch.tensor([1]),) * 4):
+        for miner in (None, miners.TripletMarginMiner(margin=2.0)):
+            ours = CrossBatchMemory(losses.ContrastiveLoss(), SIZE, memory_size=20, miner=miner)
+            theirs = losses.CrossBatchMemory(losses.ContrastiveLoss(), SIZE, memory_size=20, miner=miner)
+            for tuples in (None, None if len(given) == 4 else given):
+                torch.testing.assert_close(ours(emb, labels, tuples), theirs(emb, labels, tuples))
+
+
+def contents(memory):
+    return [x.clone() for x in (memory.embedding_memory, memory.label_memory)] + [
+        torch.tensor([memory.queue_idx, memory.has_been_filled, memory.embedding_memory.dtype == torch.float64])
+    ]
+
+
+@pytest.mark.parametrize("filled", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("part", ["loss", "miner"])
+def test_a_call_that_fails_late_leaves_the_memory(part, dtype, filled, monkeypatch):
+    memory = CrossBatchMemory(HybridLoss(4, SIZE), SIZE, memory_size=20, miner=miners.BatchHardMiner())
+    for emb, labels in batches(filled):
+        memory(emb, labels)
+    before = contents(memory)
+    monkeypatch.setattr(getattr(memory, part), "forward", mock.Mock(side_effect=RuntimeError("out of memory")))
+    for mask in (None, torch.arange(8) < 3):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            memory(EMBEDDINGS.to(dtype) + 1, CLASSES, enqueue_mask=mask)
+        for x, y in zip(contents(memory), before, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_patched_namespace(monkeypatch):
+    """Drop-in tests put our classes where PML has its own."""
+    for ours in (CrossBatchMemory, SelfSupervisedLoss):
+        monkeypatch.setattr(losses, ours.__name__, ours)
+    assert "HybridLoss" in CrossBatchMemory.supported_losses()
+    assert losses.CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=20)(EMBEDDINGS, CLASSES) > 0
+    assert losses.CrossBatchMemory(HybridLoss(4, SIZE), SIZE)(EMBEDDINGS, CLASSES) > 0
+    assert losses.SelfSupervisedLoss(MultiSimilarityLoss())(EMBEDDINGS, EMBEDDINGS.flip(0)) > 0
+    assert "EnsembleLoss" in SelfSupervisedLoss.supported_losses()
+
+
+def with_hooks(loss_func):
+    for part in loss_func.modules():
+        if isinstance(part, losses.BaseMetricLossFunction):
+            part.register_full_backward_hook(lambda *_: None)
+            part.register_forward_pre_hook(cloned, with_kwargs=True)
+    return loss_func
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=20),
+        lambda: CrossBatchMemory(HybridLoss(4, SIZE, pair_loss=losses.ContrastiveLoss()), SIZE, memory_size=20),
+        lambda: SelfSupervisedLoss(MultiSimilarityLoss(), symmetric=False),
+        lambda: SelfSupervisedLoss(EnsembleLoss(losses.ContrastiveLoss(), 5)),
+    ],
+)
+def test_hooks_inside_do_not_change_the_value(make):
+    emb = EMBEDDINGS.clone().requires_grad_()
+    second = EMBEDDINGS.flip(0) if isinstance(make(), SelfSupervisedLoss) else CLASSES
+    torch.manual_seed(0)
+    plain = make()
+    torch.manual_seed(0)
+    hooked = with_hooks(make())
+    for _ in range(2):
+        expected = plain(emb, second)
+        assert expected > 0
+        torch.testing.assert_close(hooked(emb, second), expected)

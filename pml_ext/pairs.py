@@ -1,0 +1,89 @@
+"""Pairs of samples, as PML's losses and miners hand them on."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pml_ext.types import Indices
+
+__all__ = ["pairs_from_multilabel"]
+
+Rule = Literal["any", "all"]
+
+
+def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
+    """Return all positive and all negative pairs of samples that have several classes each.
+
+    Losses that compare samples take them as ``indices_tuple``, with ``labels=None``. Losses with proxies have no
+    multi-label form.
+
+    Args:
+        labels: ``(B, C)``, multi-hot: a number that is not zero, or True, where a sample has a class.
+        rule: "any": samples with a class in common are positives, all others negatives. "all": samples with the same
+            classes are positives, those without a common one negatives; what has some in common is no pair. A sample
+            without a class is in no positive pair.
+
+    Returns:
+        ``(a1, p, a2, n)``, int64: anchors and positives, anchors and negatives, in both directions. No sample is its
+        own positive or negative.
+
+    Raises:
+        TypeError: If ``labels`` are no tensor.
+        ValueError: If their shape or ``rule`` is another.
+
+    Examples:
+        >>> multi_hot = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 1]])
+        >>> pairs_from_multilabel(multi_hot)
+        (tensor([0, 1]), tensor([1, 0]), tensor([0, 1, 2, 2]), tensor([2, 2, 0, 1]))
+        >>> from pml_ext.losses import MultiSimilarityLoss
+        >>> MultiSimilarityLoss()(torch.eye(3), None, pairs_from_multilabel(multi_hot))
+        tensor(0.4378)
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.ndim != 2:
+        raise ValueError(f"labels must be multi-hot, of shape (batch_size, num_classes), got {tuple(labels.shape)}")
+    if rule not in get_args(Rule):
+        raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, got {rule!r}")
+    has = (labels != 0).float()
+    common = has @ has.T  # how many classes two samples share
+    positive, negative = common > 0, common == 0
+    if rule == "all":
+        count = has.sum(1)
+        positive &= (common == count) & (common == count[:, None])
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    (a1, p), (a2, n) = ((x & ~itself).nonzero(as_tuple=True) for x in (positive, negative))
+    return a1, p, a2, n
+
+
+def joined(first: Indices, second: Indices) -> Indices:
+    """Return the pairs or triplets of two tuples, in the form of the first.
+
+    Of pairs, triplets are made by joining positive and negative pairs of one anchor; each triplet is a positive and a
+    negative pair.
+    """
+    if len(first) == 4 and len(second) == 3:
+        second = second[0], second[1], second[0], second[2]
+    elif len(first) == 3 and len(second) == 4:
+        a1, p, a2, n = second
+        positive, negative = (a1[:, None] == a2).nonzero(as_tuple=True)
+        second = a1[positive], p[positive], n[negative]
+    together = [torch.cat([x, y.to(x.device, torch.int64)]) for x, y in zip(first, second, strict=True)]
+    return tuple(together)  # type: ignore[return-value]
+
+
+def without_pairs(indices_tuple: Indices, own: Tensor) -> Indices:
+    """Return pairs or triplets without those in which a sample is its own positive.
+
+    A sample is never its own negative.
+
+    Args:
+        indices_tuple: Anchors count the batch, positives and negatives the references.
+        own: ``(B,)``, where in the references each sample of the batch lies.
+    """
+    anchors, positives, *rest = indices_tuple
+    keep = own[anchors] != positives
+    if len(indices_tuple) == 3:
+        return anchors[keep], positives[keep], rest[0][keep]
+    return anchors[keep], positives[keep], rest[0], rest[1]
