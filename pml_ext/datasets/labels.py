@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pml_ext.validation import check_values
+
 
 def as_labels(name: str, labels: Any, length: int) -> Tensor:
     """Return labels as a tensor.
@@ -21,8 +23,10 @@ def as_labels(name: str, labels: Any, length: int) -> Tensor:
 
     Raises:
         TypeError: If they are no integers.
-        ValueError: If the shape is another.
+        ValueError: If the shape is another, or the tensor is on the meta device.
     """
+    if isinstance(labels, Tensor):
+        check_values(name, labels)
     values = labels.detach().cpu() if isinstance(labels, Tensor) else np.asarray(labels)
     if isinstance(values, np.ndarray):
         if values.dtype.kind not in "iu":

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pml_ext.precision import full_precision
+from pml_ext.precision import full_precision, narrow, widen
 from pml_ext.streaming.gradients import first_derivative_only, through_norm, unit_rows
 from pml_ext.streaming.proxy_chunks import ProxyChunks, Shard, check_chunk_size, write_gradient
 
@@ -70,7 +70,7 @@ def proxy_anchor_loss(
         raise ValueError("sample_shift must not require a gradient, got one that does")
     with full_precision(embeddings.device):
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
-        embeddings = embeddings.to(dtype)
+        embeddings = widen(embeddings, dtype)
         settings = _Settings(alpha, margin, normalize, per_class, chunk_size, shard)
         pos, neg = _ProxyAnchor.apply(embeddings, proxies, labels, sample_shift, settings, torch.is_grad_enabled())
         return pos, neg
@@ -196,6 +196,6 @@ class _ProxyAnchor(torch.autograd.Function):
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(factor)
-            grads = grads[0], None if grads[1] is None else grads[1].to(proxies.dtype)
+            grads = grads[0], None if grads[1] is None else narrow(grads[1], proxies)
         inputs = (embeddings, proxies, *(x for x in (pos_grad, neg_grad) if x is not None))
         return (*first_derivative_only("Proxy-Anchor", grads, inputs), None, None, None, None)
