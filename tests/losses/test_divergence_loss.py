@@ -156,3 +156,20 @@ def test_width_must_be_divisible(make):
     message = r"embeddings must have a width that num_learners = 5 divides, got shape \(7, 12\)"
     with pytest.raises(ValueError, match=message):
         make(5)(EMB)
+
+
+@pytest.mark.parametrize("length", [1e-22, 3e-13, 2e-12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slices_shorter_than_the_smallest_norm(length, dtype):
+    slices = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    slices[:, 0] = torch.nn.functional.normalize(slices[:, 0]) * length
+    emb = slices.flatten(1).to(dtype).requires_grad_()
+    wide = emb.detach().double().requires_grad_()
+    unit = torch.nn.functional.normalize(wide.view(3, 2, 4), dim=2)
+    expected = (4 - 2 + 2 * (unit[:, 0] * unit[:, 1]).sum(1)).relu().mean()
+    loss = DivergenceLoss(2, margin=4.0)(emb)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    grads = (torch.autograd.grad(x, y)[0].double().view(3, 2, 4) for x, y in ((loss, emb), (expected, wide)))
+    for actual, by_autograd in zip(*grads, strict=True):
+        scale = by_autograd.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(actual / scale, by_autograd / scale, rtol=1e-4, atol=1e-5)

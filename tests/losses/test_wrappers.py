@@ -7,6 +7,7 @@ import torch
 from pytorch_metric_learning import losses, miners
 
 from pml_ext.losses import CrossBatchMemory, HybridLoss, MultiSimilarityLoss, ProxyAnchorLoss, SelfSupervisedLoss
+from tests.graphs import graphs_of_batches
 
 SIZE = 5
 
@@ -186,3 +187,17 @@ def test_two_views_must_match():
         SelfSupervisedLoss(MultiSimilarityLoss())(EMBEDDINGS, EMBEDDINGS[:6])
     with pytest.raises(TypeError, match=r"ref_emb must be a torch\.Tensor, got NoneType"):
         SelfSupervisedLoss(MultiSimilarityLoss())(EMBEDDINGS, None)
+
+
+@pytest.mark.compiles
+def test_graphs_of_the_first_batch_are_those_of_all():
+    first, *later = graphs_of_batches(CrossBatchMemory(MultiSimilarityLoss(), 8, memory_size=48), (12, 16, 12, 9, 20))
+    assert set(later) == {first}
+
+
+def test_indices_tuple_beside_a_mask_without_validation(without_validation):
+    memory = CrossBatchMemory(MultiSimilarityLoss(), 8, memory_size=20)
+    pairs = (torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), torch.tensor([2]))
+    with pytest.raises(ValueError, match="indices_tuple and enqueue_mask are mutually exclusive, got both"):
+        memory(torch.eye(8), torch.arange(8) // 2, pairs, torch.ones(8, dtype=torch.bool))
+    assert memory.queue_idx == 0
