@@ -3,7 +3,7 @@ import pytest
 import torch
 from pytorch_metric_learning.losses import ContrastiveLoss, CosFaceLoss
 
-from pml_ext.learners import learner_similarity
+from pml_ext.learners import learner_similarity, split_learners
 from pml_ext.losses import DivergenceLoss
 from pml_ext.regularizers import DivergenceRegularizer
 
@@ -173,3 +173,12 @@ def test_slices_shorter_than_the_smallest_norm(length, dtype):
     for actual, by_autograd in zip(*grads, strict=True):
         scale = by_autograd.abs().amax(1, keepdim=True)
         torch.testing.assert_close(actual / scale, by_autograd / scale, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_embedding():
+    with pytest.raises(TypeError, match=r"embeddings must be a torch\.Tensor, got ndarray"):
+        learner_similarity(np.ones((2, 4)), 2)
+    with pytest.raises(TypeError, match=r"refs must be a torch\.Tensor, got list"):
+        split_learners([[1.0, 2.0]], 2, "refs")
+    with pytest.raises(ValueError, match="embeddings must hold numbers, got a tensor on the meta device"):
+        learner_similarity(torch.ones(2, 4, device="meta"), 2)

@@ -201,3 +201,11 @@ def test_indices_tuple_beside_a_mask_without_validation(without_validation):
     with pytest.raises(ValueError, match="indices_tuple and enqueue_mask are mutually exclusive, got both"):
         memory(torch.eye(8), torch.arange(8) // 2, pairs, torch.ones(8, dtype=torch.bool))
     assert memory.queue_idx == 0
+
+
+def test_views_of_a_kind_that_has_no_arithmetic():
+    loss_func, emb = SelfSupervisedLoss(MultiSimilarityLoss()), torch.eye(4)
+    with pytest.raises(TypeError, match="ref_emb must be of float16, bfloat16, float32 or float64, got"):
+        loss_func(emb, emb.to(torch.float8_e5m2))
+    with pytest.raises(ValueError, match="embeddings must hold numbers, got a tensor on the meta device"):
+        loss_func(emb.to("meta"), emb)
