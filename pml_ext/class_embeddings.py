@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pml_ext.extras import comes_with
+from pml_ext.validation import as_tensor
 
 __all__ = ["from_samples", "from_text"]
 
@@ -88,7 +89,7 @@ def from_samples(features: Tensor, labels: Tensor, num_classes: int | None = Non
                 [nan, nan],
                 [5., 5.]])
     """
-    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+    features, labels = as_tensor("features", features), as_tensor("labels", labels)
     if features.is_complex() or features.dtype == torch.bool:
         raise TypeError(f"features must have a floating point or integer dtype, got {features.dtype}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -99,15 +100,13 @@ def from_samples(features: Tensor, labels: Tensor, num_classes: int | None = Non
         )
     if num_classes is not None and (not isinstance(num_classes, Integral) or num_classes < 1):
         raise ValueError(f"num_classes must be None or an integer >= 1, got {num_classes}")
+    labels = labels.long()  # uint64 has no minimum
     low, high = int(labels.min()), int(labels.max())
     num_classes = high + 1 if num_classes is None else num_classes
     if low < 0 or high >= num_classes:
         raise ValueError(f"labels must be >= 0 and < num_classes = {num_classes}, got {low if low < 0 else high}")
     dtype = features.dtype if features.dtype == torch.float64 else torch.float32
-    features, labels = (
-        features.to(dtype).flatten(1) if features.ndim > 1 else features.to(dtype)[:, None],
-        labels.long(),
-    )
+    features = features.to(dtype).flatten(1) if features.ndim > 1 else features.to(dtype)[:, None]
     known = ~features.isnan().any(1)
     features, labels = features[known], labels.to(features.device)[known]
     total = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)

@@ -8,7 +8,7 @@ from torch import Tensor
 from pml_ext.pml_internals import element_term
 from pml_ext.precision import upcast_half
 from pml_ext.types import LossDict
-from pml_ext.validation import check_count, check_settings, scalar
+from pml_ext.validation import check_count, check_embeddings, check_settings, check_values, scalar
 
 __all__ = ["learner_similarity", "split_learners"]
 
@@ -25,12 +25,15 @@ def split_learners(embeddings: Tensor, num_learners: int, name: str = "embedding
         ``(B, M, d)``.
 
     Raises:
+        TypeError: If ``embeddings`` are no tensor.
         ValueError: If the width is not a multiple of ``num_learners``.
 
     Examples:
         >>> split_learners(torch.arange(6).view(1, 6), num_learners=3).tolist()
         [[[0, 1], [2, 3], [4, 5]]]
     """
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(embeddings).__name__}")
     if embeddings.ndim != 2 or embeddings.shape[1] % num_learners:
         shape = tuple(embeddings.shape)
         raise ValueError(f"{name} must have a width that num_learners = {num_learners} divides, got shape {shape}")
@@ -40,11 +43,12 @@ def split_learners(embeddings: Tensor, num_learners: int, name: str = "embedding
 def _learner_cosines(embeddings: Tensor, num_learners: int) -> Tensor:
     """Return the cosines between the learners' slices of each sample, ``(B, M, M)``, from one batched product.
 
-    A slice of zeros has cosine 0 with all, itself included, and gets no gradient.
+    A slice of zeros has cosine 0 with all, itself included, and gets no gradient. One shorter than 1e-12 is divided by
+    that, as ``torch.nn.functional.normalize`` does.
     """
     slices = split_learners(embeddings, num_learners)
     norms = torch.linalg.vector_norm(slices, dim=2, keepdim=True)
-    unit = slices * torch.where(norms > 0, norms.clamp_min(1e-30).reciprocal(), 0)
+    unit = slices * torch.where(norms > 0, norms.clamp_min(1e-12).reciprocal(), 0)
     return unit @ unit.transpose(1, 2)
 
 
@@ -60,12 +64,15 @@ def learner_similarity(embeddings: Tensor, num_learners: int) -> float:
         A number in -1 / (M - 1) to 1; 0 for an empty batch or a single learner.
 
     Raises:
+        TypeError: If ``embeddings`` are no tensor of floating point.
         ValueError: If the width is not a multiple of ``num_learners``.
 
     Examples:
         >>> learner_similarity(torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 0.0, 0.0, 1.0]]), num_learners=2)
         0.5
     """
+    check_embeddings("embeddings", embeddings)
+    check_values("embeddings", embeddings)
     cosines = _learner_cosines(upcast_half(embeddings), num_learners)
     pairs = len(cosines) * num_learners * (num_learners - 1) // 2
     return cosines.triu(1).sum().item() / max(pairs, 1)

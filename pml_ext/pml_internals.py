@@ -121,3 +121,13 @@ def element_term(losses: Tensor, divisor: int | None = None) -> dict[str, Any]:
 def reduced_term(value: Tensor) -> dict[str, Any]:
     """Return what reducers take for one number."""
     return {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+
+
+def values_in(reduced: Any) -> list[Tensor]:
+    """Return the tensors that a reducer has given: one number, or of ``DoNothingReducer`` those of the terms."""
+    return [reduced] if isinstance(reduced, Tensor) else [term["losses"] for term in reduced.values()]
+
+
+def clear_statistics(module: Any) -> None:
+    """Set the statistics of one of PML's modules to 0, as its forward does."""
+    module.reset_stats()

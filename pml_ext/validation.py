@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ _MULTILABEL = (
     "several classes of one sample are not for losses with proxies; losses that compare samples take them as pairs, "
     "indices_tuple=pml_ext.pairs.pairs_from_multilabel(labels, rule), with labels=None"
 )
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 has no arithmetic
 _enabled = True
 _already_valid: ContextVar[bool] = ContextVar("pml_ext_already_valid", default=False)
 
@@ -52,6 +54,11 @@ def validation_enabled() -> bool:
 def validation_wanted() -> bool:
     """Whether this call should be checked: neither when that is off, nor inside a loss that has checked."""
     return validation_enabled() and not _already_valid.get()
+
+
+def inside_a_loss() -> bool:
+    """Whether this call comes from a loss that has checked its inputs."""
+    return not torch.compiler.is_compiling() and _already_valid.get()
 
 
 @contextmanager
@@ -222,6 +229,8 @@ def check_batch(
             raise ValueError("ref_labels must come with ref_emb where labels are used, got None")
     if indices_tuple is not None:
         integers += _check_indices_form(indices_tuple, len(embeddings), num_refs)
+    for name, x in (*zip(("embeddings", "ref_emb"), floats, strict=False), *((name, x) for name, x, _ in integers)):
+        check_values(name, x)
     if _flag(embeddings.device, floats, integers):
         for name, x in zip(("embeddings", "ref_emb"), floats, strict=False):
             _check_finite(name, x)
@@ -299,10 +308,40 @@ def check_embeddings(name: str, x: Tensor, width: int | None = None) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must have a floating point dtype, got {x.dtype}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be of float16, bfloat16, float32 or float64, got {x.dtype}: {name}.float()")
     if x.ndim != 2 or (width is not None and x.shape[1] != width):
         size = "" if width is None else f" = ({x.shape[0] if x.ndim else 1}, {width})"
         advice = ": pool or flatten feature maps first" if x.ndim > 2 else ""
         raise ValueError(f"{name} must have shape (batch_size, embedding_size){size}, got {tuple(x.shape)}{advice}")
+
+
+def check_values(name: str, x: Tensor) -> None:
+    """Check that a tensor has numbers in it.
+
+    Raises:
+        ValueError: If it is on the meta device.
+    """
+    if x.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a tensor on the meta device, which has a shape alone")
+
+
+def as_tensor(name: str, x: Any) -> Tensor:
+    """Return numbers as a tensor; of an array with any strides and byte order, which PyTorch does not take.
+
+    Raises:
+        TypeError: If it is no tensor, array or sequence of numbers.
+        ValueError: If it is a tensor on the meta device.
+    """
+    got = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+    if isinstance(x, np.ndarray) and x.dtype.kind in "biufc":
+        x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+    try:
+        tensor = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or an array of numbers, got {got}") from error
+    check_values(name, tensor)
+    return tensor
 
 
 def check_integers(name: str, x: Tensor) -> None:

@@ -1,6 +1,7 @@
 import importlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +143,35 @@ def test_class_means():
 def test_bad_samples(features, labels, num_classes, error, message):
     with pytest.raises(error, match=message):
         from_samples(features, labels, num_classes)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: x[::-1], lambda x: x.astype(x.dtype.newbyteorder())], ids=["strides", "bytes"]
+)
+def test_arrays_of_any_layout(make):
+    features, labels = np.arange(8.0).reshape(4, 2), np.array([2, 0, 2, 2])
+    expected = from_samples(make(features).tolist(), make(labels).tolist())
+    assert expected[0].any()
+    torch.testing.assert_close(from_samples(make(features), make(labels)), expected.double(), equal_nan=True)
+    assert torch.equal(from_samples(torch.eye(2), torch.tensor([1, 0], dtype=torch.uint64)), torch.eye(2).flip(0))
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (np.array([["a"], ["b"]]), TypeError, "features must be a tensor or an array of numbers, got an array of <U1"),
+        (
+            np.array([[None], [1]]),
+            TypeError,
+            "features must be a tensor or an array of numbers, got an array of object",
+        ),
+        ([[1], [2, 3]], TypeError, "features must be a tensor or an array of numbers, got list"),
+        (torch.ones(2, 1, device="meta"), ValueError, "features must hold numbers, got a tensor on the meta device"),
+    ],
+)
+def test_what_is_no_array_of_numbers(features, error, message):
+    with pytest.raises(error, match=message):
+        from_samples(features, torch.tensor([0, 1]))
 
 
 def test_module_is_reachable():

@@ -55,6 +55,11 @@ LOSSES = [
             ValueError,
             r"embeddings must have shape .*got \(8, 1, 6\): pool or flatten feature maps",
         ),
+        ((EMB.to(torch.float8_e5m2), LABELS), TypeError, r"embeddings must be of float16, .*, got torch\.float8_e5m2"),
+        ((EMB.to("meta"), LABELS), ValueError, "embeddings must hold numbers, got a tensor on the meta device"),
+        ((EMB, LABELS.to("meta")), ValueError, "labels must hold numbers, got a tensor on the meta device"),
+        ((EMB, LABELS, (LABELS.to("meta"),) * 3), ValueError, r"indices_tuple\[0\] must hold numbers"),
+        ((EMB, LABELS, None, EMB.to(torch.float8_e5m2), LABELS), TypeError, "ref_emb must be of float16"),
         ((EMB[0], LABELS), ValueError, r"embeddings must have shape .*got \(6,\)$"),
         ((BAD_EMB["nan"], LABELS), ValueError, "embeddings must be finite, got nan in row 3, column 0"),
         ((BAD_EMB["inf"], LABELS), ValueError, "embeddings must be finite, got inf in row 3, column 0"),
@@ -86,7 +91,7 @@ LOSSES = [
     ],
 )
 def test_bad_input(make, args, error, message, device):
-    args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]
+    args = [x.to(device) if isinstance(x, torch.Tensor) and not x.is_meta else x for x in args]
     with pytest.raises(error, match=message):
         make()(*args)
 

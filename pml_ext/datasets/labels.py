@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pml_ext.validation import check_values
+
 _LARGEST = 2**63 - 1
 
 
@@ -23,8 +25,10 @@ def as_labels(name: str, labels: Any, length: int) -> Tensor:
 
     Raises:
         TypeError: If they are no integers.
-        ValueError: If the shape is another, or a value does not fit int64.
+        ValueError: If the shape is another, a value does not fit int64, or the tensor is on the meta device.
     """
+    if isinstance(labels, Tensor):
+        check_values(name, labels)
     values = labels.detach().cpu() if isinstance(labels, Tensor) else np.asarray(labels)
     if isinstance(values, Tensor) and values.dtype == torch.uint64:  # of which torch has no maximum
         values = values.numpy()

@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from pml_ext.losses.optimizer_watch import OptimizerWatch
-from pml_ext.pml_internals import LossFunction
-from pml_ext.precision import full_precision, upcast_half
+from pml_ext.pml_internals import LossFunction, values_in
+from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half, widen
 from pml_ext.refused import unchanged_where_refused
 from pml_ext.types import Indices
-from pml_ext.validation import check_batch, check_lengths, is_batch_itself, validation_wanted, without_refs_to_itself
+from pml_ext.validation import (
+    check_batch,
+    check_lengths,
+    inside_a_loss,
+    is_batch_itself,
+    validation_wanted,
+    without_refs_to_itself,
+)
 
 
 class BaseLoss(LossFunction):
@@ -81,6 +88,7 @@ class BaseLoss(LossFunction):
             raise ValueError("labels are required for this loss function, got None")
         with full_precision(embeddings.device), unchanged_where_refused(self):
             self.clear_statistics()
+            ref_before = ref_emb
             emb, own_labels = upcast_half(embeddings), _to_int64(labels, embeddings)
             indices_tuple = None if indices_tuple is None else tuple(_to_int64(x, emb) for x in indices_tuple)
             check_lengths(emb, own_labels)  # also where validation is off or the loss is compiled: shapes cost nothing
@@ -92,6 +100,8 @@ class BaseLoss(LossFunction):
                 emb, ref_emb, ref_labels = _with_refs(emb, ref_emb, ref_labels)
             terms = self.compute_loss(emb, own_labels, indices_tuple, ref_emb, ref_labels)
             value = self.reduce_terms(terms, emb, self.element_labels(own_labels))
+            if not inside_a_loss():  # which hooks the whole graph
+                full_precision_in_backward(values_in(value), (embeddings, ref_before))
         if wanted:
             self._optimizer_watch.look(self)
         return value
@@ -113,4 +123,4 @@ def _with_refs(emb: Tensor, ref_emb: Any, ref_labels: Tensor | None) -> tuple[Te
     dtype = torch.promote_types(emb.dtype, upcast_half(ref_emb).dtype)
     ref_labels = _to_int64(ref_labels, emb)
     check_lengths(ref_emb, ref_labels, "ref_labels")
-    return emb.to(dtype), ref_emb.to(dtype), None if ref_labels is None else ref_labels.view_as(ref_labels)
+    return widen(emb, dtype), widen(ref_emb, dtype), None if ref_labels is None else ref_labels.view_as(ref_labels)

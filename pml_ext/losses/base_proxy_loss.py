@@ -12,6 +12,7 @@ from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.logits import LogitsMixin
 from pml_ext.losses.similarity import can_stream, distance_matrix, is_plain
 from pml_ext.pml_internals import RegularizedWeights
+from pml_ext.precision import widen
 from pml_ext.streaming.proxy_chunks import check_chunk_size
 from pml_ext.types import LossDict
 from pml_ext.validation import already_valid, check_count, is_learned
@@ -67,11 +68,12 @@ class BaseProxyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
         if self.shards is not None:
             raise NotImplementedError("get_logits needs all proxies in one place: load the state into an unsplit loss")
         proxies = self._proxies_for(embeddings)
-        return distance_matrix(self.distance, embeddings.to(proxies.dtype), proxies)
+        return distance_matrix(self.distance, widen(embeddings, proxies.dtype), proxies)
 
     def _proxies_for(self, embeddings: Tensor) -> Tensor:
         """Return the proxies on the embeddings' device, in the wider of both dtypes; the parameter stays as it is."""
-        return self.proxies.to(embeddings.device, torch.promote_types(self.proxies.dtype, embeddings.dtype))
+        dtype = torch.promote_types(self.proxies.dtype, embeddings.dtype)
+        return widen(self.proxies.to(embeddings.device), dtype)
 
     def _can_stream(self, embeddings: Tensor, *settings: Any) -> bool:
         """Whether to walk over the proxies: not with settings that are learned, which get their gradient elsewhere."""

@@ -11,8 +11,8 @@ from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.losses.hybrid_loss import HybridLoss
 from pml_ext.losses.optimizer_watch import OptimizerWatch
 from pml_ext.pairs import joined, without_pairs
-from pml_ext.pml_internals import PmlCrossBatchMemory
-from pml_ext.precision import full_precision, upcast_half
+from pml_ext.pml_internals import PmlCrossBatchMemory, clear_statistics, values_in
+from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
 from pml_ext.refused import unchanged_where_refused
 from pml_ext.types import Indices
 from pml_ext.validation import already_valid, check_batch, check_enqueue_mask, check_indices_tuple, validation_wanted
@@ -107,14 +107,24 @@ class CrossBatchMemory(PmlCrossBatchMemory):
         wanted = validation_wanted()
         if wanted:
             self._check(embeddings, labels, indices_tuple, enqueue_mask)
+        if indices_tuple is not None and enqueue_mask is not None:
+            raise ValueError("indices_tuple and enqueue_mask are mutually exclusive, got both")
         if not len(embeddings):
             return (upcast_half(embeddings) * 0).sum()
-        with unchanged_where_refused(self), already_valid(), full_precision(embeddings.device):
-            # by name: torch.compile fails on super() inside of with
-            forward: Any = PmlCrossBatchMemory.forward
-            loss: Tensor = forward(self, upcast_half(embeddings), labels.long(), indices_tuple, enqueue_mask)
+        given = self, upcast_half(embeddings), labels.long(), indices_tuple, enqueue_mask
+        if torch.compiler.is_compiling():  # one call, outside of any with: a graph would hold for one position alone
+            select: Any = torch.compiler.disable(_select_for_any_length)  # type: ignore[no-untyped-call]
+            return self._compare(embeddings, select(*given))
+        with unchanged_where_refused(self):
+            loss = self._compare(embeddings, _select(*given))
         if wanted:
             self._optimizer_watch.look(self)
+        return loss
+
+    def _compare(self, embeddings: Tensor, compared: tuple[Any, ...]) -> Tensor:
+        with already_valid(), full_precision(embeddings.device):
+            loss: Tensor = self.loss(*compared)
+            full_precision_in_backward(values_in(loss), [embeddings])
         return loss
 
     def _check(
@@ -183,3 +193,36 @@ class CrossBatchMemory(PmlCrossBatchMemory):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", torch.tensor([0, 0]))  # PML's state dict has no position
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _select(
+    memory: CrossBatchMemory,
+    embeddings: Tensor,
+    labels: Tensor,
+    indices_tuple: Indices | None,
+    enqueue_mask: Tensor | None,
+) -> tuple[Any, ...]:
+    """Let the batch enter the memory, and return what the loss is to compare, as PML's forward does."""
+    clear_statistics(memory)
+    device = embeddings.device
+    labels = labels.to(device)
+    memory.embedding_memory = memory.embedding_memory.to(device, embeddings.dtype)
+    memory.label_memory = memory.label_memory.to(device)
+    entering, entering_labels = embeddings, labels
+    if enqueue_mask is not None:
+        entering, entering_labels = embeddings[enqueue_mask], labels[enqueue_mask]
+        embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
+    memory.add_to_memory(entering, entering_labels, len(entering))
+    length = memory.memory_size if memory.has_been_filled else memory.queue_idx
+    refs = memory.embedding_memory[:length], memory.label_memory[:length]
+    with already_valid(), full_precision(device):
+        mined = memory.create_indices_tuple(embeddings, labels, *refs, indices_tuple, enqueue_mask is None)
+    return embeddings, labels, mined, *refs
+
+
+def _select_for_any_length(*args: Any) -> tuple[Any, ...]:
+    """Do as ``_select``; the first memory, which is as long as its batch, is not to bind the two lengths together."""
+    compared = _select(*args)
+    for x in compared[-2:]:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return compared

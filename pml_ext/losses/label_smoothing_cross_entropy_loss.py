@@ -11,6 +11,7 @@ from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.logits import LogitsMixin
 from pml_ext.losses.sample_weights import sample_weights
 from pml_ext.pml_internals import RegularizedWeights, element_term
+from pml_ext.precision import widen
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import as_number, check_count, check_settings, scalar
 
@@ -107,15 +108,15 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
             losses = losses * sample_weights(indices_tuple, len(labels), losses.dtype)
         terms: LossDict = {"loss": element_term(losses)}
         if self.weight_regularizer is not None:
-            self.regularize_weights(terms, self.weight.to(logits.device, logits.dtype))
+            self.regularize_weights(terms, widen(self.weight.to(logits.device), logits.dtype))
         return terms
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         """Return the logits divided by the temperature."""
         dtype = torch.promote_types(self.weight.dtype, embeddings.dtype)  # moved where used, and never cast
-        weight = self.weight.to(embeddings.device, dtype)
+        weight = widen(self.weight.to(embeddings.device), dtype)
         bias = None if self.bias is None else self.bias.to(embeddings.device, dtype)
-        return torch.nn.functional.linear(embeddings.to(dtype), weight, bias) / scalar(self.temperature)
+        return torch.nn.functional.linear(widen(embeddings, dtype), weight, bias) / scalar(self.temperature)
 
     def get_default_weight_init_func(self) -> Callable[[Tensor], Tensor]:
         return partial(torch.nn.init.kaiming_uniform_, a=5**0.5)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pml_ext.precision import full_precision, upcast_half
+from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
 from pml_ext.validation import already_valid, check_batch, validation_wanted
 
 
@@ -29,7 +29,9 @@ class LogitsMixin:
         if validation_wanted():
             check_batch(embeddings, embedding_size=self.embedding_size)
         with full_precision(embeddings.device), already_valid():
-            return self._logits(upcast_half(embeddings))
+            logits = self._logits(upcast_half(embeddings))
+            full_precision_in_backward([logits], [embeddings])
+            return logits
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         raise NotImplementedError

@@ -95,7 +95,7 @@ class MultiSimilarityLoss(BaseLoss):
             positive = labels[:, None].eq(labels if ref_labels is None else ref_labels)
             negative = ~positive
             if ref_emb is None:
-                positive.fill_diagonal_(False)
+                positive = positive & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         alpha, beta = scalar(self.alpha), scalar(self.beta)
         settings = _Settings(alpha, beta, base, base if self.negative_sign == "minus" else -base)
         return {"loss": element_term(_pair_losses(similarity, positive, negative, settings))}
@@ -164,9 +164,9 @@ def _log1p_sum_exp_(exponents: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Return log(1 + sum of exp(x)) of each row, and exp(x) / (1 + sum of exp(x)) in the memory of the exponents."""
     x = exponents.masked_fill_(~keep, -torch.inf)
     largest = x.amax(1, keepdim=True).clamp_min_(0)  # of 0 and the exponents, since 1 = exp(0)
-    total = x.sub_(largest).exp_().sum(1, keepdim=True).add_((-largest).exp_())
-    softmax = x.div_(total)
-    return total.log_().add_(largest).squeeze(1), softmax
+    rest = x.sub_(largest).exp_().sum(1, keepdim=True).add_(torch.expm1(-largest))  # the sum, with its 1, is 1 + rest
+    softmax = x.div_(rest + 1)
+    return rest.log1p_().add_(largest).squeeze(1), softmax
 
 
 def _masks_from_indices(indices_tuple: Indices, mat: Tensor) -> tuple[Tensor, Tensor]:

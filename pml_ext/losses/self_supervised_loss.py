@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from pml_ext.losses.ensemble_loss import EnsembleLoss
-from pml_ext.pml_internals import PmlSelfSupervisedLoss
-from pml_ext.precision import full_precision, upcast_half
-from pml_ext.validation import check_embeddings
+from pml_ext.pml_internals import PmlSelfSupervisedLoss, values_in
+from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
+from pml_ext.validation import check_embeddings, check_values
 
 
 class SelfSupervisedLoss(PmlSelfSupervisedLoss):
@@ -54,6 +54,7 @@ class SelfSupervisedLoss(PmlSelfSupervisedLoss):
         """Return the loss of two views, row by row."""
         for name, x in (("embeddings", embeddings), ("ref_emb", ref_emb)):
             check_embeddings(name, x)
+            check_values(name, x)
         if ref_emb.shape != embeddings.shape:
             shapes = f"{tuple(embeddings.shape)}, got {tuple(ref_emb.shape)}"
             raise ValueError(f"ref_emb must have the shape of embeddings, {shapes}")
@@ -61,6 +62,7 @@ class SelfSupervisedLoss(PmlSelfSupervisedLoss):
             # by name: torch.compile fails on super() inside of with
             forward: Any = PmlSelfSupervisedLoss.forward
             loss: Tensor = forward(self, upcast_half(embeddings), upcast_half(ref_emb))
+            full_precision_in_backward(values_in(loss), [embeddings, ref_emb])
         return loss
 
     @classmethod

@@ -5,6 +5,8 @@ from typing import Any
 from pytorch_metric_learning.reducers import BaseReducer
 from torch import Tensor
 
+from pml_ext.precision import upcast_half
+
 
 class BatchAverageReducer(BaseReducer):
     r"""Add up all losses, whatever they belong to, and divide by the number of embeddings.
@@ -12,7 +14,7 @@ class BatchAverageReducer(BaseReducer):
     $$\frac{1}{N} \sum_{i, j} \ell_{ij}$$
 
     For papers that write their pair losses so. PML's ``MeanReducer`` divides by the number of pairs instead, its
-    ``SumReducer`` by nothing. A pair that a miner returns twice counts twice.
+    ``SumReducer`` by nothing. A pair that a miner returns twice counts twice. Half losses are added up in float32.
 
     Args:
         **kwargs: Passed to PML's ``BaseReducer`` (``collect_stats``).
@@ -26,7 +28,8 @@ class BatchAverageReducer(BaseReducer):
     """
 
     def element_reduction(self, losses: Tensor, loss_indices: Any, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return losses.sum() / len(embeddings) if len(embeddings) else losses.sum()
+        total = upcast_half(losses).sum()  # half could not hold it
+        return total / len(embeddings) if len(embeddings) else total
 
     def pos_pair_reduction(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.element_reduction(*args, **kwargs)

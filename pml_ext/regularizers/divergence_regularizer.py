@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from pml_ext.learners import DivergenceMixin
-from pml_ext.pml_internals import Regularizer
-from pml_ext.precision import full_precision, upcast_half
+from pml_ext.pml_internals import Regularizer, values_in
+from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
 from pml_ext.types import LossDict
 
 
@@ -40,4 +40,6 @@ class DivergenceRegularizer(DivergenceMixin, Regularizer):
 
     def compute_loss(self, embeddings: Tensor) -> LossDict:
         with full_precision(embeddings.device):
-            return self.divergence_terms(upcast_half(embeddings))
+            terms = self.divergence_terms(upcast_half(embeddings))
+            full_precision_in_backward(values_in(terms), [embeddings])
+            return terms

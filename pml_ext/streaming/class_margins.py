@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pml_ext.streaming.proxy_chunks import Shard, rows_of
-from pml_ext.validation import as_number
+from pml_ext.validation import as_number, as_tensor
 
 ClassMetric = Literal["cosine", "euclidean", "squared_euclidean"]
 Kind = Literal["squared", "euclidean", "table"]
@@ -208,10 +208,7 @@ def _as_floats(name: str, x: Any) -> Tensor:
         raise TypeError(
             f"{name} must not require a gradient, which a buffer does not get, got one that does: .detach()"
         )
-    try:
-        x = torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers, got {type(x).__name__}") from error
+    x = as_tensor(name, x)
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must have a floating point or integer dtype, got {x.dtype}")
     x = x.clone() if x.dtype == torch.float64 else x.float().clone()

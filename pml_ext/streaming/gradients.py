@@ -24,13 +24,19 @@ def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Return the gradient by x, given the gradient by x / |x|.
 
+    A row shorter than 1e-12 is divided by that, a constant: its gradient keeps the part along x.
+
     Args:
         grad: ``(N, D)``.
         unit: x / |x|, ``(N, D)``.
         inverse: 1 / |x|, ``(N, 1)``.
     """
-    along = (grad * unit).sum(1, keepdim=True)
-    return torch.addcmul(grad, unit, along, value=-1) * inverse
+    return torch.addcmul(grad, unit, along_unit(grad, unit, inverse), value=-1) * inverse
+
+
+def along_unit(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Return the part of each row of a gradient along x, ``(N, 1)``, that normalising takes away."""
+    return (grad * unit).sum(1, keepdim=True) * (inverse < 1 / _EPS)
 
 
 def first_derivative_only(name: str, grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> list[Any]:

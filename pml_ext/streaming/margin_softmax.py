@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pml_ext.precision import full_precision
+from pml_ext.precision import full_precision, narrow, widen
 from pml_ext.streaming.class_margins import BatchMargins, ClassMargins
 from pml_ext.streaming.gradients import first_derivative_only, through_norm, unit_rows
 from pml_ext.streaming.proxy_chunks import (
@@ -48,7 +48,7 @@ def margin_softmax_loss(
     $$L_i = \log\Big(1 + \sum_{j \ne y_i} e^{s (c_{ij} + m + m_{y_i j} - c_{i y_i})}\Big)$$
 
     The sum runs over all classes: forward walks over the proxies once for the sum, backward once more for the
-    gradients. Nothing but one number a sample is kept between them.
+    gradients. Nothing but four numbers a sample are kept between them.
 
     Args:
         embeddings: ``(B, D)``, finite. Half precision is raised to float32.
@@ -84,8 +84,8 @@ def margin_softmax_loss(
     with full_precision(embeddings.device):
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
         settings = _Settings(scale, margin, class_margins, normalize, chunk_size, shard)
-        embeddings, labels = embeddings.to(dtype), labels.to(embeddings.device, torch.int64)
-        losses: Tensor = _MarginSoftmax.apply(embeddings, proxies, labels, settings)
+        labels = labels.to(embeddings.device, torch.int64)
+        losses: Tensor = _MarginSoftmax.apply(widen(embeddings, dtype), proxies, labels, settings)
         return losses
 
 
@@ -126,8 +126,11 @@ class _Logits:
         return block
 
 
-def _losses(logits: _Logits, shard: Shard | None) -> Tensor:
-    """Return $L_i$, ``(B,)``: the first walk."""
+def _losses(logits: _Logits, shard: Shard | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return $L_i$, ``(B,)``, and each sample's largest logit and the sum of exponentials over that: the first walk.
+
+    The two stay apart, ``(B, 1)`` each: added up, a large offset that all logits have would swallow the sum.
+    """
     largest = logits.own.clone()  # so far
     total = torch.zeros_like(largest)
     for chunk in logits.chunks:
@@ -139,28 +142,34 @@ def _losses(logits: _Logits, shard: Shard | None) -> Tensor:
     if shard is not None:
         before, largest = largest, shard.max(largest)
         total = shard.sum(total.mul_((before - largest).exp2_()))
-    others = total.log2_().add_(largest)  # (B, 1)
-    difference = (others - logits.own) / _LOG2_E
-    return torch.logaddexp(difference, torch.zeros_like(difference)).squeeze(1)
+    difference = (total.log2() + (largest - logits.own)) / _LOG2_E
+    losses = torch.logaddexp(difference, torch.zeros_like(difference)).squeeze(1)
+    return losses, largest, total.add_((logits.own - largest).exp2_())
 
 
 def _gradients(
-    logits: _Logits, proxies: Tensor, losses: Tensor, scale: float, upstream: Tensor, needs: tuple[bool, ...]
+    logits: _Logits,
+    proxies: Tensor,
+    losses: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    scale: float,
+    upstream: Tensor,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients by embeddings and proxies: the second walk.
 
     $dL_i / dc_{ij}$ is $s$ times the probability of class j, less 1 for the own class.
     """
     unit = logits.unit
-    log_total = logits.own + losses[:, None] * _LOG2_E
-    own_slopes = torch.expm1(-losses)  # own probability - 1, exact where that is close to 1
-    slopes = (scale * upstream)[:, None]
+    own_slopes = torch.expm1(-losses) * total[:, 0]  # own probability - 1, exact where that is close to 1
+    slopes = (scale * upstream)[:, None] / total
     weighted = unit * slopes
     emb_grad = torch.zeros_like(unit) if needs[0] else None
     proxy_grad = torch.empty_like(proxies, dtype=unit.dtype) if needs[1] else None
     buffer = unit.new_empty(logits.chunks.size, unit.shape[1])
     for chunk in logits.chunks:
-        block = logits.of(chunk).sub_(log_total).exp2_()  # probabilities
+        block = logits.of(chunk).sub_(largest).exp2_()  # probabilities times total
         if chunk.samples is not None:
             block[chunk.samples, chunk.columns] = own_slopes[chunk.samples]
         if emb_grad is not None:
@@ -171,23 +180,24 @@ def _gradients(
         emb_grad *= slopes
         if logits.inverse is not None:
             emb_grad = through_norm(emb_grad, unit, logits.inverse)
-    return emb_grad, None if proxy_grad is None else proxy_grad.to(proxies.dtype)
+    return emb_grad, None if proxy_grad is None else narrow(proxy_grad, proxies)
 
 
 class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: _Settings) -> Tensor:
         logits = _Logits(embeddings, proxies, labels, settings)
-        losses = _losses(logits, settings.shard)
-        ctx.save_for_backward(embeddings, proxies, labels, losses, logits.own)
+        losses, largest, total = _losses(logits, settings.shard)
+        ctx.save_for_backward(embeddings, proxies, labels, losses, logits.own, largest, total)
         ctx.settings = settings
         ctx.margins = None if settings.shard is None else logits.margins  # of a shard they had to be asked for
         return losses.clone()  # trainers scale the loss in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        embeddings, proxies, labels, losses, own = ctx.saved_tensors
+        embeddings, proxies, labels, losses, own, largest, total = ctx.saved_tensors
         with torch.no_grad(), full_precision(embeddings.device):
             logits = _Logits(embeddings, proxies, labels, ctx.settings, own, ctx.margins)
-            grads = _gradients(logits, proxies, losses, ctx.settings.scale, grad, ctx.needs_input_grad)
+            sums = losses, largest, total
+            grads = _gradients(logits, proxies, *sums, ctx.settings.scale, grad, ctx.needs_input_grad)
         return (*first_derivative_only("margin softmax", grads, (embeddings, proxies, grad)), None, None)

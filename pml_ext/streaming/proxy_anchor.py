@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pml_ext.precision import full_precision
+from pml_ext.precision import full_precision, narrow, widen
 from pml_ext.streaming.gradients import first_derivative_only, through_norm, unit_rows
 from pml_ext.streaming.proxy_chunks import ProxyChunks, Shard, check_chunk_size, check_walk, write_gradient
 from pml_ext.validation import as_number, check_settings, validation_wanted
@@ -78,7 +78,7 @@ def proxy_anchor_loss(
         raise ValueError("sample_shift must not require a gradient, got one that does")
     with full_precision(embeddings.device):
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
-        embeddings, labels = embeddings.to(dtype), labels.to(embeddings.device, torch.int64)
+        embeddings, labels = widen(embeddings, dtype), labels.to(embeddings.device, torch.int64)
         if not len(embeddings):
             if shard is not None:
                 raise ValueError("embeddings must have rows where the proxies are a shard, got none")
@@ -210,6 +210,6 @@ class _ProxyAnchor(torch.autograd.Function):
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(factor)
-            grads = grads[0], None if grads[1] is None else grads[1].to(proxies.dtype)
+            grads = grads[0], None if grads[1] is None else narrow(grads[1], proxies)
         inputs = (embeddings, proxies, *(x for x in (pos_grad, neg_grad) if x is not None))
         return (*first_derivative_only("Proxy-Anchor", grads, inputs), None, None, None, None)

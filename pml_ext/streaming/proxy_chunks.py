@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pml_ext.streaming.gradients import inverse_norm
+from pml_ext.streaming.gradients import along_unit, inverse_norm
 from pml_ext.validation import check_batch, check_embeddings, check_integers
 
 _BLOCK = {"cpu": 2**18, "cuda": 2**23}  # numbers in a block: 1 MB, about a core's cache, and 32 MB
@@ -146,7 +146,7 @@ def check_chunk_size(chunk_size: int | None) -> None:
         ValueError: Then.
     """
     if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size}")
+        raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size!r}")
 
 
 def check_walk(embeddings: Tensor, proxies: Tensor, labels: Tensor, shard: Shard | None) -> None:
@@ -182,5 +182,5 @@ def write_gradient(grad: Tensor, chunk: Chunk, out: Tensor) -> None:
     if chunk.inverse is None:
         out.copy_(grad)
         return
-    grad.addcmul_(chunk.rows, (grad * chunk.rows).sum(1, keepdim=True), value=-1)  # as through_norm, in place
+    grad.addcmul_(chunk.rows, along_unit(grad, chunk.rows, chunk.inverse), value=-1)  # as through_norm, in place
     torch.mul(grad, chunk.inverse, out=out)  # the only pass over memory that is not in the cache

@@ -74,3 +74,8 @@ def test_bad_arrays(images, labels, error, message):
 def test_bad_names(labels, names, error, message):
     with pytest.raises(error, match=message):
         ImageArrays(GRAY, labels, class_names=names)
+
+
+def test_labels_without_values():
+    with pytest.raises(ValueError, match="labels must hold numbers, got a tensor on the meta device"):
+        ImageArrays(np.zeros((2, 4, 4, 3), dtype=np.uint8), torch.zeros(2, dtype=torch.long, device="meta"))

@@ -230,6 +230,15 @@ def test_numpy_and_integer_descriptions():
     )
 
 
+def test_arrays_of_any_layout():
+    rows = np.random.default_rng(0).standard_normal((6, 3))
+    expected = AdaptiveAdditiveMarginLoss(6, 4, class_embeddings=rows).class_embeddings
+    for same in (rows[::-1].copy()[::-1], rows.astype(">f8"), np.asfortranarray(rows)):
+        assert torch.equal(AdaptiveAdditiveMarginLoss(6, 4, class_embeddings=same).class_embeddings, expected)
+    with pytest.raises(ValueError, match="class_embeddings must hold numbers, got a tensor on the meta device"):
+        AdaptiveAdditiveMarginLoss(6, 4, class_embeddings=torch.ones(6, 3, device="meta"))
+
+
 def test_largest_distance_by_sample(monkeypatch):
     """Above the limit it is that of a sample, the same in every call; below it is exact, whatever the chunks."""
     text = torch.randn(40, 3, dtype=torch.float64)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from pytorch_metric_learning.losses import ContrastiveLoss, CosFaceLoss
 
-from pml_ext.learners import learner_similarity
+from pml_ext.learners import learner_similarity, split_learners
 from pml_ext.losses import DivergenceLoss
 from pml_ext.regularizers import DivergenceRegularizer
 
@@ -156,3 +156,29 @@ def test_width_must_be_divisible(make):
     message = r"embeddings must have a width that num_learners = 5 divides, got shape \(7, 12\)"
     with pytest.raises(ValueError, match=message):
         make(5)(EMB)
+
+
+@pytest.mark.parametrize("length", [1e-22, 3e-13, 2e-12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slices_shorter_than_the_smallest_norm(length, dtype):
+    slices = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    slices[:, 0] = torch.nn.functional.normalize(slices[:, 0]) * length
+    emb = slices.flatten(1).to(dtype).requires_grad_()
+    wide = emb.detach().double().requires_grad_()
+    unit = torch.nn.functional.normalize(wide.view(3, 2, 4), dim=2)
+    expected = (4 - 2 + 2 * (unit[:, 0] * unit[:, 1]).sum(1)).relu().mean()
+    loss = DivergenceLoss(2, margin=4.0)(emb)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    grads = (torch.autograd.grad(x, y)[0].double().view(3, 2, 4) for x, y in ((loss, emb), (expected, wide)))
+    for actual, by_autograd in zip(*grads, strict=True):
+        scale = by_autograd.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(actual / scale, by_autograd / scale, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_embedding():
+    with pytest.raises(TypeError, match=r"embeddings must be a torch\.Tensor, got ndarray"):
+        learner_similarity(np.ones((2, 4)), 2)
+    with pytest.raises(TypeError, match=r"refs must be a torch\.Tensor, got list"):
+        split_learners([[1.0, 2.0]], 2, "refs")
+    with pytest.raises(ValueError, match="embeddings must hold numbers, got a tensor on the meta device"):
+        learner_similarity(torch.ones(2, 4, device="meta"), 2)

@@ -10,6 +10,7 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer
 
 from pml_ext.losses import MultiSimilarityLoss
+from tests.graphs import graphs_of_batches
 
 EMB = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 REF = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -198,3 +199,21 @@ def test_bad_pairs():
 def test_pair_check_can_be_turned_off(without_validation):
     both = tuple(torch.tensor([i]) for i in (0, 1, 0, 1))
     assert MultiSimilarityLoss()(EMB, LABELS, both) > 0
+
+
+def test_small_losses_keep_their_digits():  # log1p: 1 + 1e-7 would be 1 in float32
+    emb, labels = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.9]]), torch.tensor([0, 0, 1])
+    loss_func = MultiSimilarityLoss(alpha=50, beta=50, base=0.6)
+    unit = torch.nn.functional.normalize(emb.double()).numpy()
+    sim = unit @ unit.T
+    exps = [np.exp(-50 * (sim[0, 1] - 0.6)), np.exp(50 * (sim[0, 2] - 0.6)), np.exp(50 * (sim[1, 2] - 0.6))]
+    expected = (np.log1p(exps[0]) * 2 + np.log1p(exps[1]) + np.log1p(exps[2]) + np.log1p(exps[1] + exps[2])) / 50 / 3
+    assert 0 < expected < 1e-9
+    actual = loss_func(emb.requires_grad_(), labels)
+    assert actual.item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_graph_for_all_batch_sizes(dtype):
+    assert graphs_of_batches(MultiSimilarityLoss(), (12, 16, 9), dtype) == [1, 1, 1]

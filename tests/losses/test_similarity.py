@@ -55,3 +55,17 @@ def test_statistics_are_collected():
     distance = CosineSimilarity(collect_stats=True)
     distance_matrix(distance, QUERY)
     assert distance.initial_avg_query_norm == pytest.approx(QUERY.norm(dim=1).mean().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_rows_shorter_than_the_smallest_norm(with_ref, dtype):  # the derivative of x / 1e-12 has a part along x
+    lengths = torch.tensor([0.0, 1e-20, 3e-13, 9e-13, 2e-12, 1.0])[:, None]
+    inputs = [(torch.nn.functional.normalize(x) * lengths[: len(x)]).to(dtype).requires_grad_() for x in (QUERY, REF)]
+    inputs = inputs if with_ref else inputs[:1]
+    ours, theirs = distance_matrix(CosineSimilarity(), *inputs), CosineSimilarity()(*inputs)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(theirs)
+    for a, b in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (ours, theirs)), strict=True):
+        scale = b.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(a / scale, b / scale, rtol=1e-4, atol=1e-5)

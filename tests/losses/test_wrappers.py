@@ -17,6 +17,7 @@ from pml_ext.losses import (
     SelfSupervisedLoss,
 )
 from tests.contract.battery import cloned
+from tests.graphs import graphs_of_batches
 
 SIZE = 5
 
@@ -294,3 +295,25 @@ def test_hooks_inside_do_not_change_the_value(make):
         expected = plain(emb, second)
         assert expected > 0
         torch.testing.assert_close(hooked(emb, second), expected)
+
+
+@pytest.mark.compiles
+def test_graphs_of_the_first_batch_are_those_of_all():
+    first, *later = graphs_of_batches(CrossBatchMemory(MultiSimilarityLoss(), 8, memory_size=48), (12, 16, 12, 9, 20))
+    assert set(later) == {first}
+
+
+def test_indices_tuple_beside_a_mask_without_validation(without_validation):
+    memory = CrossBatchMemory(MultiSimilarityLoss(), 8, memory_size=20)
+    pairs = (torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), torch.tensor([2]))
+    with pytest.raises(ValueError, match="indices_tuple and enqueue_mask are mutually exclusive, got both"):
+        memory(torch.eye(8), torch.arange(8) // 2, pairs, torch.ones(8, dtype=torch.bool))
+    assert memory.queue_idx == 0
+
+
+def test_views_of_a_kind_that_has_no_arithmetic():
+    loss_func, emb = SelfSupervisedLoss(MultiSimilarityLoss()), torch.eye(4)
+    with pytest.raises(TypeError, match="ref_emb must be of float16, bfloat16, float32 or float64, got"):
+        loss_func(emb, emb.to(torch.float8_e5m2))
+    with pytest.raises(ValueError, match="embeddings must hold numbers, got a tensor on the meta device"):
+        loss_func(emb.to("meta"), emb)

@@ -41,3 +41,15 @@ def test_no_pairs_and_copies():
     assert loss == 0
     for other in (copy.deepcopy(reducer), pickle.loads(pickle.dumps(reducer))):
         assert isinstance(other, BatchAverageReducer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_losses_are_added_up_in_float32(dtype):
+    one = torch.tensor(484.8, dtype=dtype)
+    summed = BatchAverageReducer()(
+        {"loss": {"losses": one.repeat(512), "indices": torch.arange(512), "reduction_type": "element"}},
+        torch.zeros(512, 2, dtype=dtype),
+        torch.zeros(512, dtype=torch.long),
+    )
+    assert summed.dtype == torch.float32
+    assert summed.item() == pytest.approx(one.item())  # float16 holds no sum beyond 65504, bfloat16 stops at 2 ** 17

@@ -208,3 +208,41 @@ def test_bad_chunk_size(problem, chunk_size):  # noqa: F811
     emb, proxies, labels, _ = problem
     with pytest.raises(ValueError, match=rf"chunk_size must be None or an integer >= 1, got {chunk_size}"):
         margin_softmax_loss(emb, proxies, labels, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("offset", [1e2, -1e4, 1e5])
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_an_offset_of_all_logits_changes_nothing(offset, chunk_size):
+    rng = torch.Generator().manual_seed(0)
+    emb, proxies = (torch.randint(-8, 9, (n, 6), generator=rng) / 16.0 for n in (12, 40))  # logits without rounding
+    labels = torch.randint(0, 40, (12,), generator=rng)
+    expected, gradients = reference(emb, proxies, labels, 1.0, 0.0, np.zeros((40, 40)), normalize=False)
+    emb, proxies = (torch.cat([x, torch.full((len(x), 1), y)], 1) for x, y in ((emb, 1.0), (proxies, offset)))
+    emb, proxies = leaf(emb), leaf(proxies)
+    losses = margin_softmax_loss(emb, proxies, labels, scale=1.0, normalize=False, chunk_size=chunk_size)
+    np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=1e-4 if abs(offset) < 1e3 else 2e-2)
+    by_x, by_w = torch.autograd.grad(losses.sum(), (emb, proxies))
+    of_x, of_w = gradients(np.ones(12))
+    tolerance = 1e-5 if abs(offset) < 1e3 else 2e-2
+    np.testing.assert_allclose(by_x[:, :6].numpy(), of_x, atol=tolerance)
+    np.testing.assert_allclose(by_w[:, :6].numpy(), of_w, atol=tolerance)
+    np.testing.assert_allclose(by_x[:, 6].numpy() / offset, np.zeros(12), atol=1e-5)  # probabilities sum to 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"scale": 1e4}, {"margin": -3.0}, {"margin": 1.5}, {"margin": 10.0, "scale": 1e3}, {"margin": -2.0, "scale": 1e4}],
+    ids=str,
+)
+@pytest.mark.parametrize("sign", [1, -1], ids=["at the proxy", "opposite"])
+def test_extreme_settings_in_float32(settings, sign):
+    rng = torch.Generator().manual_seed(0)
+    proxies, labels = torch.randn(40, 8, generator=rng), torch.randint(0, 40, (12,), generator=rng)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [leaf((3.0 * sign * proxies[labels]).to(dtype)), leaf(proxies.to(dtype))]
+        losses = margin_softmax_loss(*leaves, labels, **settings)
+        results.append((losses.detach(), *torch.autograd.grad(losses.sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        scale = expected.abs().max().clamp_min(1e-30)
+        torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=2e-5, check_dtype=False)

@@ -196,7 +196,10 @@ def test_half_precision(half):
     torch.testing.assert_close(embeddings.float(), trunk(IMAGES), rtol=0.1, atol=0.05)
     nn.init.zeros_(trunk.linear.weight)
     with torch.autocast("cpu", dtype=half):
-        assert not trunk(IMAGES).any()  # zeros, not NaN
+        embeddings = trunk(IMAGES)
+        assert not embeddings.any()  # zeros, not NaN
+        embeddings.sum().backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in trunk.parameters())
 
 
 def test_double_precision():

@@ -197,7 +197,10 @@ def test_half_precision(half):
         nn.init.zeros_(head[2].weight)
         nn.init.zeros_(head[2].bias)
     with torch.autocast("cpu", dtype=half):
-        assert not trunk(IMAGES).any()  # zeros, not NaN
+        embeddings = trunk(IMAGES)
+        assert not embeddings.any()  # zeros, not NaN
+        embeddings.sum().backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in trunk.parameters())
 
 
 def test_double_precision():

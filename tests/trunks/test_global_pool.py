@@ -57,7 +57,7 @@ def test_gem_in_half_precision():
 def test_bad_input():
     with pytest.raises(ValueError, match=r"pool_type must be one of avg, max, avg\+max, gem, got 'avgmax'"):
         GlobalPool2d("avgmax")
-    with pytest.raises(ValueError, match="p must be > 0, got 0"):
+    with pytest.raises(ValueError, match="p must be > 0 and finite, got 0"):
         GlobalPool2d("gem", p=0)
     for shape in ((2, 3), (2, 3, 0, 4)):
         with pytest.raises(ValueError, match=r"shape \(B, C, H, W\) with H, W >= 1, got"):

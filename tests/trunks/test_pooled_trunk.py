@@ -132,7 +132,10 @@ def test_half_precision(half):
     for x in trunk.linear.parameters():
         nn.init.zeros_(x)
     with torch.autocast("cpu", dtype=half):
-        assert not trunk(IMAGES).any()  # zeros, not NaN
+        embeddings = trunk(IMAGES)
+        assert not embeddings.any()  # zeros, not NaN
+        embeddings.sum().backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in trunk.parameters())
 
 
 def test_statistics_parameter_groups_and_frozen_norms():
