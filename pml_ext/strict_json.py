@@ -20,7 +20,11 @@ def strict_json(value: Any, indent: int | None = None) -> str:
         >>> strict_json({"loss": float("nan"), "sizes": (1, 2.5)})
         '{"loss": null, "sizes": [1, 2.5]}'
     """
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, default=_refuse)
+
+
+def _refuse(value: Any) -> Any:
+    raise TypeError(f"JSON must be made of numbers, texts, lists and the like, got {value!r}")
 
 
 def _finite(value: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from pml_ext.distributed.collectives import Group, gather_numbers, gather_rows
 from pml_ext.pml_internals import settings_of, statistics_of
+from pml_ext.strict_json import strict_json
 
 
 def check_same_settings(name: str, module: nn.Module, group: Group) -> None:
@@ -27,7 +28,7 @@ def check_same_settings(name: str, module: nn.Module, group: Group) -> None:
         RuntimeError: If a rank does not answer in time.
     """
     own = _settings(module)
-    text = json.dumps(own).encode()
+    text = strict_json(own).encode()
     if len({row[0] for row in gather_numbers([zlib.crc32(text)], group)}) == 1:
         return
     sizes = [row[0] for row in gather_numbers([len(text)], group)]

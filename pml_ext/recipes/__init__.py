@@ -1,8 +1,7 @@
 """The trainings of the papers and their baselines, each in one line."""
 
-from pml_ext.evaluation import METRICS
 from pml_ext.recipes.building import RECIPES, recipe
-from pml_ext.recipes.evaluation import embed, retrieval_metrics
+from pml_ext.recipes.evaluation import METRICS, embed, retrieval_metrics
 from pml_ext.recipes.run_folder import Run, load_run
 from pml_ext.recipes.settings import PRESETS
 from pml_ext.recipes.trainer import Trainer

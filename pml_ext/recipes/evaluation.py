@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pml_ext import evaluation
-from pml_ext.evaluation import METRICS
 from pml_ext.modes import in_mode
+
+METRICS = evaluation.METRICS
+"""Names of the metrics that are computed by default."""
 
 
 @torch.no_grad()  # not inference_mode: what is returned may be trained on

@@ -59,7 +59,8 @@ def test_what_is_no_checkpoint(state, missing, tmp_path):
 
 
 def test_a_full_disk(tmp_path):
-    resource = pytest.importorskip("resource")
+    import resource
+
     path = tmp_path / "last.pt"
     write_checkpoint(path, STATE)
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -284,7 +284,7 @@ def test_what_cannot_be_saved_is_noticed_before_the_first_epoch(tmp_path):
     assert not seen
     trainer = trainer_of(made(milestones=(2,)), tmp_path / "b", end_of_iteration_hook=lambda t: seen.append(1))
     trainer.recipe.settings._values["milestones"] = {1, 2}
-    with pytest.raises(TypeError, match=r"settings must be numbers, texts, lists and the like, got \{1, 2\}"):
+    with pytest.raises(TypeError, match=r"JSON must be made of numbers, texts, lists and the like, got \{1, 2\}"):
         trainer.train()
     assert not seen
 

@@ -248,7 +248,7 @@ def test_inputs_are_not_changed(problem):
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.5, "1"])
 def test_bad_chunk_size(problem, chunk_size):
     emb, proxies, labels, _ = problem
-    with pytest.raises(ValueError, match=rf"chunk_size must be None or an integer >= 1, got {chunk_size}"):
+    with pytest.raises(ValueError, match=rf"chunk_size must be None or an integer >= 1, got {chunk_size!r}"):
         proxy_anchor_loss(emb, proxies, labels, chunk_size=chunk_size)
 
 
