@@ -34,7 +34,7 @@ from pml_ext.datasets import ClassSubset, open_data
 from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.datasets.readable import Readable
 from pml_ext.recipes.checkpoint import write_text
-from pml_ext.recipes.data_fingerprint import fingerprint, image_names
+from pml_ext.recipes.data_fingerprint import fingerprint_of_names, image_names
 from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.run_config import autocast_of, describe_run, read_config, write_config
 from pml_ext.recipes.run_folder import load_run
@@ -245,7 +245,7 @@ def views_of(data):
 
 def fingerprints(data):
     """Return what tells whether the images are others, of each part of the data."""
-    return {name: fingerprint(view, view.labels) for name, view in views_of(data).items()}
+    return {name: fingerprint_of_names(view, view.labels) for name, view in views_of(data).items()}
 
 
 def names_of(data):

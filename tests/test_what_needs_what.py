@@ -31,20 +31,25 @@ class_embeddings.from_text(["red apple", "green apple"], model="tfidf")
 class_embeddings.from_samples(torch.randn(6, 4), torch.arange(6) // 2)
 """,
     """
-from pml_ext.neighbors import neighbor_groups, refine_with_neighbors
+from pml_ext.evaluation import retrieval_metrics
+from pml_ext.neighbors import knn_graph, neighbor_groups, refine_with_neighbors
+retrieval_metrics(torch.randn(8, 4), torch.arange(8) // 2)
+knn_graph(torch.randn(9, 4), 2)
 refine_with_neighbors(torch.nn.Linear(4, 4), torch.randn(1, 4)[:0])
 neighbor_groups(torch.eye(4), 2, 2)
 """,
-    "from pml_ext.neighbors import knn_graph; knn_graph(torch.randn(9, 4), 2)",
+    """
+from pml_ext.evaluation import retrieval_metrics
+retrieval_metrics(torch.randn(8, 4), torch.arange(8) // 2, metrics=("NMI",))
+""",
     """
 from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, PooledTrunk, param_groups
 PooledTrunk("resnet18")
 """,
     "from pml_ext.losses import IntraBatchLoss; IntraBatchLoss(3, 4)",
     """
-from pml_ext.recipes import recipe, retrieval_metrics
+from pml_ext.recipes import recipe
 recipe("intra_batch", 3, in_channels=1, width=4).transforms
-retrieval_metrics(torch.randn(8, 4), torch.arange(8) // 2)
 """,
     """
 from pml_ext.datasets import ImageFolder

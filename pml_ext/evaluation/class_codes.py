@@ -75,7 +75,7 @@ def _coded(name: str, labels: Any, length: int) -> tuple[list[Any], Tensor]:
         if labels.dtype.kind in "iubUS":
             values, inverse = np.unique(labels, return_inverse=True)
             return values.tolist(), torch.from_numpy(inverse.astype(np.int64))
-        if labels.dtype.kind not in "OT":
+        if labels.dtype.kind not in ("O", "T"):
             raise TypeError(f"{name} must be {_KINDS}, got {labels.dtype}{_FLOATS if labels.dtype.kind == 'f' else ''}")
         labels = labels.tolist()
     if len(labels) != length:

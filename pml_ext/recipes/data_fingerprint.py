@@ -19,8 +19,16 @@ def fingerprint(dataset: Any, labels: Any) -> str:
         labels: ``(N,)``, integers.
     """
     own = getattr(dataset, "fingerprint", None)
-    if callable(own):
-        return str(own())
+    return str(own()) if callable(own) else fingerprint_of_names(dataset, labels)
+
+
+def fingerprint_of_names(dataset: Any, labels: Any) -> str:
+    """Return what tells whether names or labels are others, where files may have broken since and changed their size.
+
+    Args:
+        dataset: Its names of files count, or ``images``, an array.
+        labels: ``(N,)``, integers.
+    """
     digest = hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes())
     names = image_names(dataset)
     digest.update(str(_checksum(dataset) if names is None else names).encode("utf-8", "surrogateescape"))

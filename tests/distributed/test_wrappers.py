@@ -307,7 +307,7 @@ def others(rank, world, rows, splits):
     copying.register_forward_pre_hook(cloned, with_kwargs=True)
     own = DATA[rows], LABELS[rows]
     observed["itself, hooks"] = copying(*own, None, *own), MultiSimilarityLoss()(DATA, LABELS)
-    mining = DistributedMinerWrapper(miners.PairMarginMiner(neg_margin=-1.0, pos_margin=2.0))
+    mining = DistributedMinerWrapper(miners.PairMarginMiner(pos_margin=-1.0, neg_margin=3.0))
     observed["itself, mined"] = mining(*own, *own), mining(*own)
 
     # a rank that fails inside of the loss, after it has changed

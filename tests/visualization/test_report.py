@@ -391,7 +391,7 @@ def test_bad_arguments(report, tmp_path):
         report(torch.empty(0, 2), torch.empty(0, dtype=torch.long))
     bad = TOY.clone()
     bad[2, 1] = torch.nan
-    with pytest.raises(ValueError, match="embeddings must be finite, got nan in row 2, column 1"):
+    with pytest.raises(ValueError, match="embeddings must be finite, got nan in row 2; 1 of 6 rows: 2"):
         report(bad, TOY_LABELS)
     with pytest.raises(ValueError, match=r"embeddings must have shape .*, got \(12,\)"):
         report(TOY.flatten(), TOY_LABELS)
