@@ -164,20 +164,18 @@ def rank_queries(
         raise ValueError(f"labels must have a match {where} for one query at least, got none for {len(asked)} queries")
     num_without_match = int(len(asked) - has_match.sum())
     asked, num_right = asked[has_match], num_right[has_match]
-    of_query = codes.queries[asked]
     gallery_size = len(gallery) - int(own is not None)
-    values = {name: torch.empty(len(asked), dtype=torch.float64) for name in names}
+    values = {name: torch.empty(len(queries), dtype=torch.float64) for name in names}
     if names:
-        depths = torch.stack([needed_ranks(name, num_right, gallery_size, max_rank) for name in names]).amax(0)
-        of_gallery = codes.gallery.to(queries.device)
-        itself = None if own is None else own[asked]
-        few = queries if len(asked) == len(queries) else queries[asked.to(queries.device)]
-        for rows, neighbors in search(few, gallery, depths, itself, chunk_size, progress):
-            rows = rows.cpu()
-            right = of_gallery[neighbors] == of_query[rows, None].to(queries.device)
+        depths = torch.full((len(queries),), -1)
+        depths[asked] = torch.stack([needed_ranks(n, num_right, gallery_size, max_rank) for n in names]).amax(0)
+        right_of = torch.zeros(len(queries), dtype=torch.long).index_copy_(0, asked, num_right).to(queries.device)
+        of_query, of_gallery = (x.to(queries.device) for x in (codes.queries, codes.gallery))
+        for rows, neighbors in search(queries, gallery, depths, own, chunk_size, progress):
+            right = of_gallery[neighbors] == of_query[rows, None]
             for name in names:
-                values[name][rows] = query_values(name, right, num_right[rows].to(queries.device), max_rank).cpu()
-    return RankedQueries(values, of_query, num_without_match)
+                values[name][rows.cpu()] = query_values(name, right, right_of[rows], max_rank).cpu()
+    return RankedQueries({name: x[asked] for name, x in values.items()}, codes.queries[asked], num_without_match)
 
 
 def averaged(values: Tensor, codes: Tensor, classes: Sequence[Any], average: str | None) -> Any:

@@ -38,14 +38,14 @@ def search(
         queries: ``(N, D)``, floating point, finite.
         gallery: ``(M, D)``, of the same dtype and device.
         k: Neighbours of each query, 0 to M (M - 1 with ``own``); or ``(N,)``, a number for each, int64 on the CPU:
-            queries that want about as many are then searched together.
+            queries that want about as many are then searched together, and those with -1 not at all.
         own: ``(N,)``, int64: the gallery row that is the query itself, which is never its neighbour.
         chunk_size: Queries at a time, >= 1. None: so many that their distances and neighbours take about 200 MB.
         progress: Whether to show a progress bar.
 
     Yields:
         Indices of some queries, ``(n,)``, and their neighbours from near to far, ``(n, k)``, k being the largest of
-        the chunk; both int64, on the device of the queries. Each query comes once: in order where k is a number.
+        the chunk; both int64, on the device of the queries. Each query comes once, in order where k is a number.
 
     Examples:
         >>> points = torch.tensor([[0.0], [1.0], [3.0]])
@@ -55,15 +55,17 @@ def search(
     """
     depths = torch.full((len(queries),), k) if isinstance(k, int) else k
     order = torch.arange(len(queries)) if isinstance(k, int) else torch.argsort(depths, stable=True)
+    order = order[int((depths < 0).sum()) :]
     half_norms = torch.cat([upcast_half(part).square().sum(1) / 2 for part in torch.split(gallery, 1 << 14)])  # (M,)
-    with tqdm(total=len(queries), desc="searching", disable=not progress) as bar, _Smallest(gallery.device) as smallest:
+    with tqdm(total=len(order), desc="searching", disable=not progress) as bar, _Smallest(gallery.device) as smallest:
         done = 0
-        while done < len(queries):
+        while done < len(order):
             chunk = order[done : done + (chunk_size or _chunk_size(depths, order, done, len(gallery)))]
             rows, depth = chunk.to(queries.device), int(depths[chunk[-1]])
             itself = None if own is None else own.to(queries.device)[rows]
             with full_precision(queries.device):
-                yield rows, _nearest(upcast_half(queries[rows]), gallery, half_norms, depth, itself, smallest)
+                neighbors = _nearest(upcast_half(queries[rows]), gallery, half_norms, depth, itself, smallest)
+            yield rows, neighbors
             done += len(chunk)
             bar.update(len(chunk))
 

@@ -86,6 +86,13 @@ def test_a_number_for_each_query():
     assert sum(neighbors.numel() for _, neighbors in chunks) < 1.4 * int(wanted.sum())
 
 
+def test_queries_that_are_not_searched():
+    wanted = torch.where(torch.arange(50) % 3 == 0, 2, -1)
+    nearest, _ = gathered(search(EMB, EMB, wanted, ITSELF), 50)
+    right = by_loops(EMB, EMB, 2, ITSELF)
+    assert nearest == [right[i] if i % 3 == 0 else None for i in range(50)]
+
+
 def test_chunks_keep_memory_low(monkeypatch):
     monkeypatch.setattr(module, "_DISTANCES_AT_ONCE", 1000)
     assert gathered(search(EMB, EMB, 3), 50)[1] == [20, 20, 10]

@@ -134,6 +134,50 @@ def test_by_hand(report):
     assert similarities[:5] == [f"{np.cos(x):.2f}" for x in (0.1, 0.2, 0.5, 0.9, 2.9)]
 
 
+def test_a_gallery_by_hand(report):
+    """Queries at 0, 0.25 and 2 radians; in the gallery images at 0.1, 0.3, 0.35, 2.1 and 1.9, the last of no query."""
+    at = lambda angles: torch.stack([torch.tensor(angles).cos(), torch.tensor(angles).sin()], 1)  # noqa: E731
+    queries, gallery = at([0.0, 0.25, 2.0]), at([0.1, 0.3, 0.35, 2.2, 1.9])
+    pictures = {"images": torch.rand(3, 3, 4, 4), "gallery_images": torch.rand(5, 3, 4, 4)}
+    page = report(
+        queries, ["cat", "dog", "eel"], gallery=gallery, gallery_labels=["cat", "dog", "cat", "eel", "fox"], **pictures,
+        num_points=9, num_neighbors=3,
+    )  # fmt: skip
+    # cat: R = 2, finds cat, dog. dog: R = 1, finds dog. eel: R = 1, finds fox (0.1 away), not eel (0.2).
+    assert page.data["classes"] == [["eel", 1, 0, 0, 0], ["cat", 1, 1, 0.5, 0.5], ["dog", 1, 1, 1, 1]]
+    assert page.metrics == pytest.approx([2 / 3, 0.5, 0.5])
+    assert "3 images of 3 classes" in page.text and "searched in a gallery of 5 other images" in page.text
+    pairs = [row[:5] for row in page.tables["pair-table"][1:]]
+    assert pairs == [["eel", "fox", "1", "100.0%", "100.0%"], ["cat", "dog", "1", "0.0%", "50.0%"]]
+    assert 'alt="wrong: gallery image 4, class fox"' in page.text and 'alt="Query, image 2, class eel"' in page.text
+    assert len(page.data["points"]) == 3
+    assert len([img for img in page.all("img") if img.get("src")]) == 3 * 4
+
+
+def test_labels_of_any_kind(report):
+    page = report(TOY, [True, False, True, False, True, False])
+    assert {row[0] for row in page.data["classes"]} == {"class True", "class False"}
+    for labels in (TOY_LABELS + 2**40, TOY_LABELS.numpy().astype(np.uint64)):
+        assert report(TOY, labels).metrics == pytest.approx([0, 0.3, 0.15])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"gallery": TOY}, "gallery_labels must come with gallery, got gallery alone"),
+        ({"gallery_labels": TOY_LABELS}, "gallery must come with gallery_labels"),
+        ({"gallery": TOY[:, :1], "gallery_labels": TOY_LABELS}, r"gallery must have shape \(N, 2\), got \(6, 1\)"),
+        (
+            {"gallery": TOY, "gallery_labels": TOY_LABELS, "images": torch.rand(6, 4, 4)},
+            "gallery_images must come with",
+        ),
+    ],
+)
+def test_bad_galleries(report, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        report(TOY, TOY_LABELS, **kwargs)
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_confused_pairs_and_similarities(report, monkeypatch, chunked):
     if chunked:
