@@ -53,7 +53,7 @@ class RunLock:
         return self.path.parent, os.getpid(), threading.get_ident()
 
     def _acquire(self) -> None:
-        own = self.path.with_name(f"lock.json.{uuid.uuid4().hex}.new")
+        own = self.path.with_name(f"lock.json.{uuid.uuid4().hex}.own")  # no name that the holder clears away
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"process": os.getpid(), "host": socket.gethostname(), "since": since, "began": _began(os.getpid())}
         own.write_text(strict_json(owner), encoding="utf-8")
@@ -76,7 +76,7 @@ class RunLock:
                 f"a run's folder must be free, got {self.path.parent}, where another training runs ({who}); if it does "
                 f"not, delete {self.path}"
             )
-        aside = own.with_name(f"{own.name}.new")
+        aside = own.with_name(f"{own.name}.aside")
         try:
             os.replace(self.path, aside)
         except FileNotFoundError:
@@ -93,9 +93,10 @@ def _link(source: Path, target: Path) -> bool:
     except FileExistsError:
         return False
     except OSError:  # a file system without links
+        text = source.read_text(encoding="utf-8")  # first: else a failure would leave an empty lock
         try:
             with target.open("x", encoding="utf-8") as file:
-                file.write(source.read_text(encoding="utf-8"))
+                file.write(text)
         except FileExistsError:
             return False
     return True

@@ -66,7 +66,7 @@ def test_locks_of_dead_owners_are_taken_over(tmp_path):
 
 def test_only_one_of_many_gets_it(tmp_path):
     lock_of(tmp_path, began="5")  # a stale one, which all want to take over
-    begin, holders, refused = threading.Barrier(8), [], []
+    begin, holders, refused = threading.Barrier(8, timeout=60), [], []
 
     def take():
         begin.wait()
