@@ -7,11 +7,16 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pml_ext.recipes.checkpoint import LEFT_BEHIND
 from pml_ext.strict_json import strict_json
+
+if os.name == "posix":
+    import fcntl
 
 _held: dict[tuple[Path, int, int], int] = {}  # folder, process and thread: how often
 
@@ -36,7 +41,8 @@ class RunLock:
         key = self._key()
         if key not in _held:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._acquire()
+            with _one_at_a_time(self.path.parent):
+                self._acquire()
             for path in self.path.parent.glob("*.new"):
                 if LEFT_BEHIND.search(path.name):
                     path.unlink(missing_ok=True)
@@ -59,11 +65,11 @@ class RunLock:
         own.write_text(strict_json(owner), encoding="utf-8")
         try:
             while not _link(own, self.path):
-                self._remove_stale(own)
+                self._remove_stale()
         finally:
             own.unlink(missing_ok=True)
 
-    def _remove_stale(self, own: Path) -> None:
+    def _remove_stale(self) -> None:
         """Take the lock of a dead owner away, or say who holds it."""
         try:
             text = self.path.read_text(encoding="utf-8")
@@ -76,14 +82,26 @@ class RunLock:
                 f"a run's folder must be free, got {self.path.parent}, where another training runs ({who}); if it does "
                 f"not, delete {self.path}"
             )
-        aside = own.with_name(f"{own.name}.aside")
-        try:
-            os.replace(self.path, aside)
-        except FileNotFoundError:
-            return
-        if aside.read_text(encoding="utf-8") != text:  # somebody else was faster, and has it now
-            _link(aside, self.path)
-        aside.unlink()
+        self.path.unlink(missing_ok=True)  # none takes it meanwhile: see _one_at_a_time
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one thread or process at a time take a folder, or two could take a stale lock away, one of them the other's.
+
+    Where the system has no locks of folders, stale ones are not recognised (Windows), or two that meet within a
+    moment may both go on (file systems without ``flock``).
+    """
+    if os.name != "posix":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _link(source: Path, target: Path) -> bool:
