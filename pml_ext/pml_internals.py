@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pytorch_metric_learning import losses
 from pytorch_metric_learning.losses import BaseMetricLossFunction
-from pytorch_metric_learning.losses import CrossBatchMemory as PmlCrossBatchMemory
-from pytorch_metric_learning.losses import SelfSupervisedLoss as PmlSelfSupervisedLoss
 from pytorch_metric_learning.losses import mixins as pml_mixins
 from pytorch_metric_learning.reducers import MultipleReducers
 from pytorch_metric_learning.regularizers import BaseRegularizer as PmlRegularizer
@@ -20,7 +19,9 @@ from torch import Tensor
 
 from pml_ext.types import LossDict
 
-__all__ = ["PmlCrossBatchMemory", "PmlSelfSupervisedLoss"]  # PML's own, also where its namespace is patched with ours
+PmlCrossBatchMemory: Any = losses.CrossBatchMemory
+PmlSelfSupervisedLoss: Any = losses.SelfSupervisedLoss
+"""PML's own classes, also where its namespace is patched with ours later."""
 
 
 class _Records:
