@@ -12,12 +12,12 @@ from pathlib import Path
 
 import command_line  # first: it keeps a warning away
 import numpy as np
-import torch
 
 from pml_ext import recipes
 from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.image_reader import read_image
 from pml_ext.evaluation.metrics import as_embeddings
+from pml_ext.neighbors.search import search as search_gallery
 
 
 def main(run, query, k=10, index=None, out=None, device=None):
@@ -78,10 +78,8 @@ def read_index(folder):
 
 def nearest(embeddings, query, k):
     """Return the k largest similarities to a query, (1, D), and their rows; equal ones in the order of rows."""
-    # Row by row: a matrix product may round equal rows differently, and would order them by that.
-    similarity = torch.cat([(part * query).sum(1) for part in embeddings.split(1 << 8)])  # which fits into a cache
-    values, rows = similarity.sort(descending=True, stable=True)
-    return list(zip(values[:k].tolist(), rows[:k].tolist(), strict=True))
+    ((_, rows),) = search_gallery(query, embeddings, min(k, len(embeddings)))
+    return list(zip((embeddings[rows[0]] * query).sum(1).tolist(), rows[0].tolist(), strict=True))
 
 
 def draw(query, results, path):

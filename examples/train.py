@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from pml_ext import recipes
 from pml_ext.datasets import ClassSubset, open_data
+from pml_ext.datasets.content import file_names
 from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.datasets.readable import Readable
 from pml_ext.recipes.checkpoint import write_text
-from pml_ext.recipes.data_fingerprint import fingerprint_of_names, image_names
 from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.run_config import autocast_of, describe_run, read_config, write_config
 from pml_ext.recipes.run_folder import load_run
@@ -244,23 +244,22 @@ def views_of(data):
 
 
 def fingerprints(data):
-    """Return what tells whether the images are others, of each part of the data."""
-    return {name: fingerprint_of_names(view, view.labels) for name, view in views_of(data).items()}
+    """Return what tells whether the images are others; not by their sizes, since some may have broken."""
+    return {name: view.fingerprint(sizes=False) for name, view in views_of(data).items()}
 
 
 def names_of(data):
     """Return the names of all image files, behind those of the parts of the data."""
-    return {f"{name}/{image}" for name, view in views_of(data).items() for image in image_names(view) or ()}
+    return {f"{name}/{image}" for name, view in views_of(data).items() for image in file_names(view) or ()}
 
 
 def without(data, left_out):
     """Return data without the image files that the run has left out."""
     views, left_out = {}, set(left_out)
     for name, view in views_of(data).items():
-        kept = torch.tensor([f"{name}/{image}" not in left_out for image in image_names(view) or ()])
-        if left_out and len(kept):
-            views[name] = copy.copy(view)
-            views[name].indices, views[name].labels = view.indices[kept], view.labels[kept]
+        names = file_names(view)
+        if left_out and names is not None:
+            views[name] = only(view, torch.tensor([f"{name}/{image}" not in left_out for image in names]))
     return replace(data, **views)
 
 

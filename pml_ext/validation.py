@@ -336,6 +336,7 @@ def as_tensor(name: str, x: Any) -> Tensor:
     got = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
     if isinstance(x, np.ndarray) and x.dtype.kind in "biufc":
         x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+        x = x if x.flags.writeable else x.copy()  # a tensor would not be protected
     try:
         tensor = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as error:

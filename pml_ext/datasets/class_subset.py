@@ -1,7 +1,6 @@
 """Some classes of a labelled data set."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pml_ext.datasets.content import content_of
+from pml_ext.datasets.content import fingerprint_of
 from pml_ext.datasets.labels import as_labels, label_values
 
 
@@ -83,20 +82,17 @@ class ClassSubset(torch.utils.data.Dataset[tuple[Any, int]]):
         image = self.dataset[int(self.indices[index])][0]
         return image if self.transform is None else self.transform(image), int(self.labels[index])
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, sizes: bool = True) -> str:
         """Return 64 hexadecimal digits that change with the samples, their order and their labels.
 
         The SHA-256 of each sample's label and content: for files, the path below the folder that all files of the data
         set share, and the size, so that they may move together and need not be read; for arrays, the values. Of data
         sets that keep neither ``paths``, ``samples``, ``images`` nor ``data``, only index and label count.
+
+        Args:
+            sizes: Whether sizes of files count.
         """
-        dataset, indices = self.dataset, self.indices
-        while isinstance(dataset, ClassSubset):
-            dataset, indices = dataset.dataset, dataset.indices[indices]
-        digest = hashlib.sha256()
-        for label, part in zip(self.labels.tolist(), content_of(dataset, indices.tolist()), strict=True):
-            digest.update(b"%d %d " % (label, len(part)) + part)
-        return digest.hexdigest()
+        return fingerprint_of(self, self.labels, sizes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {len(self)} images of {self.num_classes} classes"

@@ -1,5 +1,6 @@
 """What tells the samples of a data set from others."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,20 +9,43 @@ import numpy as np
 from torch import Tensor
 
 
-def content_of(dataset: Any, indices: Sequence[int]) -> Iterator[bytes]:
-    """Yield a few bytes for each sample that change where the sample does.
+def fingerprint_of(dataset: Any, labels: Any, sizes: bool = True) -> str:
+    """Return 64 hexadecimal digits that change with the samples of a data set or view, their order and their labels.
 
-    Of files (``paths``, or torchvision's ``samples``) these are the path below the folder that all files of the data
-    set have in common, and the size, -1 if there is no file any more; files are not read. Of arrays (``images`` or
-    ``data``) they are the values. Of other data sets nothing is known but the index.
+    Args:
+        dataset: Of it or, of a view, of what it looks at, these count: of files (``paths``, or torchvision's
+            ``samples``) the path below the folder that all files have in common, and the size, -1 if there is no file
+            any more; files are not read. Of arrays (``images`` or ``data``) the values. Of others only the index.
+        labels: ``(N,)``, integers.
+        sizes: Whether sizes of files count.
     """
+    digest = hashlib.sha256()
+    for label, part in zip(np.asarray(labels).tolist(), _contents(*_inside(dataset), sizes), strict=True):
+        digest.update(b"%d %d " % (label, len(part)) + part)
+    return digest.hexdigest()
+
+
+def file_names(dataset: Any) -> list[str] | None:
+    """Return the paths of a data set's or view's files below their common folder; None if it has no files."""
+    inside, indices = _inside(dataset)
+    paths = _paths(inside)
+    return None if paths is None else list(_below_common_folder(paths, indices))
+
+
+def _inside(dataset: Any) -> tuple[Any, Sequence[int]]:
+    """Return what a view, or a view of views, looks at, and which samples of it."""
+    indices = np.arange(len(dataset))
+    while hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        dataset, indices = dataset.dataset, np.asarray(dataset.indices)[indices]
+    return dataset, indices.tolist()
+
+
+def _contents(dataset: Any, indices: Sequence[int], sizes: bool) -> Iterator[bytes]:
     paths, arrays = _paths(dataset), _arrays(dataset)
     if paths is not None:
-        folder = os.path.dirname(os.path.commonprefix([min(paths), max(paths)]))  # noqa: RUF071 (cut to folders)
-        for i in indices:
-            path = os.fspath(paths[i])
-            size = os.path.getsize(path) if os.path.exists(path) else -1
-            yield os.fsencode(path[len(folder) :].lstrip(os.sep)) + b"\0%d" % size
+        for i, name in zip(indices, _below_common_folder(paths, indices), strict=True):
+            size = os.path.getsize(paths[i]) if sizes and os.path.exists(paths[i]) else -1
+            yield os.fsencode(name) + b"\0%d" % size
     elif arrays is not None:
         for i in indices:
             row = np.ascontiguousarray(arrays[i])
@@ -31,11 +55,18 @@ def content_of(dataset: Any, indices: Sequence[int]) -> Iterator[bytes]:
             yield b"%d" % i
 
 
+def _below_common_folder(paths: Sequence[Any], indices: Sequence[int]) -> Iterator[str]:
+    first, last = (os.fspath(path) for path in (min(paths), max(paths)))
+    folder = os.path.dirname(os.path.commonprefix([first, last]))  # noqa: RUF071 (cut to folders)
+    for i in indices:
+        yield os.fspath(paths[i])[len(folder) :].lstrip(os.sep)
+
+
 def _paths(dataset: Any) -> Any:
     paths: Any = getattr(dataset, "paths", None)
     if paths is None and isinstance(getattr(dataset, "samples", None), list):
         paths = [sample[0] for sample in dataset.samples]
-    return paths if paths is not None and len(paths) == len(dataset) else None
+    return paths if paths is not None and len(paths) == len(dataset) > 0 else None
 
 
 def _arrays(dataset: Any) -> Any:

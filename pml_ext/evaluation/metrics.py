@@ -12,7 +12,7 @@ from pml_ext.evaluation.clustering import clustering_metrics
 from pml_ext.evaluation.ranking import RANKED, is_at_k, needed_ranks, query_values
 from pml_ext.neighbors.search import search
 from pml_ext.precision import upcast_half
-from pml_ext.validation import check_count
+from pml_ext.validation import as_tensor, check_count
 
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 """Names of the metrics that are computed by default."""
@@ -212,10 +212,7 @@ def as_embeddings(
         ValueError: If the shape is another, there is no row, or a number is not finite or too large to be squared.
     """
     if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
-        native = embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False)
-        embeddings = torch.as_tensor(
-            native if min(native.strides, default=0) >= 0 and native.flags.writeable else native.copy()
-        )
+        embeddings = as_tensor(name, embeddings)
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
         kind = getattr(embeddings, "dtype", type(embeddings).__name__)
         raise TypeError(f"{name} must be a tensor or an array with a floating point dtype, got {kind}")

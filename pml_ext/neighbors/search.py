@@ -87,6 +87,10 @@ def _nearest(
     """Return the k nearest gallery rows, ``(n, k)``."""
     if not k:
         return torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    if len(queries) == 1:  # a product with a vector rounds equal rows differently, one with a matrix does not
+        return _nearest(queries.repeat(2, 1), gallery, half_norms, k, None if own is None else own.repeat(2), smallest)[
+            :1
+        ]
     if queries.dtype == torch.float64:  # a float64 and an index do not fit into a key
         distance = torch.addmm(half_norms, queries, gallery.T, alpha=-1)  # (n, M), but for what only the query gives
         _leave_out(distance, own, 0)

@@ -17,8 +17,8 @@ import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
 from torch import Tensor, nn
 
+from pml_ext.datasets.content import fingerprint_of
 from pml_ext.recipes.checkpoint import read_checkpoint, try_checkpoint, write_checkpoint, write_text
-from pml_ext.recipes.data_fingerprint import fingerprint
 from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.networks import matched_state, network_state
 from pml_ext.recipes.run_config import describe_run, differences, read_config, write_config
@@ -144,7 +144,7 @@ class Trainer(MetricLossOnly):
         self._iterations = self.iterations_per_epoch
         self._stopped = False
         self._unvalidated = False  # whether the metrics of the last epoch are missing
-        self._fingerprint = fingerprint(dataset, self._labels)
+        self._fingerprint = _fingerprint(dataset, self._labels)
         self._resumed: list[dict[str, Any]] | None = None  # what config.json says of it
         self._own_files: tuple[int, ...] | None = None  # last.pt as this training knows it
         self._can_be_saved = False
@@ -501,6 +501,11 @@ def _checked_labels(dataset: Any, labels: Any, num_classes: int) -> Tensor:
         got = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
         raise ValueError(f"labels must lie in 0 to num_classes - 1 = {num_classes - 1}, got {got}")
     return labels
+
+
+def _fingerprint(dataset: Any, labels: Tensor) -> str:
+    own = getattr(dataset, "fingerprint", None)
+    return str(own()) if callable(own) else fingerprint_of(dataset, labels)
 
 
 def _number(name: str, value: Any) -> float:

@@ -7,11 +7,15 @@ _OF_LOSSES = "DistributedLossWrapper"  # PML's and ours, which keep the loss in 
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside of ``torch.compile``, ``DistributedDataParallel``, ``AveragedModel`` and the like."""
-    names = [name for name in _INSIDE if isinstance(getattr(module, name, None), nn.Module)]
-    if type(module).__name__ == _OF_LOSSES:
-        names.append("loss")
-    return unwrapped(getattr(module, names[0])) if names else module
+    """Return the module inside of ``torch.compile``, ``DistributedDataParallel``, ``AveragedModel`` and the like.
+
+    A network of one's own that has a part of the name ``module`` beside others is no wrapper.
+    """
+    for name in (*_INSIDE, "loss") if type(module).__name__ == _OF_LOSSES else _INSIDE:
+        inside = getattr(module, name, None)
+        if isinstance(inside, nn.Module) and {*module.children()} <= {inside}:
+            return unwrapped(inside)
+    return module
 
 
 def backbone_of(trunk: nn.Module) -> nn.Module | None:

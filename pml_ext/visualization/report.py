@@ -121,6 +121,8 @@ def retrieval_report(
         check_count(name, value)
     names = _names(class_names, codes.classes)
     map_method = _map_method(method, min(num_points, len(embeddings))) if num_points else None
+    if not isinstance(title, str):
+        raise TypeError(f"title must be a string, got {title!r}")
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"path must be a file, got the folder {path}")

@@ -76,6 +76,19 @@ def test_equal_rows_come_by_index(num_rows, num_different, seed):
         assert row[: len(alike)] == alike
 
 
+@pytest.mark.parametrize("num_rows", [33, 34, 35, 70_001])
+@pytest.mark.parametrize("num_queries", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rows_come_by_index_for_any_number_of_queries(num_rows, num_queries, dtype, device):
+    """Products with a single vector round equal rows differently; so might tiles of other sizes."""
+    for seed in range(1 if num_rows > 100 else 20):
+        generator = torch.Generator().manual_seed(seed)
+        gallery = torch.randn(1, 5, dtype=dtype, generator=generator).repeat(num_rows, 1).to(device)
+        queries = torch.randn(num_queries, 5, dtype=dtype, generator=generator).to(device)
+        ((_, neighbors),) = search(queries, gallery, 3)
+        assert neighbors.tolist() == [[0, 1, 2]] * num_queries
+
+
 def test_a_number_for_each_query():
     """Queries that want about as many are searched together, and none is lost."""
     wanted = torch.arange(50).flip(0) % 13

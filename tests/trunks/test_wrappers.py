@@ -16,6 +16,16 @@ def test_unwrapped():
     assert backbone_of(linear) is None
 
 
+def test_a_network_with_a_part_of_that_name_is_no_wrapper():
+    """What lies beside the part would be lost where the network is saved."""
+    net = nn.Sequential()
+    net.module, net.head = nn.Linear(2, 3), nn.Linear(3, 2)
+    assert unwrapped(net) is net
+    assert unwrapped(nn.DataParallel(net)) is net
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    assert unwrapped(averaged) is averaged.module
+
+
 def test_names_without_what_compiling_adds():
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     plain = list(net.state_dict())

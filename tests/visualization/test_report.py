@@ -444,6 +444,8 @@ def test_bad_arguments(report, tmp_path):
             report(wrong, TOY_LABELS)
     with pytest.raises(TypeError, match=r"labels must be integers, strings or bools, got torch\.float32"):
         report(TOY, TOY_LABELS.float())
+    with pytest.raises(TypeError, match="title must be a string, got 5"):
+        report(TOY, TOY_LABELS, title=5)
     with pytest.raises(ValueError, match="path must be a file, got the folder"):
         report(TOY, TOY_LABELS, path=tmp_path)
     for name in ("num_queries", "num_neighbors", "num_pairs", "num_points"):

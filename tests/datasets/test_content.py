@@ -1,8 +1,8 @@
 import torch
 
 from pml_ext.datasets import ClassSubset, ImageArrays
+from pml_ext.datasets.content import file_names, fingerprint_of
 from pml_ext.datasets.image_files import ImageFiles
-from pml_ext.recipes.data_fingerprint import fingerprint, image_names
 
 FILES = [f"/photos/{name}.jpg" for name in ("a/1", "a/2", "b/1", "b/2", "c/1", "c/2")]
 LABELS = [0, 0, 1, 1, 2, 2]
@@ -10,7 +10,7 @@ LABELS = [0, 0, 1, 1, 2, 2]
 
 def of_files(files=FILES, labels=LABELS, classes=(2, 1)):
     view = ClassSubset(ImageFiles(files, labels), classes)
-    return fingerprint(view, view.labels)
+    return fingerprint_of(view, view.labels, sizes=False)
 
 
 def test_names_of_files_and_labels_count():
@@ -19,22 +19,16 @@ def test_names_of_files_and_labels_count():
     assert len({of_files(), *others}) == 4
     assert of_files([file.replace("a/", "d/") for file in FILES]) == of_files()  # of a class that is not in the view
     inner = ClassSubset(ClassSubset(ImageFiles(FILES, LABELS), [1, 2]), [1])
-    assert image_names(inner) == ["c/1.jpg", "c/2.jpg"]
-    assert image_names(ImageArrays(torch.zeros(6, 4, 4, dtype=torch.uint8), LABELS)) is None
+    assert file_names(inner) == ["c/1.jpg", "c/2.jpg"]
+    assert file_names(ImageArrays(torch.zeros(6, 4, 4, dtype=torch.uint8), LABELS)) is None
 
 
 def test_pixels_of_arrays_count():
     images = torch.arange(96, dtype=torch.uint8).view(6, 4, 4)
-    first, same, other = (fingerprint(ImageArrays(x, LABELS), LABELS) for x in (images, images.clone(), images + 1))
+    first, same, other = (fingerprint_of(ImageArrays(x, LABELS), LABELS) for x in (images, images.clone(), images + 1))
     assert first == same != other
     view = ClassSubset(ImageArrays(images, LABELS), [0, 1])
     changed = ClassSubset(ImageArrays(images + 1, LABELS), [0, 1])
-    assert fingerprint(view, view.labels) != fingerprint(changed, changed.labels)
-
-
-def test_a_data_set_may_say_it_itself():
-    class Own:
-        def fingerprint(self):
-            return "mine"
-
-    assert fingerprint(Own(), LABELS) == "mine"
+    assert fingerprint_of(view, view.labels) != fingerprint_of(changed, changed.labels)
+    subset = torch.utils.data.Subset(ImageArrays(images, LABELS), [0, 1, 2, 3])  # torch's own view
+    assert fingerprint_of(subset, LABELS[:4]) == fingerprint_of(view, view.labels)
