@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 _BATCHES = 100
 _SAMPLE = 8  # numbers of each parameter that are compared
+_AT_ONCE = 1 << 20  # gradients that are looked through
 
 
 class OptimizerWatch:
@@ -57,9 +58,14 @@ def _positions(parameter: nn.Parameter) -> Tensor:
     x = _local(parameter)
     count = min(_SAMPLE, x.numel())
     grad = _local_gradient(parameter)
-    if grad is not None:
-        return grad.flatten().abs().topk(count).indices
-    return torch.linspace(0, max(x.numel() - 1, 0), count, device=x.device).long()
+    if grad is None:  # spread evenly; by integers, since float32 has none of its own above 2^24
+        return torch.arange(count, device=x.device) * (x.numel() - 1) // max(count - 1, 1)
+    best, positions, start = grad.new_empty(0), torch.empty(0, dtype=torch.long, device=grad.device), 0
+    for part in torch.split(grad.flatten(), _AT_ONCE):  # a copy of all would double what the loss takes
+        values, indices = part.abs().topk(min(count, len(part)))
+        best, order = torch.cat([best, values]).topk(min(count, len(best) + len(values)))
+        positions, start = torch.cat([positions, indices + start])[order], start + len(part)
+    return positions
 
 
 def _values(parameter: nn.Parameter, positions: Tensor) -> Tensor:

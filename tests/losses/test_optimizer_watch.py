@@ -15,6 +15,7 @@ from pml_ext.losses import (
     MultiSimilarityLoss,
     ProxyAnchorLoss,
     SelfSupervisedLoss,
+    optimizer_watch,
 )
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
@@ -148,3 +149,18 @@ class Rows(MultiSimilarityLoss):
 
     def compute_loss(self, embeddings, *args):
         return super().compute_loss(embeddings * self.rows[17], *args)
+
+
+def test_positions_in_parameters_of_any_size(monkeypatch):
+    """float32 cannot count the numbers of a million proxies."""
+    large = torch.nn.Parameter(torch.zeros(1).expand(32_000_000))
+    assert optimizer_watch._positions(large)[[0, -1]].tolist() == [0, 31_999_999]
+    assert optimizer_watch._positions(torch.nn.Parameter(torch.zeros(1))).tolist() == [0]
+    assert optimizer_watch._positions(torch.nn.Parameter(torch.zeros(0))).tolist() == []
+    monkeypatch.setattr(optimizer_watch, "_AT_ONCE", 7)
+    parameter = torch.nn.Parameter(torch.zeros(5, 9))
+    parameter.grad = torch.randperm(45).view(5, 9) - 20.0
+    largest = parameter.grad.flatten().abs().argsort(descending=True)[:8]
+    assert set(parameter.grad.flatten()[optimizer_watch._positions(parameter)].abs().tolist()) == set(
+        parameter.grad.flatten()[largest].abs().tolist()
+    )
