@@ -19,6 +19,7 @@ from retrieval_rows import QUESTIONS, ROWS, row_of
 from benchmarks import (
     distributed,
     ensemble,
+    evaluation,
     glyph_classes,
     hybrid_defaults,
     losses,
@@ -645,3 +646,28 @@ def test_causes_are_written_resumed_and_shown(toy, tmp_path, capsys, monkeypatch
     assert capsys.readouterr().out == printed
     with pytest.raises(SystemExit, match="--data must be given"):
         retrieval_causes.main(**(options | {"data": None}), show_only=False)
+
+
+def test_the_table_of_evaluation_is_that_of_its_results():
+    page = FOLDER.parent / "docs" / "evaluation.md"
+    rows = json.loads((FOLDER / "results" / "evaluation-cpu.json").read_text())["rows"]
+    assert evaluation.table(rows) in page.read_text()
+    assert {row["embeddings"] for row in rows} >= {10_000, 60_502, 100_000}
+    assert sum(evaluation.labels_of(evaluation.SIZES["large"]) == 0) == 12_000
+    for size in evaluation.SIZES.values():
+        labels = evaluation.labels_of(size)
+        assert (len(labels), len(labels.unique())) == (size.embeddings, size.classes)
+
+
+@linux_only
+def test_evaluation(tmp_path, monkeypatch, capsys):
+    tiny = {"tiny": evaluation.Size("tiny", 400, 40, 0), "large": evaluation.Size("a large class", 300, 21, 100)}
+    monkeypatch.setattr(evaluation, "SIZES", tiny)
+    kept = evaluation.main(rounds=1, threads=1, out=tmp_path / "kept.json")
+    assert json.loads((tmp_path / "kept.json").read_text()) == kept
+    measured = {(row["size"], row["candidate"]) for row in kept["rows"] if "seconds" in row}
+    assert measured == {("tiny", name) for name in evaluation.CANDIDATES} | {
+        ("large", "retrieval_metrics"),
+        ("large", "product"),
+    }
+    assert evaluation.table(kept["rows"]) in capsys.readouterr().out
