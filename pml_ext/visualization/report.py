@@ -108,7 +108,7 @@ def retrieval_report(
     """
     check_together("gallery", gallery, "gallery_labels", gallery_labels)
     embeddings = as_embeddings("embeddings", embeddings)
-    searched = embeddings if gallery is None else as_embeddings("gallery", gallery, like=embeddings)
+    searched = embeddings if gallery is None else as_embeddings("gallery", gallery, width=embeddings.shape[1])
     codes = class_codes(labels, len(embeddings), gallery_labels, len(searched))
     if images is not None:
         check_images("images", images, len(embeddings))
