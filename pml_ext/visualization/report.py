@@ -217,7 +217,7 @@ def _search(unit: Tensor, gallery: Tensor, codes: ClassCodes, num_neighbors: int
             metrics[rows, i] = query_values(name, of_neighbor == of_query, others)  # 0 / 0 where there is no other
         pairs = of_query * num_classes + of_neighbor  # (n, k)
         within = torch.arange(pairs.shape[1]) < others[:, None]
-        first.append(pairs[:, 0])
+        first.append(pairs[:, 0].clone())  # a view would keep all pairs
         among_r.append(torch.stack(torch.unique(pairs[within], return_counts=True)))
     metrics[num_right == 0] = torch.nan
     similarity = (unit * gallery[nearest[:, 0]]).sum(1)

@@ -187,9 +187,8 @@ def test_distances_that_would_overflow_are_refused():
     x = torch.tensor([[1.8e19], [-1.8e19], [1.0], [-1.8e19]])
     with pytest.raises(ValueError, match=r"got 1.8e\+19, distances of which torch.float32 cannot hold, in row 0"):
         retrieval_metrics(x, [0, 1, 0, 1])
-    assert retrieval_metrics(x / 2, [0, 1, 1, 0], metrics=("mean_average_precision",)) == {
-        "mean_average_precision": pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 3) / 4), "num_queries": 4, "num_without_match": 0
-    }  # fmt: skip
+    metrics = retrieval_metrics(x / 2, [0, 1, 1, 0], metrics=("mean_average_precision",))
+    assert metrics["mean_average_precision"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 3) / 4)
 
 
 @pytest.mark.parametrize("k", [np.int64(3), torch.tensor(3), np.array([3]), torch.tensor([3]), range(3, 4)], ids=repr)

@@ -304,15 +304,15 @@ def test_structure(report):
 
 
 def test_deterministic(report, tmp_path):
-    embeddings, labels = clusters(120, 6)
-    images = torch.rand(120, 3, 9, 9)
+    embeddings, labels = clusters(60, 6)
+    images = torch.rand(60, 3, 9, 9)
     one, two, other = (
-        report(embeddings, labels, images, num_points=100, seed=seed, path=tmp_path / name).text
+        report(embeddings, labels, images, num_points=50, seed=seed, path=tmp_path / name).text
         for seed, name in ((0, "a.html"), (0, "b.html"), (1, "c.html"))
     )
     assert one == two != other
     with torch.autocast("cpu", torch.bfloat16):
-        assert report(embeddings.numpy(), labels.numpy(), images, num_points=100).text == one
+        assert report(embeddings.numpy(), labels.numpy(), images, num_points=50).text == one
 
 
 def images_of_kind(kind, tmp_path):
