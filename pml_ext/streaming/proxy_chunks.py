@@ -126,10 +126,10 @@ class ProxyChunks:
             if self._rows is not None:
                 inverse = inverse_norm(rows)
                 rows = torch.mul(rows, inverse, out=self._rows[: len(rows)])
-            if cuts[i] < cuts[i + 1]:
-                samples = (
-                    torch.arange(cuts[1], device=self.labels.device) if order is None else order[cuts[i] : cuts[i + 1]]
-                )
+            if order is None:
+                samples = torch.arange(len(self.labels), device=self.labels.device)
+            elif cuts[i] < cuts[i + 1]:
+                samples = order[cuts[i] : cuts[i + 1]]
                 columns = self.labels[samples] - start
             yield Chunk(start, start + len(rows), rows, inverse, samples, columns)
 
