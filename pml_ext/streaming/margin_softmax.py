@@ -14,6 +14,7 @@ from pml_ext.streaming.proxy_chunks import (
     ProxyChunks,
     Shard,
     check_chunk_size,
+    check_memory,
     check_walk,
     rows_here,
     write_gradient,
@@ -30,6 +31,7 @@ class _Settings(NamedTuple):
     normalize: bool
     chunk_size: int | None
     shard: Shard | None
+    memory: int
 
 
 def margin_softmax_loss(
@@ -42,13 +44,15 @@ def margin_softmax_loss(
     normalize: bool = True,
     chunk_size: int | None = None,
     shard: Shard | None = None,
+    memory: int = 0,
 ) -> Tensor:
     r"""Return the cross entropy of each sample, exactly, in memory that does not grow with batch times classes.
 
     $$L_i = \log\Big(1 + \sum_{j \ne y_i} e^{s (c_{ij} + m + m_{y_i j} - c_{i y_i})}\Big)$$
 
     The sum runs over all classes: forward walks over the proxies once for the sum, backward once more for the
-    gradients. Nothing but four numbers a sample are kept between them.
+    gradients. Between them four numbers a sample are kept and, of as many chunks as fit into ``memory``, the
+    exponentials, whose logits backward need not compute again.
 
     Args:
         embeddings: ``(B, D)``, finite. Half precision is raised to float32.
@@ -60,6 +64,8 @@ def margin_softmax_loss(
         normalize: $c$ is the cosine (True) or the dot product (False).
         chunk_size: Proxies in a chunk. None: what keeps its logits in the cache.
         shard: Which classes the proxies are. None: all.
+        memory: Bytes that may be kept from forward to backward to save time. All chunks fit into 4 B (C + chunks), in
+            float64 into twice as many. Where no gradient is wanted nothing is kept.
 
     Returns:
         ``(B,)``, float32, or float64 if an argument is. Of a shard too it is the whole loss, for which shards exchange
@@ -70,9 +76,10 @@ def margin_softmax_loss(
         TypeError: If an argument has the wrong type or dtype, or ``scale``, ``margin`` or ``class_margins`` requires a
             gradient, which ``AdaptiveAdditiveMarginLoss`` can give.
         ValueError: If a shape or value breaks a rule: labels out of range, embeddings that are not finite, a
-            ``chunk_size`` that is no integer >= 1.
+            ``chunk_size`` that is no integer >= 1, a ``memory`` that is no integer >= 0.
     """
     check_chunk_size(chunk_size)
+    check_memory(memory)
     scale, margin = as_number("scale", scale), as_number("margin", margin)
     if class_margins is not None:
         class_margins = class_margins.without_gradients()
@@ -83,7 +90,8 @@ def margin_softmax_loss(
             class_margins.check(len(proxies), len(proxies) if shard is None else shard.num_classes)
     with full_precision(embeddings.device):
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, proxies.dtype), torch.float32)
-        settings = _Settings(scale, margin, class_margins, normalize, chunk_size, shard)
+        memory = memory if torch.is_grad_enabled() else 0
+        settings = _Settings(scale, margin, class_margins, normalize, chunk_size, shard, memory)
         labels = labels.to(embeddings.device, torch.int64)
         losses: Tensor = _MarginSoftmax.apply(widen(embeddings, dtype), proxies, labels, settings)
         return losses
@@ -118,33 +126,39 @@ class _Logits:
         self.margins = margins
         self.chunks = ProxyChunks(proxies, labels, settings.normalize, embeddings.dtype, settings.chunk_size, shard)
 
-    def of(self, chunk: Chunk) -> Tensor:
-        """Return $s (c_{ij} + m_{y_i j})$ of a chunk, ``(B, n)``, in memory that the next chunk will use."""
-        block = torch.mm(self.scaled, chunk.rows.T, out=self.chunks.block(chunk))
+    def of(self, chunk: Chunk, out: Tensor | None = None) -> Tensor:
+        """Return $s (c_{ij} + m_{y_i j})$ of a chunk, ``(B, n)``, in memory that the next chunk will use, or ``out``."""
+        block = torch.mm(self.scaled, chunk.rows.T, out=self.chunks.block(chunk) if out is None else out)
         if self.margins is not None:
             self.margins.add_to(block, chunk.start)
         return block
 
 
-def _losses(logits: _Logits, shard: Shard | None) -> tuple[Tensor, Tensor, Tensor]:
+def _losses(logits: _Logits, shard: Shard | None, memory: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Return $L_i$, ``(B,)``, and each sample's largest logit and the sum of exponentials over that: the first walk.
 
-    The two stay apart, ``(B, 1)`` each: added up, a large offset that all logits have would swallow the sum.
+    The two stay apart, ``(B, 1)`` each: added up, a large offset that all logits have would swallow the sum. Last come
+    the exponentials of the first chunks, as many as fit, and after those of each what is the largest logit so far.
     """
     largest = logits.own.clone()  # so far
     total = torch.zeros_like(largest)
+    kept: list[Tensor] = []
     for chunk in logits.chunks:
-        block = logits.of(chunk)
+        numbers = len(largest) * (len(chunk.rows) + 1)
+        memory -= numbers * largest.element_size()
+        block = logits.of(chunk, out=None if memory < 0 else largest.new_empty(len(largest), len(chunk.rows)))
         if chunk.samples is not None:
             block[chunk.samples, chunk.columns] = -torch.inf
         before, largest = largest, torch.maximum(largest, block.amax(1, keepdim=True))
         total.mul_((before - largest).exp2_()).add_(block.sub_(largest).exp2_().sum(1, keepdim=True))
+        if memory >= 0:
+            kept += block, largest
     if shard is not None:
         before, largest = largest, shard.max(largest)
         total = shard.sum(total.mul_((before - largest).exp2_()))
     difference = (total.log2() + (largest - logits.own)) / _LOG2_E
     losses = torch.logaddexp(difference, torch.zeros_like(difference)).squeeze(1)
-    return losses, largest, total.add_((logits.own - largest).exp2_())
+    return losses, largest, total.add_((logits.own - largest).exp2_()), kept
 
 
 def _gradients(
@@ -153,6 +167,7 @@ def _gradients(
     losses: Tensor,
     largest: Tensor,
     total: Tensor,
+    kept: list[Tensor],
     scale: float,
     upstream: Tensor,
     needs: tuple[bool, ...],
@@ -168,8 +183,12 @@ def _gradients(
     emb_grad = torch.zeros_like(unit) if needs[0] else None
     proxy_grad = torch.empty_like(proxies, dtype=unit.dtype) if needs[1] else None
     buffer = unit.new_empty(logits.chunks.size, unit.shape[1])
-    for chunk in logits.chunks:
-        block = logits.of(chunk).sub_(largest).exp2_()  # probabilities times total
+    for i, chunk in enumerate(logits.chunks):
+        if 2 * i < len(kept):  # probabilities times total, relative to what was the largest logit then
+            exponentials, before = kept[2 * i : 2 * i + 2]
+            block = torch.mul(exponentials, (before - largest).exp2_(), out=logits.chunks.block(chunk))
+        else:
+            block = logits.of(chunk).sub_(largest).exp2_()
         if chunk.samples is not None:
             block[chunk.samples, chunk.columns] = own_slopes[chunk.samples]
         if emb_grad is not None:
@@ -187,17 +206,18 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, proxies: Tensor, labels: Tensor, settings: _Settings) -> Tensor:
         logits = _Logits(embeddings, proxies, labels, settings)
-        losses, largest, total = _losses(logits, settings.shard)
-        ctx.save_for_backward(embeddings, proxies, labels, losses, logits.own, largest, total)
+        memory = settings.memory if any(ctx.needs_input_grad) else 0
+        losses, largest, total, kept = _losses(logits, settings.shard, memory)
+        ctx.save_for_backward(embeddings, proxies, labels, losses, logits.own, largest, total, *kept)
         ctx.settings = settings
         ctx.margins = None if settings.shard is None else logits.margins  # of a shard they had to be asked for
         return losses.clone()  # trainers scale the loss in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        embeddings, proxies, labels, losses, own, largest, total = ctx.saved_tensors
+        embeddings, proxies, labels, losses, own, largest, total, *kept = ctx.saved_tensors
         with torch.no_grad(), full_precision(embeddings.device):
             logits = _Logits(embeddings, proxies, labels, ctx.settings, own, ctx.margins)
-            sums = losses, largest, total
-            grads = _gradients(logits, proxies, *sums, ctx.settings.scale, grad, ctx.needs_input_grad)
+            found = losses, largest, total, kept
+            grads = _gradients(logits, proxies, *found, ctx.settings.scale, grad, ctx.needs_input_grad)
         return (*first_derivative_only("margin softmax", grads, (embeddings, proxies, grad)), None, None)

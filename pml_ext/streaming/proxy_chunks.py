@@ -149,6 +149,16 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size!r}")
 
 
+def check_memory(memory: int) -> None:
+    """Raise if ``memory`` is no number of bytes.
+
+    Raises:
+        ValueError: If it is no integer >= 0.
+    """
+    if not isinstance(memory, Integral) or isinstance(memory, bool) or memory < 0:
+        raise ValueError(f"memory must be an integer >= 0, in bytes, got {memory!r}")
+
+
 def check_walk(embeddings: Tensor, proxies: Tensor, labels: Tensor, shard: Shard | None) -> None:
     """Check what a walk over proxies is given, as the losses check it.
 
