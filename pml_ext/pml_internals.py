@@ -88,7 +88,9 @@ class LossFunction(_Records, BaseMetricLossFunction):
         if not all(type(x) in plain and not x.collect_stats for x in self.reducer.reducers.values()):
             return None
         values = [x["losses"] for x in terms.values() if x["reduction_type"] == "already_reduced"]
-        if len(values) < len(terms) or not all(isinstance(x, Tensor) and x.ndim == 0 and x.dtype == dtype for x in values):
+        if len(values) < len(terms) or not all(
+            isinstance(x, Tensor) and x.ndim == 0 and x.dtype == dtype for x in values
+        ):
             return None
         return functools.reduce(torch.add, values)
 
