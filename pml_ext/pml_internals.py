@@ -81,15 +81,18 @@ class LossFunction(_Records, BaseMetricLossFunction):
         return self.reducer(terms, embeddings, labels) if total is None else total
 
     def _sum_of_reduced(self, terms: LossDict, dtype: torch.dtype) -> Tensor | None:
-        """Return what PML's plain reducers make of terms that are reduced, in a fraction of their calls; else None."""
-        plain = {MeanReducer, DivisorReducer}
-        if type(self.reducer) is not MultipleReducers or len(terms) != len(self.reducer.reducers):
+        """Return what PML's plain reducers make of terms that are all reduced, by a fraction of their calls.
+
+        None where a reducer is another one or records statistics, or a term is no such number: then they are called.
+        """
+        reducers = self.reducer.reducers if type(self.reducer) is MultipleReducers else {}
+        if terms.keys() != reducers.keys() or self.reducer.collect_stats:
             return None
-        if not all(type(x) in plain and not x.collect_stats for x in self.reducer.reducers.values()):
+        if any(type(x) not in (DivisorReducer, MeanReducer) or x.collect_stats for x in reducers.values()):
             return None
-        values = [x["losses"] for x in terms.values() if x["reduction_type"] == "already_reduced"]
+        values = [term["losses"] for term in terms.values() if term["reduction_type"] == "already_reduced"]
         if len(values) < len(terms) or not all(
-            isinstance(x, Tensor) and x.ndim == 0 and x.dtype == dtype for x in values
+            isinstance(x, Tensor) and not x.ndim and x.dtype == dtype for x in values
         ):
             return None
         return functools.reduce(torch.add, values)
