@@ -53,8 +53,9 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
         process_group: Ranks over which proxies and class descriptions are split, as in ``ProxyAnchorLoss``, but with
             any reducer.
-        memory: Bytes (of each rank) that may be kept from forward to backward, so that as many logits need not be
-            computed twice: 4 times batch times classes, and a little, for all. 0: the least memory.
+        memory: Bytes (on each rank) that may be used from forward to backward for what would be computed twice
+            otherwise, >= 0. It saves time for batches larger than ``embedding_size``; smaller ones need none, since
+            the memory of the proxies' gradient, which is taken in forward, holds all of it.
         **kwargs: Passed to PML's ``WeightRegularizerMixin`` (``weight_init_func``, ``weight_regularizer``,
             ``weight_reg_weight``) and ``BaseMetricLossFunction``. ``distance`` may be any; other than PML's
             ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` it needs a matrix of batch times classes,

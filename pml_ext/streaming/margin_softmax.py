@@ -52,8 +52,8 @@ def margin_softmax_loss(
     $$L_i = \log\Big(1 + \sum_{j \ne y_i} e^{s (c_{ij} + m + m_{y_i j} - c_{i y_i})}\Big)$$
 
     The sum runs over all classes: forward walks over the proxies once for the sum, backward once more for the
-    gradients. Between them four numbers a sample are kept and, of as many chunks as fit into ``memory``, the
-    exponentials, whose logits backward need not compute again.
+    gradients. Between them four numbers a sample are kept. Exponentials of the first walk wait for backward, and spare
+    it as many logits, where the gradient by the proxies will be, all of them up to B = D; further ones in ``memory``.
 
     Args:
         embeddings: ``(B, D)``, finite. Half precision is raised to float32.
@@ -65,8 +65,8 @@ def margin_softmax_loss(
         normalize: $c$ is the cosine (True) or the dot product (False).
         chunk_size: Proxies in a chunk. None: what keeps its logits in the cache.
         shard: Which classes the proxies are. None: all.
-        memory: Bytes that may be kept from forward to backward to save time. All chunks fit into 4 B (C + chunks), in
-            float64 into twice as many. Where no gradient is wanted nothing is kept.
+        memory: Bytes for exponentials that wait elsewhere, which backward gives back: those of n classes take 4 B n,
+            in float64 twice as many, and a little more.
 
     Returns:
         ``(B,)``, float32, or float64 if an argument is. Of a shard too it is the whole loss, for which shards exchange
