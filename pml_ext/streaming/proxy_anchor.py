@@ -182,7 +182,7 @@ class _ProxyAnchor(torch.autograd.Function):
         if settings.per_class:
             pos, neg, _ = _walk(embeddings, proxies, labels, shift, settings, None, ctx.needs_input_grad)
             return pos, neg
-        num_present = len(set(labels.tolist()))
+        num_present = len(set(labels.tolist()) if labels.is_cpu else torch.unique(labels))  # without sorting a few
         num_classes = len(proxies) if settings.shard is None else settings.shard.num_classes
         ctx.upstream = 1 / num_present, 1 / num_classes
         wanted = ctx.upstream if grad_enabled and any(ctx.needs_input_grad) else None
