@@ -98,7 +98,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     missing = set(COMMON) - set(_ADDED) - (set(settings) if isinstance(settings, dict) else set())
     if missing:
         raise ValueError(f"{path}: settings must have {min(missing)!r}, got none")
-    if autocast is not None and autocast not in _AUTOCAST:
+    if autocast is not None and (not isinstance(autocast, str) or autocast not in _AUTOCAST):
         raise ValueError(f"{path}: autocast must be one of {', '.join(_AUTOCAST)} or null, got {autocast!r}")
     for name in _ONLY_AT_THE_START:
         config["settings"].pop(name, None)
