@@ -15,12 +15,11 @@ from types import SimpleNamespace
 
 import command_line  # first: it keeps a warning away
 import numpy as np
-import torch
 
 from pml_ext import recipes
 from pml_ext.datasets.folder_walk import find_images
 from pml_ext.datasets.image_files import ImageFiles
-from pml_ext.datasets.readable import Readable
+from pml_ext.recipes.evaluation import embed_readable
 from pml_ext.strict_json import strict_json
 
 
@@ -40,24 +39,16 @@ def main(run, images, out=None, skip_broken=False, batch_size=256, workers=0, de
     if broken_name is not None:  # paths.txt has a line for each
         raise ValueError(f"--images must have no line break in a name, got {broken_name!r}")
     made = loaded.recipe
-    channels, size = made.settings.in_channels, made.settings.image_size
-    dataset = ImageFiles(files, [0] * len(files), transform=made.transforms.test)
-    embeddings, labels = recipes.embed(
-        made.trunk,
-        Readable(dataset, torch.zeros(channels, size, size)) if skip_broken else dataset,
-        batch_size,
-        loaded.autocast,
-        workers,
-        progress=True,
-    )
-    broken = [file for file, label in zip(files, labels.tolist(), strict=True) if label < 0]
-    if len(broken) == len(files):
-        raise ValueError(f"--images must have an image that can be read, got {len(files)} that cannot")
+    dataset = ImageFiles(files, [0] * len(files), made.transforms.test, reader=loaded.reader)
+    embed = embed_readable if skip_broken else recipes.embed
+    embeddings, _, *readable = embed(made.trunk, dataset, batch_size, loaded.autocast, workers, progress=True)
+    read = readable[0].tolist() if readable else [True] * len(files)
+    broken = [file for file, whole in zip(files, read, strict=True) if not whole]
     if broken:
         skipped = f"{len(broken)} of {len(files)} images that cannot be read: {command_line.some_of(broken)}"
         print(f"warning: skipped {skipped}", file=sys.stderr)
-    embeddings = embeddings[labels >= 0].numpy()
-    paths = [Path(f).relative_to(images).as_posix() for f, label in zip(files, labels, strict=True) if label >= 0]
+    embeddings = embeddings.numpy()
+    paths = [Path(file).relative_to(images).as_posix() for file, whole in zip(files, read, strict=True) if whole]
     write_index(out, embeddings, paths, {"folder": str(images.resolve()), "weights": loaded.checksum})
     print(f"{len(paths)} images, {embeddings.shape[1]} numbers each: {out}")
     return embeddings, paths
@@ -92,6 +83,7 @@ def write_index(out, embeddings, paths, origin):
 
 if __name__ == "__main__":
     wording = {"a run's folder must": "--run must", "trunk must": "the network of --run must"}
+    wording |= {"dataset must": "--images must"}
     command = command_line.Command(wording, description=__doc__)
     command.add_argument("--run", required=True, help="folder of the run")
     command.add_argument("--images", required=True, help="folder with images, in it or below")

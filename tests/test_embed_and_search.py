@@ -18,6 +18,7 @@ from PIL import Image
 
 from examples import embed, search
 from pml_ext import recipes
+from pml_ext.datasets import ImageReader
 
 EXAMPLES = Path(embed.__file__).parent
 INDEX = ["embeddings.npy", "index.faiss", "index.json", "paths.txt"]
@@ -39,7 +40,7 @@ def loaded(monkeypatch):
     torch.manual_seed(0)
     made = recipes.recipe("triplet", 2, width=4, in_channels=3, image_size=8, embedding_size=6)
     made.trunk.eval()
-    run = SimpleNamespace(recipe=made, autocast=None, checksum="1a2b")
+    run = SimpleNamespace(recipe=made, autocast=None, checksum="1a2b", reader=ImageReader())
     monkeypatch.setattr(recipes, "load_run", lambda *args: run)
     return run
 
@@ -321,5 +322,5 @@ def test_out_must_be_a_folder(photos, loaded):
     with pytest.raises(OSError, match=f"cannot write {file / 'index'}: Not a directory"):
         embed.main(photos.parent / "run", photos, out=file / "index")
     with pytest.raises(OSError, match=f"cannot write {file / 'a.png'}: File exists"):
-        search.draw(photos / "a.png", [], file / "a.png")
+        search.draw(photos / "a.png", [], file / "a.png", ImageReader())
     assert file.read_text() == "mine"

@@ -17,7 +17,7 @@ from pml_ext.datasets.csv_file import read_csv
 from pml_ext.datasets.folder_walk import FolderWalk
 from pml_ext.datasets.glyphs import Glyphs
 from pml_ext.datasets.image_arrays import ImageArrays
-from pml_ext.datasets.image_files import ImageFiles
+from pml_ext.datasets.image_files import ImageFiles, scaled_to_largest
 from pml_ext.datasets.image_folder import images_of_classes
 from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.datasets.in_shop import HOW_TO_GET, InShop
@@ -72,7 +72,8 @@ def open_data(
         root: Folder of PML's data sets and of ``InShop``; others ignore it.
         download: Whether PML downloads the data set if ``root`` is missing or empty.
         seed: Of what is drawn: the jitter of ``Glyphs``.
-        reader: How image files are read. None: ``ImageReader()``.
+        reader: How image files are read. None: ``ImageReader()``. For ``white="largest"`` the training images are read
+            once, and their largest value is used for all.
 
     Returns:
         The data; its transforms are None and may be set.
@@ -90,8 +91,16 @@ def open_data(
     """
     if not isinstance(source, str | Path) or not str(source):
         raise TypeError(f"source must be a name or a path, got {source!r}")
-    request = _Request(source, test_classes, class_embeddings, root, download, seed, reader)
+    largest = reader is not None and reader.white == "largest"
+    opened_by = replace(reader, white=65535) if reader is not None and largest else reader
+    request = _Request(source, test_classes, class_embeddings, root, download, seed, opened_by)
     data = _opener(source)(request)
+    if reader is not None and largest and isinstance(data.train.dataset, ImageFiles):
+        files = data.train.dataset
+        reader = scaled_to_largest(reader, [files.paths[i] for i in data.train.indices.tolist()])
+        for view in (data.train, data.test, data.gallery):
+            if view is not None:
+                view.dataset.reader = reader
     if class_embeddings is None:
         return data
     return replace(data, class_embeddings=_training_rows(_load_embeddings(class_embeddings), data))
@@ -121,8 +130,17 @@ class _Request:
         return Path(self.root)
 
 
+def opens_folder(source: str | Path) -> bool:
+    """Whether ``open_data`` takes this for a folder, and not for the name of a data set."""
+    return _key(source) not in _OPENERS and Path(source).is_dir()
+
+
+def _key(source: str | Path) -> str:
+    return re.sub("[_-]", "", source.lower()) if isinstance(source, str) else ""
+
+
 def _opener(source: str | Path) -> Callable[[_Request], RetrievalData]:
-    key = re.sub("[_-]", "", source.lower()) if isinstance(source, str) else ""
+    key = _key(source)
     if key in _OPENERS:
         return _OPENERS[key]
     path = Path(source)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
 from torch import Tensor, nn
 
-from pml_ext.datasets.content import fingerprint_of
+from pml_ext.datasets.content import fingerprint_of, reader_of
 from pml_ext.datasets.labels import as_labels
 from pml_ext.recipes.checkpoint import read_checkpoint, try_checkpoint, write_checkpoint, write_text
 from pml_ext.recipes.device import usable_device
@@ -65,8 +66,8 @@ class Trainer(MetricLossOnly):
 
     Raises:
         TypeError: If labels are no integers.
-        ValueError: If there are no labels, they do not fit the data set or ``num_classes``, the device is not there, ``autocast`` is
-            another dtype, or new layers are to warm up and the network has no ``backbone``.
+        ValueError: If there are no labels, they do not fit the data set or ``num_classes``, the device is not there,
+            ``autocast`` is another dtype, or new layers are to warm up and the network has no ``backbone``.
 
     Examples:
         >>> from pml_ext.recipes import recipe
@@ -149,6 +150,7 @@ class Trainer(MetricLossOnly):
         self._stopped = False
         self._unvalidated = False  # whether the metrics of the last epoch are missing
         self._fingerprint = _fingerprint(dataset, self._labels)
+        self._reader = reader_of(dataset)
         self._resumed: list[dict[str, Any]] | None = None  # what config.json says of it
         self._own_files: tuple[int, ...] | None = None  # last.pt as this training knows it
         self._can_be_saved = False
@@ -267,7 +269,7 @@ class Trainer(MetricLossOnly):
         former = "config" not in state
         if former and not settings.notes["sampler"].endswith(": given"):
             settings = settings.replaced("sampler", "MPerClassSampler", "as in the version that began the training")
-        now = describe_run(self.recipe, self.autocast)
+        now = self._config()
         now["settings"]["sampler"] = settings.sampler
         if recorded is not None:
             others = differences(recorded, now)
@@ -477,6 +479,8 @@ class Trainer(MetricLossOnly):
 
     def _config(self) -> dict[str, Any]:
         more: dict[str, Any] = {"training_images": self._fingerprint}
+        if self._reader is not None:
+            more["reader"] = asdict(self._reader)
         if self._users_sampler is not None:
             more["sampler"] = type(self._users_sampler).__name__
         if self._resumed:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pml_ext.datasets import Glyphs, open_data
+from pml_ext.datasets import Glyphs, ImageReader, open_data
 from tests.datasets.test_in_shop import ROWS, make_in_shop
 
 LABELS = np.array([4, 0, 1, 4, 3, 1, 3, 0])  # 2 is missing
@@ -396,3 +396,17 @@ def test_a_folder_with_a_known_name(tmp_path, monkeypatch):
         assert open_data(source).train.class_names == ["a", "b"]
     with pytest.raises(ValueError, match="root must be the folder of cub, got None"):
         open_data("cub")
+
+
+@pytest.mark.parametrize("layout", ["classes", "splits"])
+def test_the_largest_value_of_the_training_images_becomes_white(layout, tmp_path):
+    """Of the whole data, whose test images may have larger ones."""
+    for i, name in enumerate(("ant", "bee", "cat", "dog")):
+        folder = tmp_path / ("train" if i < 2 else "test") / name if layout == "splits" else tmp_path / name
+        folder.mkdir(parents=True)
+        Image.fromarray(np.array([[0, 500 * (i + 1)]], dtype=np.uint16)).save(folder / "0.png")
+    data = open_data(tmp_path, reader=ImageReader(turn=False, white="largest"))
+    for view in (data.train, data.test):
+        assert view.dataset.reader == ImageReader(turn=False, white=1000)
+    assert [np.asarray(image).max() for image, _ in data.train] == [128, 255]
+    assert [np.asarray(image).max() for image, _ in data.test] == [255, 255]
