@@ -12,6 +12,7 @@ from pathlib import Path
 
 import command_line  # first: it keeps a warning away
 import numpy as np
+from embed import content_of
 
 from pml_ext import recipes
 from pml_ext.datasets.image_files import ImageFiles
@@ -71,11 +72,16 @@ def read_index(folder):
         raise
     except Exception as error:  # EOFError, ValueError, tokenize.TokenError, ...
         raise ValueError(f"cannot read {files[0]}: it is no array of NumPy, or a part of one: {error}") from error
+    lines = files[1].read_bytes()
+    content = content_of(embeddings, lines)
     embeddings = as_embeddings(files[0], embeddings).float()
-    with files[1].open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        paths = file.read().split("\n")[:-1]
+    paths = lines.decode("utf-8", "surrogateescape").split("\n")[:-1]
     if len(paths) != len(embeddings):
         raise ValueError(f"{files[1]} must have {len(embeddings)} lines, one for each row, got {len(paths)}")
+    if origin.get("content", content) != content:  # former versions did not keep it
+        raise ValueError(
+            f"{files[0]} and {files[1].name} must be as they were written, got others: run examples/embed.py again"
+        )
     return embeddings, paths, origin
 
 

@@ -477,7 +477,7 @@ def test_resume_with_more_epochs_and_without_a_file_that_broke(tmp_path, monkeyp
     assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
     os.rename(photos / "class0" / "99.png", photos / "class0" / "00.png")
     (out / "lock.json").write_text(json.dumps({"process": 7, "host": "elsewhere", "since": "noon"}))
-    message = f"train.py: error: --out must be free, got {out}, where another training runs (process 7 on elsewhere"
+    message = f"train.py: error: --out must be free, got {out}, which another process writes (process 7 on elsewhere"
     assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
     (out / "lock.json").unlink()
     changes = {"validation_classes": 0, "settings": TINY | {"schedule": "step"}, "resume": True}
@@ -738,16 +738,14 @@ def test_images_are_read_everywhere_as_in_the_training(tmp_path):
     assert search.main(tmp_path / "run", photos / paths[3], k=1, device="cpu")[0] == (pytest.approx(1), paths[3])
     plain = open_data(photos)
     plain.train.transform = loaded.recipe.transforms.test
-    assert np.abs(recipes.embed(loaded.recipe.trunk, plain.train)[0].numpy() - expected).max() > 0.1
+    assert np.abs(recipes.embed(loaded.recipe.trunk, plain.train)[0].numpy() - expected).max() > 0.01
 
     for path in (photos / "class0").iterdir():  # darker now, of which the run that goes on takes no notice
         Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
     with pytest.raises(ValueError, match="must have the images"):  # but of their sizes
         run(photos, tmp_path / "run", resume=True, epochs=3, **given)
     photos = write_10_bits(tmp_path / "photos")
-    with pytest.raises(
-        ValueError, match=rf"reader.background: 'black', got 'white'; .*reader.white: {largest}, got 65"
-    ):
+    with pytest.raises(ValueError, match=rf"reader.background: 'black', got 'white'; .*white: {largest}, got 65535"):
         run(photos, tmp_path / "run", resume=True)
     with pytest.warns(UserWarning, match="cosine schedule"):
         assert run(photos, tmp_path / "run", resume=True, epochs=3, **given)["epoch"] >= 1

@@ -467,6 +467,7 @@ class Trainer(MetricLossOnly):
 
     def _save(self, better: bool) -> None:
         assert self.folder is not None
+        RunLock(self.folder).confirm()
         self._save_config(self.folder)
         state = self._state()
         if better:

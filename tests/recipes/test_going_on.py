@@ -397,7 +397,7 @@ def test_two_trainings_in_one_folder(tmp_path):
         import threading
 
         def train():
-            with pytest.raises(ValueError, match=r"a run's folder must be free, got .*, where another training runs"):
+            with pytest.raises(ValueError, match=r"a run's folder must be free, got .*, which another process writes"):
                 trainer_of(made(), tmp_path).train()
             refused.append(1)
 
@@ -409,6 +409,15 @@ def test_two_trainings_in_one_folder(tmp_path):
     first.train(1)
     assert refused == [1]
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "last.pt", "metrics.jsonl"}
+    saved = (tmp_path / "last.pt").read_bytes()
+
+    def deletes_the_lock(trainer):
+        (tmp_path / "lock.json").unlink(missing_ok=True)
+
+    first._users_hooks = deletes_the_lock, None
+    with pytest.raises(ValueError, match="a run's folder must stay this process's, got .*, which another has taken"):
+        first.train(2)
+    assert (tmp_path / "last.pt").read_bytes() == saved
 
 
 @pytest.mark.parametrize(
