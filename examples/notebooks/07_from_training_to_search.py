@@ -40,7 +40,7 @@ with warnings.catch_warnings():  # torch_geometric uses torch.jit.script, which 
     from pml_ext.recipes import Trainer, embed, load_run, recipe, retrieval_metrics
     from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 # -
 
 # ## Data
