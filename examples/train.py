@@ -6,9 +6,9 @@ Run: python examples/train.py --recipe mhgl --data glyphs --epochs 5 --out runs/
 
 The network learns the training classes less some validation classes, which choose the epoch: a fifth of them where
 there are four or more. The test classes are looked at once, at the end; queries search the gallery where the data has
-one. --background, --no-turn and --white say how image files are read, also by examples/embed.py and search.py later. All
-image files are checked before the first epoch, most of them without being decoded; with --skip-broken, those
-that turn out to be broken later are replaced in training, left out of tests, and named. --out gets config.json,
+one. --background, --no-turn and --white say how image files are read, later also by examples/embed.py and search.py.
+All image files are checked before the first epoch, most of them without being decoded; with --skip-broken, those that
+turn out to be broken later are replaced in training, left out of tests, and named. --out gets config.json,
 metrics.jsonl (a line for each epoch, one of the test), last.pt, best.pt (the best epoch; without validation classes
 there is none, and the last epoch is tested), curves.png, gallery.png, and report.html to be opened in a browser. After
 an interruption the same command with --resume goes on behind the last whole epoch; with the same --workers and --device
@@ -374,6 +374,8 @@ def number(text):
 
 def number_or_largest(text):
     """Return an integer, or "largest"."""
+    if text != "largest" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer or largest, got {text!r}")
     return text if text == "largest" else int(text)
 
 

@@ -565,6 +565,13 @@ def bad_data(kind, folder):
         ("plain", "--set lr=fast", "lr must be of the kind of 0.002, got 'fast'"),
         ("plain", "--set width", "must be name=value, got 'width'"),
         ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),
+        ("plain", "--white bright", "argument --white: must be an integer or largest, got 'bright'"),
+        ("plain", "--white 0", "error: --white must be 1 to 65535 or 'largest', got 0"),
+        (
+            "plain",
+            "--background nothing",
+            "error: --background must be a colour, as 'white' or '#ffffff', got 'nothing'",
+        ),
         ("plain", "--epochs two", "argument --epochs: invalid int value: 'two'"),
         (
             "plain",

@@ -24,6 +24,7 @@ from pml_ext.datasets.in_shop import HOW_TO_GET, InShop
 from pml_ext.datasets.labels import label_values
 from pml_ext.datasets.retrieval_data import RetrievalData, number_of_classes
 from pml_ext.datasets.splits import splits_of
+from pml_ext.validation import as_tensor
 
 NAMES = ("glyphs", "cub", "cars196", "stanford_online_products", "sop", "inaturalist2018", "in_shop")
 
@@ -338,10 +339,10 @@ def _load_embeddings(source: Any) -> Tensor:
     """Return class embeddings, float32, from an array, a tensor or a file."""
     if isinstance(source, str | Path):
         source = _read_embeddings(Path(source))
-    rows = source.detach().cpu() if isinstance(source, Tensor) else np.asarray(source)
-    if not (rows.is_floating_point() if isinstance(rows, Tensor) else rows.dtype.kind == "f"):
-        raise TypeError(f"class_embeddings must have a floating point dtype, got {rows.dtype}")
-    rows = torch.as_tensor(rows, dtype=torch.float32)
+    given = source if isinstance(source, Tensor) else np.asarray(source)
+    if not (given.is_floating_point() if isinstance(given, Tensor) else given.dtype.kind == "f"):
+        raise TypeError(f"class_embeddings must have a floating point dtype, got {given.dtype}")
+    rows = as_tensor("class_embeddings", given).detach().cpu().float()
     if rows.ndim != 2 or not rows.numel():
         raise ValueError(f"class_embeddings must have shape (C, E), got {tuple(rows.shape)}")
     return rows

@@ -12,7 +12,7 @@ from pml_ext.evaluation.clustering import clustering_metrics
 from pml_ext.evaluation.ranking import RANKED, is_at_k, needed_ranks, query_values
 from pml_ext.neighbors.search import search
 from pml_ext.precision import upcast_half
-from pml_ext.validation import as_tensor, check_count
+from pml_ext.validation import as_tensor, check_count, check_values
 
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 """Names of the metrics that are computed by default."""
@@ -208,14 +208,18 @@ def as_embeddings(
         like: Embeddings whose width they must have; they get its dtype.
 
     Raises:
-        TypeError: If they are not floating point.
-        ValueError: If the shape is another, there is no row, or a number is not finite or too large to be squared.
+        TypeError: If they are not floating point, or sparse.
+        ValueError: If the shape is another, there is no row, they are on the meta device, or a number is not finite or
+            too large to be squared.
     """
     if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
         embeddings = as_tensor(name, embeddings)
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
         kind = getattr(embeddings, "dtype", type(embeddings).__name__)
         raise TypeError(f"{name} must be a tensor or an array with a floating point dtype, got {kind}")
+    check_values(name, embeddings)
+    if embeddings.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got the layout {embeddings.layout}")
     width = "D" if like is None else like.shape[1]
     if embeddings.ndim != 2 or (like is not None and embeddings.shape[1] != width):
         raise ValueError(f"{name} must have shape (N, {width}), got {tuple(embeddings.shape)}")

@@ -132,6 +132,8 @@ def test_class_embeddings_follow_the_classes(tmp_path):
         assert data.class_embeddings.tolist() == [[-2, -3], [-8, -9]]
         assert data.class_embeddings.dtype == torch.float32
         assert not data.class_embeddings.requires_grad
+    for rows in (ROWS_OF[::-1].copy()[::-1], ROWS_OF.astype(">f4")):  # negative strides, another byte order
+        assert open_data(path, class_embeddings=rows).class_embeddings.tolist() == [[2, 3], [8, 9]]
     assert open_data(path, class_embeddings=ROWS_OF[2:4]).class_embeddings.tolist() == [[4, 5], [6, 7]]  # of training
     unfit = write_npz(tmp_path / "unfit.npz", class_embeddings=ROWS_OF[:3])
     assert open_data(unfit, class_embeddings=ROWS_OF).class_embeddings.tolist() == [[0, 1], [2, 3]]  # not looked at
@@ -153,6 +155,12 @@ def test_class_embeddings_follow_the_classes(tmp_path):
         (np.ones((5, 2), int), TypeError, "class_embeddings must have a floating point dtype, got int64"),
         (np.array(["a", "b"]), TypeError, "class_embeddings must have a floating point dtype"),
         (np.ones(5), ValueError, r"class_embeddings must have shape \(C, E\), got \(5,\)"),
+        (
+            torch.ones(5, 2, device="meta"),
+            ValueError,
+            "class_embeddings must hold numbers, got a tensor on the meta dev",
+        ),
+        (np.ones((5, 2), np.longdouble), TypeError, "class_embeddings must be a tensor or an array of numbers, got"),
         (np.ones((5, 0)), ValueError, r"class_embeddings must have shape \(C, E\), got \(5, 0\)"),
         ("nowhere.npy", FileNotFoundError, "class_embeddings must be an existing file, got nowhere.npy"),
         ("text.csv", ValueError, r"class_embeddings must be a \.npy or \.npz file, got .*text\.csv"),

@@ -212,6 +212,8 @@ OTHERS = {"gallery": X, "gallery_labels": Y}
         ((HUGE, Y), {}, ValueError, r"got .*e\+\d\d, the square of which torch.float32 cannot hold"),
         ((X, Y, BAD, Y), {}, ValueError, "gallery must be finite, got nan in row 4"),
         ((X, Y, X[:, :2], Y), {}, ValueError, r"gallery must have shape \(N, 3\), got \(6, 2\)"),
+        ((X.to("meta"), Y), {}, ValueError, "embeddings must hold numbers, got a tensor on the meta device"),
+        ((X.to_sparse(), Y), {}, TypeError, r"embeddings must be dense, got the layout torch\.sparse_coo"),
         ((X[0], Y), {}, ValueError, r"embeddings must have shape \(N, D\), got \(3,\)"),
         ((X[:0], []), {}, ValueError, r"embeddings must have at least one row and one column, got shape \(0, 3\)"),
         ((X, Y, X[:0], []), {}, ValueError, r"gallery must have at least one row"),
