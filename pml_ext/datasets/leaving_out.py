@@ -94,9 +94,13 @@ def without_broken(data: RetrievalData, broken: dict[str, dict[int, str]]) -> tu
         classes["gallery"].sort(key=lambda c: c not in left["test"])
     lost = [(view, c) for name, view in views.items() for c in view.classes if c not in left[name]]
     names = [str(c if view.class_names is None else view.class_names[view.classes.index(c)]) for view, c in lost]
+    names = list(dict.fromkeys(names))
     if len(classes["train"]) < 2 or not classes["test"]:
         counts = f"{len(classes['train'])} and {len(classes['test'])}"
-        raise ValueError(f"data must have >= 2 training and >= 1 test classes that can be read, got {counts}")
+        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ValueError(
+            f"data must have >= 2 training and >= 1 test classes that can be read, got {counts}, and not {some}"
+        )
     parts: dict[str, Any] = {}
     for name, view in views.items():
         part = ClassSubset(view.dataset, classes[name])
@@ -105,7 +109,7 @@ def without_broken(data: RetrievalData, broken: dict[str, dict[int, str]]) -> tu
     rows = data.class_embeddings
     if rows is not None:
         rows = rows[[data.train.classes.index(c) for c in classes["train"]]]
-    return replace(data, class_embeddings=rows, **parts), list(dict.fromkeys(names))
+    return replace(data, class_embeddings=rows, **parts), names
 
 
 def replacing_broken(dataset: Any) -> Any:
