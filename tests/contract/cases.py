@@ -33,7 +33,7 @@ WITHOUT_PAIRS = frozenset({"ref_emb", "our CrossBatchMemory"})
 PROXIES_ALONE = WITH_PARAMETERS | WITHOUT_PAIRS
 OF_LOSSES = REDUCED | UNKNOWN_TO_PML | {"weight regularizers", "other distances"}  # which go to the losses inside
 NOT_MINED = frozenset({"triplet miners", "pair miners"})
-IN_CHUNKS = frozenset({"fullgraph=True", "double backward"})
+IN_CHUNKS = frozenset({"double backward"})
 
 
 class Case(NamedTuple):

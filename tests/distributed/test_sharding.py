@@ -336,9 +336,9 @@ def test_a_rank_that_fails_is_an_error_on_all(observed):
     for rank, one in enumerate(observed[0]):
         expected = "RuntimeError: out of memory" if rank == 1 else "ValueError: all ranks must be given a valid batch"
         for key in (("walk",), *FAILING):
-            assert one["fails", *key].startswith(expected), key
+            assert one[("fails", *key)].startswith(expected), key
         for key in FAILING:
-            assert one["goes on", *key] == "no error"
+            assert one[("goes on", *key)] == "no error"
 
 
 def test_errors_and_copies(observed):
