@@ -12,7 +12,14 @@ from pml_ext.distributed.gathered_batch import Gathered, Part, agree, gather, on
 from pml_ext.distributed.settings import check_same_settings
 from pml_ext.refused import unchanged_where_refused
 from pml_ext.types import Indices
-from pml_ext.validation import check_batch, check_integers, is_batch_itself, is_same, validation_enabled
+from pml_ext.validation import (
+    check_batch,
+    check_integers,
+    is_batch_itself,
+    is_same,
+    validation_enabled,
+    without_refs_to_itself,
+)
 
 SAME_LABELS = "ref_labels must be the object labels"
 
@@ -55,6 +62,13 @@ class DistributedMinerWrapper(nn.Module):
         self.efficient = efficient
         self.process_group = process_group
         self._settings_compared = False
+
+    def __call__(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> Any:
+        """Call the wrapper with its hooks, which may replace tensors: what is the batch itself, is known before."""
+        refs = without_refs_to_itself(embeddings, labels, ref_emb, ref_labels)
+        return super().__call__(embeddings, labels, *refs)
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None

@@ -124,8 +124,8 @@ class ProxyAnchorLoss(BaseProxyLoss):
         else:
             parts = self._dense(embeddings, labels, shift)
             if reduced:  # a count that is a tensor does not break a compiled graph
-                present = labels.new_zeros(self.num_classes).index_fill(0, labels, 1).sum()
-                parts = parts[0].sum() / present.clamp_min(1), parts[1].sum() / self.num_classes
+                is_present = labels.new_zeros(self.num_classes).index_fill(0, labels, 1)
+                parts = parts[0].sum() / is_present.sum().clamp_min(1), parts[1].sum() / self.num_classes
         if reduced:
             terms = {name: reduced_term(part) for name, part in zip(self.sub_losses, parts, strict=True)}
         else:

@@ -316,6 +316,7 @@ def others(rank, world, rows, splits):
     own = DATA[rows], LABELS[rows]
     observed["itself, hooks"] = copying(*own, None, *own), MultiSimilarityLoss()(DATA, LABELS)
     mining = DistributedMinerWrapper(miners.PairMarginMiner(pos_margin=-1.0, neg_margin=3.0))
+    mining.register_forward_pre_hook(cloned, with_kwargs=True)
     observed["itself, mined"] = mining(*own, *own), mining(*own)
 
     # a rank that fails inside of the loss, after it has changed
