@@ -367,7 +367,7 @@ def test_device_must_be_that_of_the_embeddings():
 
 
 def test_backward_of_refine_inside_of_autocast():
-    loss_func = make().eval()
+    loss_func = make().float().eval()
     emb = EMB.float().requires_grad_()
     grads = []
     for enabled in (False, True):
