@@ -97,9 +97,11 @@ def _dry_run(trunk: nn.Module, s: Settings) -> None:
 
 
 def _check(s: Settings) -> None:
+    if isinstance(s.warmup_epochs, bool) or not isinstance(s.warmup_epochs, Integral) or s.warmup_epochs < 0:
+        raise ValueError(f"warmup_epochs must be an integer >= 0, got {s.warmup_epochs!r}")
     for name in ("embedding_size", "in_channels", "image_size", "batch_size", "samples_per_class", "epochs", "width"):
         check_count(name, s[name])
-    for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr"):
+    for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr", "gamma"):
         value = s.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
