@@ -349,7 +349,7 @@ def test_refused_calls_leave_what_losses_of_others_keep(make):
     loss_func(emb, labels)
     before = counting.seen.clone(), counting.last
     with (
-        mock.patch.object(loss_func.reducer, "forward", side_effect=RuntimeError("out of memory")),
+        mock.patch.object(counting.reducer, "forward", side_effect=RuntimeError("out of memory")),
         pytest.raises(RuntimeError, match="out of memory"),
     ):
         loss_func(emb * 2, labels)
