@@ -83,6 +83,8 @@ def margin_softmax_loss(
     check_memory(memory)
     scale, margin = as_number("scale", scale), as_number("margin", margin)
     if class_margins is not None:
+        if not isinstance(class_margins, ClassMargins):
+            raise TypeError(f"class_margins must be a ClassMargins, got {type(class_margins).__name__}")
         class_margins = class_margins.without_gradients()
     if validation_wanted():
         check_settings({"scale": scale}, {"margin": margin})

@@ -51,7 +51,7 @@ def proxy_anchor_loss(
         labels: ``(B,)``, integers in 0 to C - 1 (of a shard: to the number of all classes - 1).
         alpha: $\alpha$ > 0.
         margin: $\delta$.
-        sample_shift: $b_i$, ``(B,)``, without gradient. None: 0.
+        sample_shift: $b_i$, ``(B,)``, without gradient; with $-\infty$ a sample counts nowhere. None: 0.
         normalize: $s$ is the cosine (True) or the dot product (False).
         per_class: Whether to return the parts of each class.
         chunk_size: Proxies in a chunk. None: what keeps its similarities in the cache.
@@ -67,13 +67,16 @@ def proxy_anchor_loss(
         TypeError: If an argument has the wrong type or dtype, or ``alpha`` or ``margin`` requires a gradient, which
             ``ProxyAnchorLoss`` can give.
         ValueError: If a shape or value breaks a rule: labels out of range, embeddings that are not finite, no sample of
-            a shard, a ``chunk_size`` that is no integer >= 1; or if ``sample_shift`` requires a gradient.
+            a shard, a ``chunk_size`` that is no integer >= 1; a ``sample_shift`` of another shape or device, with NaN
+            or infinity, or that requires a gradient.
     """
     check_chunk_size(chunk_size)
     alpha, margin = as_number("alpha", alpha), as_number("margin", margin)
     if validation_wanted():
         check_settings({"alpha": alpha}, {"margin": margin})
         check_walk(embeddings, proxies, labels, shard)
+        if sample_shift is not None:
+            _check_shift(sample_shift, embeddings)
     if sample_shift is not None and sample_shift.requires_grad:
         raise ValueError("sample_shift must not require a gradient, got one that does")
     with full_precision(embeddings.device):
@@ -88,6 +91,20 @@ def proxy_anchor_loss(
         settings = _Settings(alpha, margin, normalize, per_class, chunk_size, shard)
         pos, neg = _ProxyAnchor.apply(embeddings, proxies, labels, sample_shift, settings, torch.is_grad_enabled())
         return pos, neg
+
+
+def _check_shift(shift: Tensor, embeddings: Tensor) -> None:
+    if not isinstance(shift, Tensor) or not shift.is_floating_point():
+        raise TypeError(
+            f"sample_shift must be a floating point tensor, got {getattr(shift, 'dtype', type(shift).__name__)}"
+        )
+    if shift.shape != embeddings.shape[:1] or shift.device != embeddings.device:
+        raise ValueError(
+            f"sample_shift must have shape (batch_size,) = ({len(embeddings)},) on {embeddings.device}, got "
+            f"{tuple(shift.shape)} on {shift.device}"
+        )
+    if not bool((shift < torch.inf).all()):
+        raise ValueError("sample_shift must be finite or -inf, got NaN or inf")
 
 
 def _walk(

@@ -145,7 +145,9 @@ def check_chunk_size(chunk_size: int | None) -> None:
     Raises:
         ValueError: Then.
     """
-    if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
+    if chunk_size is not None and (
+        not isinstance(chunk_size, Integral) or isinstance(chunk_size, bool) or chunk_size < 1
+    ):
         raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size!r}")
 
 

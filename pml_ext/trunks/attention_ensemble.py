@@ -14,6 +14,7 @@ from pml_ext.learners import learner_similarity
 from pml_ext.modes import in_mode
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.precision import full_precision, upcast_half
+from pml_ext.refused import leaves_no_trace_where_refused
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
 from pml_ext.trunks.model_names import check_model_name, refuse_timm_options
 from pml_ext.trunks.stage_copy import copy_stage
@@ -194,6 +195,7 @@ class AttentionEnsemble(ModuleWithRecords):
         """Stem and head: what was there before the ensemble."""
         return nn.ModuleList([self.stem, self.head])
 
+    @leaves_no_trace_where_refused
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings, learner by learner; ``pml_ext.learners.split_learners`` parts them."""
         features = self.stem(images)
@@ -207,6 +209,7 @@ class AttentionEnsemble(ModuleWithRecords):
             self.learner_similarity = learner_similarity(embeddings, self.num_learners)
         return embeddings
 
+    @leaves_no_trace_where_refused
     def masks(self, images: Tensor) -> Tensor:
         """Return each learner's mask, ``(B, M, C, H, W)``, in 0 to 1."""
         return self._masks(self.stem(images))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.precision import full_precision, upcast_half
+from pml_ext.refused import leaves_no_trace_where_refused
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
 from pml_ext.trunks.model_names import check_model_name, count_levels, refuse_timm_options
 from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style, attention_of_level, check_attention
@@ -99,6 +100,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
         self.local_level, self.global_level = local_level, global_level
         self.record("out_features", "local_level", "global_level")
 
+    @leaves_no_trace_where_refused
     def forward(self, images: Tensor, return_branches: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return the embeddings.
 
@@ -116,6 +118,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
             return local, glob
         return embeddings
 
+    @leaves_no_trace_where_refused
     def feature_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the backbone's local and global feature map, ``(B, C, H, W)`` each.
 
@@ -133,6 +136,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
                 )
         return local, glob
 
+    @leaves_no_trace_where_refused
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return how much each position of the two levels is looked at, ``(B, H, W)`` each, the mean over lookers.

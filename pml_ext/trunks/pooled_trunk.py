@@ -5,8 +5,10 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from pml_ext.learners import split_learners
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.precision import full_precision, upcast_half
+from pml_ext.refused import leaves_no_trace_where_refused
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
 from pml_ext.trunks.model_names import check_model_name, count_levels, refuse_timm_options
 from pml_ext.trunks.second_order_attention import Style, attention_of_level, check_attention
@@ -100,15 +102,17 @@ class PooledTrunk(ModuleWithRecords):
         self.num_learners = num_learners
         self.record("out_features", "num_learners")
 
+    @leaves_no_trace_where_refused
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings."""
         embeddings: Tensor = self.linear(self.pool(self.attention(self.feature_map(images))))
         if self.num_learners == 1:
             return embeddings
         with full_precision(images.device):  # in float16 the norm of a row of zeros would give NaN
-            slices = upcast_half(embeddings).reshape(len(embeddings), self.num_learners, -1)
+            slices = split_learners(upcast_half(embeddings), self.num_learners)
             return nn.functional.normalize(slices, dim=2).flatten(1).to(embeddings.dtype)
 
+    @leaves_no_trace_where_refused
     def feature_map(self, images: Tensor) -> Tensor:
         """Return the backbone's last feature map, ``(B, C, H, W)``.
 

@@ -249,6 +249,34 @@ def test_extreme_settings_in_float32(settings, sign):
         torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=2e-5, check_dtype=False)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"kind": "cosine"}, ValueError, "class_margins.kind must be one of squared, euclidean, table, got 'cosine'"),
+        ({"constant": float("nan")}, ValueError, "class_margins.constant must be finite, got nan"),
+        ({"slope": float("inf")}, ValueError, "class_margins.slope must be finite, got inf"),
+        ({"slope": "3"}, TypeError, "class_margins.slope must be a number"),
+        ({"table": torch.full((4, 3), torch.nan)}, ValueError, "class_margins.table must be finite"),
+        ({"table": torch.ones(4)}, ValueError, "class_margins.table must have shape"),
+        ({"table": torch.ones(4, 3).long()}, TypeError, "class_margins.table must have a floating point dtype"),
+        ({"table": np.ones((4, 3))}, TypeError, r"class_margins.table must be a torch\.Tensor, got ndarray"),
+        (
+            {"described": torch.full((4,), 0.5)},
+            TypeError,
+            r"class_margins.described must be a bool tensor, got .*float32",
+        ),
+    ],
+)
+def test_bad_class_margins(change, error, message):
+    good = ClassMargins(torch.eye(4)[:, :3], torch.ones(4, dtype=torch.bool), "squared", 0.0, 0.3)
+    emb, labels = torch.eye(4), torch.arange(4)
+    assert margin_softmax_loss(emb, emb, labels, class_margins=good).isfinite().all()
+    with pytest.raises(error, match=message):
+        margin_softmax_loss(emb, emb, labels, class_margins=good._replace(**change))
+    with pytest.raises(TypeError, match="class_margins must be a ClassMargins, got tuple"):
+        margin_softmax_loss(emb, emb, labels, class_margins=tuple(good))
+
+
 def kept_problem(batch_size, dtype=torch.float64, width=6):
     """Return embeddings and proxies of 29 classes, leaves, and labels: in chunks of 4 the last one is short."""
     rng = torch.Generator().manual_seed(batch_size)
