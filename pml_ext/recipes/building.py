@@ -56,7 +56,7 @@ def recipe(
         embedding_size: None: as the preset has it.
         backbone: "convnet", a small network of ours; "googlenet" (attention_ensemble); a timm model; or a network of
             yours, which gives what the recipe's trunk wants of one. None: as the preset has it.
-        preset: "small": for images of 28 to 64 pixels, trained from scratch on a CPU. "finetune": for photographs, with a
+        preset: "small": images of 28 to 64 pixels, trained from scratch on a CPU. "finetune": photographs, with a
             pretrained network, on a CPU or a small GPU. "paper:cub", "paper:cars", "paper:sop" or "paper:inshop": the
             paper's settings for that data set, where they are known.
         class_embeddings: ``(num_classes, E)``, of a second modality; used by "adaptive_margin", and by "combined" with

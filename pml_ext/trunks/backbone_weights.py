@@ -43,7 +43,7 @@ def timm_model(name: str, pretrained: bool, weights: Weights = None, **kwargs: A
             not the model's; the message lists them.
     """
     if weights is None:
-        with _downloads(name, pretrained):
+        with _downloads(name, pretrained and not kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}):
             return _create(name, pretrained=pretrained, **kwargs)
     if pretrained:
         raise ValueError("pretrained must be False with weights, got True")
