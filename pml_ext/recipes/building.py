@@ -88,6 +88,8 @@ def recipe(
         if len(shape) != 2 or shape[0] != num_classes:
             raise ValueError(f"class_embeddings must have shape ({num_classes}, E), got {tuple(shape)}")
     method = RECIPES[name]
+    if isinstance(settings.get("weights"), os.PathLike):
+        settings["weights"] = os.fspath(settings["weights"])
     module = backbone if isinstance(backbone, nn.Module) else None
     named = backbone if module is None else "module"
     chosen = settle(preset, method.numbers, {"embedding_size": embedding_size, "backbone": named} | settings)

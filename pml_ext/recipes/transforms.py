@@ -32,9 +32,9 @@ def make_transforms(settings: Settings) -> Transforms:
     if channels not in (1, 3):
         raise ValueError(f"in_channels must be 1 or 3, got {channels}")
     image = [partial(_with_channels, channels=channels)]
-    for name in ("pixel_mean", "pixel_std"):
-        if len(settings[name]) != channels or not all(math.isfinite(x) for x in settings[name]):
-            raise ValueError(f"{name} must have {channels} finite numbers, got {settings[name]}")
+    for name, numbers in (("pixel_mean", settings.pixel_mean), ("pixel_std", settings.pixel_std)):
+        if len(numbers) != channels or not all(math.isfinite(x) for x in numbers):
+            raise ValueError(f"{name} must have {channels} finite numbers, got {numbers}")
     if not min(settings.pixel_std) > 0:
         raise ValueError(f"pixel_std must be > 0, got {settings.pixel_std}")
     number = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(settings.pixel_mean, settings.pixel_std)]

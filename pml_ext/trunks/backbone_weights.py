@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import timm
+from huggingface_hub import constants
 from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
@@ -167,8 +168,6 @@ def _downloads(name: str, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    from huggingface_hub import constants  # on use: most networks are made without
-
     offline = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
     try:
         with mock.patch.object(constants, "HF_HUB_OFFLINE", offline):

@@ -9,7 +9,7 @@ from pml_ext.trunks.conv_net import ConvNet
 from pml_ext.trunks.frozen_stages import freeze_stages, stage_names
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "regnetx_002"])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_convnext", "regnetx_002"])
 @pytest.mark.parametrize("name", ["proxy_anchor", "mhgl", "attention_ensemble"])
 def test_what_lies_before_the_end_of_a_stage_stands_still(name, backbone):
     settings = {"embedding_size": 16, "image_size": 64, "pretrained": False, "freeze_batch_norm": False}
