@@ -37,10 +37,10 @@ def _restores(module: nn.Module) -> list[Callable[[], None]]:
     for part in module.modules():
         if statistics := statistics_of(part):
             restores.append(partial(vars(part).update, statistics))
-        if hasattr(part, "saved_state"):
+        if hasattr(type(part), "saved_state"):
             saved_state: Any = part.saved_state
             restores.append(saved_state())
-        elif part.training and not isinstance(part, BaseMetricLossFunction):  # whose buffers are constants
+        elif part._buffers and part.training and not isinstance(part, BaseMetricLossFunction):  # whose are constants
             restores += [partial(_copy, x, x.clone()) for x in part.buffers(recurse=False)]
     return restores
 

@@ -409,16 +409,22 @@ def _flag(device: torch.device, floats: list[Tensor], integers: list[tuple[str, 
     """Whether something may be wrong: a norm that is not finite (of all rows: the caller looks closer), or a range."""
     with torch.no_grad():
         norms = [_norm(x) for x in floats]
-        bad = ~torch.isfinite(norms[0] if len(norms) == 1 else norms[0] + norms[1])
+        norm = _plain(norms[0] if len(norms) == 1 else norms[0] + norms[1])
+        bad = not math.isfinite(norm) if isinstance(norm, float) else ~torch.isfinite(norm)
         bad_elsewhere = False
         for _, x, limit in integers:
-            low, high = x.long().aminmax()
+            low, high = (_plain(extreme) for extreme in x.long().aminmax())
             wrong = low < 0 if limit is None else (low < 0) | (high >= limit)
             if x.device == device:
                 bad = bad | wrong
             else:  # labels on the CPU, as PML's trainers deliver them: looking at them does not wait for the device
                 bad_elsewhere = bad_elsewhere or bool(wrong)
     return bad_elsewhere or bool(bad)
+
+
+def _plain(x: Tensor) -> Any:
+    """Return a number where no device has to be waited for: what follows is faster than with tensors."""
+    return x.item() if x.is_cpu else x
 
 
 def _norm(x: Tensor, **kwargs: Any) -> Tensor:

@@ -139,9 +139,11 @@ def _check(s: Settings) -> None:
         raise ValueError(f"channels_last must be True or False, got {s.channels_last!r}")
     if isinstance(s.crop_scale, bool) or not isinstance(s.crop_scale, int | float) or not 0 < s.crop_scale <= 1:
         raise ValueError(f"crop_scale must lie in (0, 1], got {s.crop_scale!r}")
+    if isinstance(s.warmup_epochs, bool) or not isinstance(s.warmup_epochs, Integral) or s.warmup_epochs < 0:
+        raise ValueError(f"warmup_epochs must be an integer >= 0, got {s.warmup_epochs!r}")
     for name in ("embedding_size", "in_channels", "image_size", "batch_size", "samples_per_class", "epochs", "width"):
         check_count(name, s[name])
-    for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr"):
+    for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr", "gamma"):
         value = s.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.recipes.checkpoint import write_text
 from pml_ext.recipes.settings import COMMON, HALVES, IMAGENET
 from pml_ext.recipes.training_recipe import Recipe
@@ -67,9 +68,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for settings in both:
         for name in ("epochs", "pretrained", "weights"):  # weights are in the checkpoint
             settings.pop(name, None)
+    known = "reader" in before and "reader" in now  # former versions did not keep it
     both = [
         {name: config.get(name) for name in ("recipe", "num_classes", "autocast")}
         | {f"settings.{name}": value for name, value in settings.items()}
+        | {f"reader.{name}": value for name, value in (config["reader"] if known else {}).items()}
         for config, settings in zip((before, now), both, strict=True)
     ]
     names = dict.fromkeys([*both[0], *both[1]])
@@ -81,6 +84,20 @@ def autocast_of(config: dict[str, Any]) -> torch.dtype | None:
     """Return the dtype that a configuration names."""
     name = config.get("autocast")
     return None if name is None else _AUTOCAST[name]
+
+
+def reader_from(config: dict[str, Any]) -> ImageReader:
+    """Return what reads image files as in the training: the default of those that keep nothing of it.
+
+    Raises:
+        ValueError: If there is no such reader.
+    """
+    values = config.get("reader", {})
+    try:
+        values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        return ImageReader(**values)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"reader must have the settings of an ImageReader, got {values!r}: {error}") from error
 
 
 def write_config(folder: str | os.PathLike[str], config: dict[str, Any]) -> None:
@@ -109,7 +126,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     missing = set(COMMON) - set(_ADDED) - (set(settings) if isinstance(settings, dict) else set())
     if missing:
         raise ValueError(f"{path}: settings must have {min(missing)!r}, got none")
-    if autocast is not None and autocast not in _AUTOCAST:
+    if autocast is not None and (not isinstance(autocast, str) or autocast not in _AUTOCAST):
         raise ValueError(f"{path}: autocast must be one of {', '.join(_AUTOCAST)} or null, got {autocast!r}")
     for name in _ONLY_AT_THE_START:
         config["settings"].pop(name, None)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.recipes.building import recipe
 from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.networks import matched_state
 from pml_ext.recipes.run_checkpoint import chosen_checkpoint
-from pml_ext.recipes.run_config import autocast_of, read_config
+from pml_ext.recipes.run_config import autocast_of, read_config, reader_from
 from pml_ext.recipes.training_recipe import Recipe
 
 
@@ -25,6 +26,7 @@ class Run(NamedTuple):
         epoch: Of the checkpoint.
         autocast: dtype that the network was trained and evaluated with, or None.
         checksum: Of the network's weights; tells whether something was made with them.
+        reader: What reads image files as in the training.
     """
 
     recipe: Recipe
@@ -32,6 +34,7 @@ class Run(NamedTuple):
     epoch: int
     autocast: torch.dtype | None
     checksum: str
+    reader: ImageReader
 
 
 def load_run(
@@ -63,6 +66,7 @@ def load_run(
         settings["backbone"] = backbone
     rows = next((x for name, x in state["loss"].items() if name.endswith("class_embeddings")), None)
     try:
+        reader = reader_from(config)
         made = recipe(
             config["recipe"],
             config["num_classes"],
@@ -77,7 +81,7 @@ def load_run(
         module.load_state_dict(matched_state(module, weights, rule))
         module.to(device)
     made.trunk.eval()
-    return Run(made, config, state["history"][-1]["epoch"], autocast_of(config), _checksum(made.trunk))
+    return Run(made, config, state["history"][-1]["epoch"], autocast_of(config), _checksum(made.trunk), reader)
 
 
 def _checksum(module: nn.Module) -> str:

@@ -141,6 +141,13 @@ class Settings(Mapping[str, Any]):
         return settings
 
 
+def _plain(value: Any) -> Any:
+    """Return numbers of NumPy and tensors, alone or in lists, as numbers of Python, which all files know."""
+    if isinstance(value, list | tuple | range):
+        return [_plain(x) for x in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+
+
 def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) -> Settings:
     """Return the settings of a preset: those of all recipes, then the recipe's own, then the user's.
 
@@ -173,8 +180,7 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         default = numbers[name][0]
         if default is not None and isinstance(value, str) != isinstance(default, str):
             raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
-        if isinstance(value, np.generic) or (isinstance(value, Tensor) and not value.ndim):
-            value = value.item()  # files of JSON and checkpoints know Python's numbers
+        value = _plain(value)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         numbers[name] = (value, "given")

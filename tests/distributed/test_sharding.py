@@ -46,6 +46,7 @@ MAKERS = {
     "AdaptiveAdditiveMarginLoss, cosine": margin(class_embeddings=NAMES),
     "AdaptiveAdditiveMarginLoss, euclidean": margin(class_embeddings=NAMES, class_metric="euclidean", chunk_size=2),
     "AdaptiveAdditiveMarginLoss, table": margin(class_distances=DISTANCES, direction="similarity", chunk_size=1),
+    "AdaptiveAdditiveMarginLoss, memory": margin(class_embeddings=NAMES, chunk_size=1, memory=10**4),
     "HybridLoss": lambda group: HybridLoss(5, SIZE, proxy_weight=1.0, process_group=group),
     "EnsembleLoss": lambda group: EnsembleLoss(lambda: ProxyAnchorLoss(5, SIZE // 2, process_group=group), 2),
 }

@@ -251,6 +251,9 @@ def test_sampler(kind):
         ({"lr": -1.0}, "lr must be a number > 0, got -1.0"),
         ({"clip_value": "much"}, "clip_value must be a number > 0, got 'much'"),
         ({"flip": "yes"}, "flip must be True, False or None, got 'yes'"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be an integer >= 0, got -1"),
+        ({"warmup_epochs": 1.5}, "warmup_epochs must be an integer >= 0, got 1.5"),
+        ({"gamma": -1.0}, "gamma must be a number > 0, got -1.0"),
         ({"milestones": 5}, "milestones must be a list of epochs, got 5"),
         ({"name": "triplet", "type_of_triplets": "most"}, "type_of_triplets must be all, hard, semihard or easy"),
         (

@@ -31,12 +31,12 @@ def test_what_a_trainer_keeps_is_loaded(name, tmp_path):
 
 
 def test_a_config_that_knows_more_is_kept(tmp_path):
-    trained(tmp_path)
-    config = read_config(tmp_path) | {"seed": 3}
+    trained(tmp_path / "first")
+    config = read_config(tmp_path / "first") | {"seed": 3}
     config["versions"]["torch"] = "of then"
-    write_config(tmp_path, config)
-    trained(tmp_path)
-    assert read_config(tmp_path) == config
+    write_config(tmp_path / "second", config)  # as train.py does
+    trained(tmp_path / "second")
+    assert read_config(tmp_path / "second") == config
 
 
 def test_the_config_of_another_run_is_not(tmp_path):
