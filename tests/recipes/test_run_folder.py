@@ -5,6 +5,7 @@ import torch
 
 from pml_ext.recipes import Trainer, load_run, recipe
 from pml_ext.recipes.run_config import read_config, write_config
+from pml_ext.recipes.run_lock import RunLock
 
 IMAGES = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(2))
 LABELS = torch.arange(12) // 4
@@ -68,7 +69,8 @@ def test_a_run_of_a_former_version(tmp_path):
     again = recipe("intra_batch", 3, **TINY)
     trainer = Trainer(again, torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS, folder=tmp_path)
     assert trainer.resume() == 2
-    trainer._save(better=False)
+    with RunLock(tmp_path):
+        trainer._save(better=False)
     assert read_config(tmp_path)["seed"] == 3
 
 
