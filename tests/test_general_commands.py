@@ -16,6 +16,7 @@ from unittest import mock
 import command_line
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -802,3 +803,32 @@ def test_commands_begin_without_warnings():
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.findall(r"^usage: (\w+)\.py", done.stdout, re.MULTILINE) == list(names)
+
+
+@pytest.mark.trains
+def test_finetuning_tells_what_frozen_features_find(tmp_path, capsys):
+    photos = write_folder(tmp_path / "photos")
+    for i, path in enumerate(photos.rglob("*.png")):  # noise, in which no network finds all
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    donor = timm.create_model("test_efficientnet")
+    torch.save(donor.state_dict(), tmp_path / "w.pth")
+    options = {"preset": "finetune", "backbone": "test_efficientnet", "weights": str(tmp_path / "w.pth")}
+    options |= {"image_size": 32, "settings": {"batch_size": 16, "embedding_size": 16}}
+    run(photos, tmp_path / "run", **options)
+    printed = capsys.readouterr().out
+    frozen = json.loads((tmp_path / "run" / "config.json").read_text())["frozen"]
+    opened = open_data(photos, 0.5)
+    opened.test.transform = load_run(tmp_path / "run", "cpu").recipe.transforms.test
+    x, labels = torch.utils.data.default_collate(list(opened.test))
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(donor.eval().forward_intermediates(x)[1][-1].mean((2, 3)))
+    expected = retrieval_metrics(features, labels)
+    assert frozen["test"] == pytest.approx(expected) and 0 < expected["mean_average_precision_at_r"] < 1
+    told = f"before any training, test classes: P@1 {100 * expected['precision_at_1']:.1f}"
+    assert told in printed and set(frozen) == {"validation", "test"}
+    (tmp_path / "w.pth").unlink()  # what goes on has its weights in the checkpoint
+    with pytest.raises(FileNotFoundError, match="weights must be a file"):
+        run(photos, tmp_path / "other", **options)
+    run(photos, tmp_path / "run", resume=True, **(options | {"epochs": 3}))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["frozen"] == frozen
+    run(photos, tmp_path / "next", **(options | {"weights": str(tmp_path / "run")}))

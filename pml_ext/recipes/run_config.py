@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,22 @@ import torch
 
 from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.recipes.checkpoint import write_text
-from pml_ext.recipes.settings import COMMON
+from pml_ext.recipes.settings import COMMON, HALVES, IMAGENET
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.strict_json import strict_json
 from pml_ext.version import __version__
 
 _GONE = {"depth": 1}  # settings of former versions, and where they changed nothing
 _ONLY_AT_THE_START = ("similarity_gain",)  # settings of former versions that weights were drawn with
-_ADDED = {"sampler": "MPerClassSampler"}  # settings that former versions had not, and what they did
+_ADDED = {  # settings that former versions had not, and what they did
+    "sampler": "MPerClassSampler",
+    "weights": None,
+    "frozen_stages": 0,
+    "channels_last": False,
+    "crop_scale": 0.08,
+    "pixel_mean": None,
+    "pixel_std": None,
+}
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +51,8 @@ def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any)
         **more,
         "versions": {"pml-ext": __version__} | {name: version(name) for name in packages},
     }
+    if isinstance(config["settings"]["weights"], Mapping):
+        config["settings"]["weights"] = "a state dict"
     plain: dict[str, Any] = json.loads(strict_json(config))
     return plain
 
@@ -55,7 +66,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """
     both = [dict(config["settings"]) for config in (before, now)]
     for settings in both:
-        for name in ("epochs", "pretrained"):  # weights are in the checkpoint
+        for name in ("epochs", "pretrained", "weights"):  # weights are in the checkpoint
             settings.pop(name, None)
     known = "reader" in before and "reader" in now  # former versions did not keep it
     both = [
@@ -123,5 +134,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         former = config["settings"].pop(name, value)
         if former != value:
             raise ValueError(f"{path}: the setting {name!r} is gone, and must have been {value}, got {former}")
-    config["settings"] = _ADDED | config["settings"]
+    config["settings"] = settings = _ADDED | config["settings"]
+    if settings["pixel_mean"] is None:  # by preset, whatever the backbone
+        ours = config["preset"] == "small" or settings["in_channels"] != 3
+        settings["pixel_mean"], settings["pixel_std"] = [
+            x[: settings["in_channels"]] for x in (HALVES if ours else IMAGENET)
+        ]
     return dict(config)

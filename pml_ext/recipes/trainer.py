@@ -87,7 +87,7 @@ class Trainer(MetricLossOnly):
         metric: str = "mean_average_precision_at_r",
         folder: str | os.PathLike[str] | None = None,
         autocast: torch.dtype | None = None,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         device: torch.device | str | None = None,
         dataloader_num_workers: int = 0,
         end_of_iteration_hook: Callable[[Any], Any] | None = None,
@@ -104,7 +104,7 @@ class Trainer(MetricLossOnly):
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}")
         self.autocast = autocast
-        self.channels_last = channels_last
+        self.channels_last = channels_last = recipe.settings.channels_last if channels_last is None else channels_last
         self.history: list[dict[str, Any]] = []
         self.sampler: Any
         self.best: dict[str, Any] | None = None
