@@ -237,6 +237,13 @@ def test_parameter_groups_and_frozen_norms():
 
 
 class TestFromBackbone:
+    @pytest.mark.parametrize(("name", "split"), [("test_efficientnet", "blocks.2"), ("test_convnext", "stages.1")])
+    def test_timms_networks_are_cut_at_an_eighth_of_the_resolution(self, name, split):
+        trunk = AttentionEnsemble.from_backbone(name, None, 2, 8, input_size=(3, 64, 64))
+        chosen = AttentionEnsemble.from_backbone(name, split, 2, 8, input_size=(3, 64, 64))
+        assert trunk.stem(torch.zeros(1, 3, 64, 64)).shape[2:] == (8, 8)
+        assert [n for n, _ in trunk.named_parameters()] == [n for n, _ in chosen.named_parameters()]
+
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "split", "stage"),
@@ -361,7 +368,10 @@ class TestFromBackbone:
             ({"split": "layer7"}, r"split must be one of conv1, .* layer2, layer2\.0, .* got 'layer7'"),
             ({"split": "layer2.0.conv1"}, r"got 'layer2\.0\.conv1', which .* passes by"),
             ({"split": "global_pool"}, r"stem must give one map \(B, C, H, W\), got \(1, 512\)"),
-            ({"backbone": "efficientnet_b0"}, r"split must be given for this backbone, one of conv_stem, .*blocks\.2"),
+            (
+                {"backbone": "vit_tiny_patch16_224", "input_size": (3, 224, 224)},
+                r"split must be given for this backbone, one of patch_embed, .*blocks\.2",
+            ),
             (
                 {"backbone": "vit_tiny_patch16_224", "split": "blocks.3", "input_size": (3, 224, 224)},
                 r"stem must give one map \(B, C, H, W\), got \(1, 197, 192\)",
