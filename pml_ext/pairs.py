@@ -1,5 +1,8 @@
 """Pairs of samples, as PML's losses and miners hand them on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
@@ -10,6 +13,7 @@ from pml_ext.types import Indices
 __all__ = ["pairs_from_multilabel"]
 
 Rule = Literal["any", "all"]
+_own_places: ContextVar[Tensor | None] = ContextVar("pml_ext_own_places", default=None)
 
 
 def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
@@ -87,3 +91,24 @@ def without_pairs(indices_tuple: Indices, own: Tensor) -> Indices:
     if len(indices_tuple) == 3:
         return anchors[keep], positives[keep], rest[0][keep]
     return anchors[keep], positives[keep], rest[0], rest[1]
+
+
+@contextmanager
+def own_rows_at(places: Tensor) -> Iterator[None]:
+    """Tell the losses called inside where in the references the samples themselves lie: these are no pairs.
+
+    It spares a list of all other pairs. For losses with ``leaves_out_own``.
+
+    Args:
+        places: ``(B,)``, int64, rows of ``ref_emb``.
+    """
+    token = _own_places.set(places)
+    try:
+        yield
+    finally:
+        _own_places.reset(token)
+
+
+def own_places() -> Tensor | None:
+    """Return where in the references the samples themselves lie, ``(B,)``, None for nowhere."""
+    return None if torch.compiler.is_compiling() else _own_places.get()

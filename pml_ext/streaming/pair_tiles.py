@@ -1,17 +1,16 @@
 """A walk over the similarities of samples, a tile at a time, without a matrix of all of them."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pml_ext.precision import widen
 from pml_ext.streaming.gradients import through_norm, unit_rows
 from pml_ext.streaming.proxy_chunks import auto_block
 from pml_ext.validation import check_batch, check_integers
-
-_ROWS = 512  # of a tile: below, the calls cost more than the cache saves
-
 
 class Pairs(NamedTuple):
     """What is compared with what.
@@ -51,6 +50,19 @@ class Pairs(NamedTuple):
         if len(self.own) and not 0 <= int(self.own.min()) <= int(self.own.max()) < len(self.refs):
             extremes = f"{int(self.own.min())} to {int(self.own.max())}"
             raise ValueError(f"own must lie in 0 to {len(self.refs) - 1}, got {extremes}")
+
+
+    def widened(self) -> "Pairs":
+        """Return the same in float32 or better, labels and places as int64 on the device of the embeddings.
+
+        References stay as they are, unless they are wider: they are raised a chunk at a time.
+        """
+        dtypes = [x.dtype for x in (self.embeddings, self.refs) if x is not None]
+        dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[-1]), torch.float32)
+        integers = ("labels", "ref_labels", "own")
+        given = {name: getattr(self, name) for name in integers if getattr(self, name) is not None}
+        moved = {name: x.to(self.embeddings.device, torch.int64) for name, x in given.items()}
+        return self._replace(embeddings=widen(self.embeddings, dtype), **moved)
 
 
 class Sorted(NamedTuple):
@@ -162,10 +174,11 @@ class PairTiles:
         self.unit, self.inverse = unit_rows(embeddings[order.order], normalize)
         self.scaled = self.unit if factor == 1 else self.unit * factor
         num_anchors, num_refs = len(order.order), len(order.ref_order)
-        self.num_rows = min(chunk_size or _ROWS, num_anchors)
+        block = auto_block(self.unit.device)
+        self.num_rows = min(chunk_size or math.isqrt(block), num_anchors)
         self.num_columns = self.num_rows
         if refs is not None:
-            self.num_columns = min(chunk_size or auto_block(self.unit.device) // self.num_rows, num_refs)
+            self.num_columns = min(chunk_size or block // self.num_rows, num_refs)
         self._block = self.unit.new_empty(self.num_rows * self.num_columns)
         starts = range(0, num_anchors, self.num_rows)
         stops = [min(start + self.num_rows, num_anchors) for start in starts]
