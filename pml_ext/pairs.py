@@ -94,13 +94,13 @@ def without_pairs(indices_tuple: Indices, own: Tensor) -> Indices:
 
 
 @contextmanager
-def own_rows_at(places: Tensor) -> Iterator[None]:
+def own_rows_at(places: Tensor | None) -> Iterator[None]:
     """Tell the losses called inside where in the references the samples themselves lie: these are no pairs.
 
     It spares a list of all other pairs. For losses with ``leaves_out_own``.
 
     Args:
-        places: ``(B,)``, int64, rows of ``ref_emb``.
+        places: ``(B,)``, int64, rows of ``ref_emb``. None: nowhere.
     """
     token = _own_places.set(places)
     try:

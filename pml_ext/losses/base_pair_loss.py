@@ -22,9 +22,6 @@ class BasePairLoss(BaseLoss):
         chunk_size: Rows and columns of a tile of similarities, which are looked at together. None: what is faster: all
             pairs at once where they fit into the cache, else tiles that do.
         **kwargs: Passed to PML's ``BaseMetricLossFunction``.
-
-    Attributes:
-        leaves_out_own: That ``pml_ext.pairs.own_rows_at`` is looked at.
     """
 
     needs_labels = False  # or indices_tuple
