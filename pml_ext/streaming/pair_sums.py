@@ -1,6 +1,7 @@
 """Log-sum-exps over the positives and over the negatives of each sample, without a matrix of all pairs."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from pml_ext.precision import full_precision, narrow
 from pml_ext.streaming.gradients import first_derivative_only
-from pml_ext.streaming.pair_tiles import Pairs, PairTiles, Sorted, Tile, in_batch_order, through_unit
+from pml_ext.streaming.pair_tiles import Pairs, PairTiles, Tile, through_unit
 
 _LOG2_E = math.log2(math.e)
 
@@ -33,13 +34,12 @@ class _Settings(NamedTuple):
     positive: float  # the factors of similarities
     negative: float
     epsilon: float | None
-    normalize: bool
     chunk_size: int | None
     name: str
 
 
 class _Hardest(NamedTuple):
-    """What decides which pairs count, ``(B,)`` each, in the order of labels."""
+    """What decides which pairs count, ``(B,)`` each."""
 
     negative: Tensor  # the most similar one, -inf if there is none
     positive: Tensor  # the least similar one, inf if there is none
@@ -68,109 +68,94 @@ def pair_sums(
         chunk_size: Rows and columns of a tile. None: as many as stay in the cache.
         name: What a message calls the result, where it is differentiated twice.
     """
+    settings = _Settings(positive_scale, negative_scale, epsilon, chunk_size, name)
     with full_precision(pairs.embeddings.device):
-        order = Sorted.by_labels(pairs)
-        count = in_batch_order(order.counts(), order.order)
-        settings = _Settings(positive_scale, negative_scale, epsilon, pairs.normalize, chunk_size, name)
-        sums = _PairSums.apply(pairs.embeddings, pairs.refs, order, settings)
-    return PairSums(*sums, count)
+        sums = _PairSums.apply(*pairs, settings)
+    return PairSums(*sums)
 
 
-def _is_bounded(embeddings: Tensor, refs: Tensor | None, settings: _Settings) -> bool:
+def _is_bounded(pairs: Pairs, settings: _Settings) -> bool:
     """Whether no exponential can overflow and none that counts can underflow, without subtracting the largest."""
     largest = 1.0
-    if not settings.normalize:
-        norms = [_norms(x).amax() for x in (embeddings, refs) if x is not None]
+    if not pairs.normalize:
+        norms = [_norms(x).amax() for x in (pairs.embeddings, pairs.refs) if x is not None]
         largest = float(norms[0] * norms[-1])
     exponent = largest * max(abs(settings.positive), abs(settings.negative)) * _LOG2_E
-    return exponent < math.log2(torch.finfo(embeddings.dtype).max) - 28  # of up to 2^27 numbers, the sum too
+    return exponent < math.log2(torch.finfo(pairs.embeddings.dtype).max) - 28  # of up to 2^27 numbers, the sum too
 
 
 def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _make_tiles(
-    embeddings: Tensor, refs: Tensor | None, order: Sorted, settings: _Settings, bounded: bool
-) -> PairTiles:
+def _make_tiles(pairs: Pairs, settings: _Settings, bounded: bool) -> PairTiles:
     factor = 1.0 if settings.epsilon is not None else settings.negative * _LOG2_E
-    return PairTiles(embeddings, refs, order, settings.normalize, factor, bounded, settings.chunk_size)
+    return PairTiles(pairs, factor, bounded, settings.chunk_size)
 
 
 def _find_hardest(tiles: PairTiles) -> _Hardest:
     """Return the most similar negative and the least similar positive of each anchor."""
     negative = tiles.unit.new_full((len(tiles.unit),), -torch.inf)
     positive = torch.full_like(negative, torch.inf)
-    for columns in tiles.column_chunks():
-        references, _ = tiles.references(columns)
-        for tile in tiles.tiles(columns, references):
+    for columns in tiles.columns():
+        for tile in tiles.tiles(columns):
             if tile.same is not None:
-                values, rows, others, _ = tile.take_same(-torch.inf)
-                for anchors in (rows, others)[: 1 + tile.both]:
+                values, *pair, _ = tile.take_positives()
+                for anchors in pair[: 1 + tile.both]:
                     positive.scatter_reduce_(0, anchors, values, "amin")
-            for dim, anchors in _sides(tile):
+            for dim, anchors in tile.sides():
                 torch.maximum(negative[anchors], tile.block.amax(dim), out=negative[anchors])
     return _Hardest(negative, positive)
-
-
-def _sides(tile: Tile) -> tuple[tuple[int, slice], ...]:
-    """Return what to sum over, and for which anchors: rows, and columns where they are anchors too."""
-    return ((1, tile.rows), (0, tile.columns))[: 1 + tile.both]
 
 
 class _Exponents:
     """The exponents of a tile to base 2, whose exponentials are several times faster than to base e, and as exact."""
 
     def __init__(self, tile: Tile, settings: _Settings, hardest: _Hardest | None) -> None:
-        self.tile, self.hardest = tile, hardest
-        self.places = self.anchors = self.others = self.positive = None
-        epsilon = settings.epsilon
+        self.hardest = hardest
+        self.positive: Tensor | None = None
+        scale = settings.negative * _LOG2_E
         if tile.same is not None:
-            values, self.anchors, self.others, self.places = tile.take_same(-torch.inf)
-            scale = settings.positive * _LOG2_E
-            self.positive = values * (settings.positive / settings.negative if hardest is None else scale)
-            if hardest is not None:
-                self.easier = values - epsilon
+            values, *self.pair, self.places = tile.take_positives()
+            self.positive = values * (settings.positive / (settings.negative if hardest is None else 1 / _LOG2_E))
         self.negative = tile.block
         if hardest is not None:  # compared as the miner does, before they are scaled
-            self.harder = tile.block + epsilon
-            self.negative = tile.block.mul_(settings.negative * _LOG2_E)
+            assert settings.epsilon is not None
+            self.easier = None if self.positive is None else values - settings.epsilon
+            self.harder = tile.block + settings.epsilon
+            self.negative = tile.block.mul_(scale)
+        # of each side, which negatives count: a mask of the tile, or None for all
+        self.counting = [
+            None if hardest is None else self.harder > hardest.positive[anchors].unsqueeze(dim)
+            for dim, anchors in tile.sides()
+        ]
 
-    def positives_of(self, columns: bool) -> tuple[Tensor, Tensor]:
-        """Return the exponents of positives, -inf for those that do not count, and whose they are, ``(p,)`` each.
-
-        Args:
-            columns: Whether the anchors are the columns.
-        """
-        anchors, values = self.others if columns else self.anchors, self.positive
-        assert anchors is not None and values is not None
-        if self.hardest is not None:
-            values = values.masked_fill(~(self.easier < self.hardest.negative[anchors]), -torch.inf)
-        return values, anchors
-
-    def counting(self, dim: int, anchors: slice) -> Tensor | None:
-        """Return which negatives count, a mask of the tile, or None for all."""
-        if self.hardest is None:
-            return None
-        return self.harder > self.hardest.positive[anchors].unsqueeze(dim)
+    def positives(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield of each side the exponents of positives, -inf for those that do not count, and the anchors."""
+        assert self.positive is not None
+        for anchors in self.pair[: len(self.counting)]:
+            values = self.positive
+            if self.hardest is not None:
+                assert self.easier is not None
+                values = values.masked_fill(~(self.easier < self.hardest.negative[anchors]), -torch.inf)
+            yield values, anchors
 
 
 def _sum_exponentials(
     tiles: PairTiles, settings: _Settings, hardest: _Hardest | None, bounded: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both log-sum-exps to base 2 and the sums of similarities, ``(B,)`` each, in the order of labels."""
+) -> tuple[Tensor, ...]:
+    """Return both log-sum-exps to base 2, the sums of similarities and the numbers of positives, ``(B,)`` each."""
     lowest = torch.finfo(tiles.unit.dtype).min
     start = 0.0 if bounded else lowest
     largest = [tiles.unit.new_full((len(tiles.unit),), start) for _ in range(2)]  # of the exponents so far
     total = [torch.zeros_like(largest[0]) for _ in range(2)]  # of the exponentials over that
     similarity = torch.zeros_like(total[0])
-    for columns in tiles.column_chunks():
-        references, _ = tiles.references(columns)
-        for tile in tiles.tiles(columns, references):
+    count = torch.zeros_like(tiles.labels)
+    for columns in tiles.columns():
+        for tile in tiles.tiles(columns):
             exponents = _Exponents(tile, settings, hardest)
             if exponents.positive is not None:
-                for side in range(1 + tile.both):
-                    values, anchors = exponents.positives_of(side == 1)
+                for values, anchors in exponents.positives():
                     if not bounded:
                         before = largest[0].clone()
                         largest[0].scatter_reduce_(0, anchors, values, "amax")
@@ -178,25 +163,25 @@ def _sum_exponentials(
                         values = values - largest[0][anchors]
                     total[0].index_add_(0, anchors, values.exp2())
                     similarity.index_add_(0, anchors, exponents.positive)
-            counting = [exponents.counting(*side) for side in _sides(tile)]
+                    count.index_add_(0, anchors, torch.ones_like(anchors))
             block = exponents.negative
             if bounded:
                 block.exp2_()
-                for (dim, anchors), mask in zip(_sides(tile), counting, strict=True):
+                for (dim, anchors), mask in zip(tile.sides(), exponents.counting, strict=True):
                     total[1][anchors] += (block if mask is None else block * mask).sum(dim)
                 continue
-            if counting[0] is not None:
-                block.masked_fill_(~counting[0], -torch.inf)
+            if exponents.counting[0] is not None:
+                block.masked_fill_(~exponents.counting[0], -torch.inf)
             before = largest[1][tile.rows].clone()
             now = torch.maximum(before, block.amax(1), out=largest[1][tile.rows])
             total[1][tile.rows] *= (before - now).exp2_()
             total[1][tile.rows] += block.sub_(now[:, None]).exp2_().sum(1)
     pos, neg = (x.log2_().add_(y) for x, y in zip(total, largest, strict=True))
-    return pos, neg, similarity.div_(settings.positive * _LOG2_E)
+    return pos, neg, similarity.div_(settings.positive * _LOG2_E), count
 
 
 class _Upstream(NamedTuple):
-    """The gradients by the three sums, and the two log-sum-exps to base 2, ``(B,)`` each, in the order of labels."""
+    """The gradients by the three sums, and the two log-sum-exps to base 2, ``(B,)`` each."""
 
     positive: Tensor
     negative: Tensor
@@ -214,69 +199,71 @@ def _gradients(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients by embeddings and references: the last walk."""
-    refs = tiles.refs
+    refs = tiles.pairs.refs
     grad = torch.zeros_like(tiles.unit) if needs[0] else None
-    ref_grad = None if refs is None or not needs[1] else torch.empty_like(refs)
+    ref_grad = torch.empty_like(refs) if refs is not None and needs[1] else None
     factor = upstream.negative * settings.negative
     if bounded:
         factor = factor * upstream.negative_sum.neg().exp2_()
-    for columns in tiles.column_chunks():
-        references, inverse = tiles.references(columns)
-        by_columns = torch.zeros_like(references) if ref_grad is not None else None
-        if refs is None and grad is not None:
-            by_columns = grad[columns]
-        for tile in tiles.tiles(columns, references):
+    for columns in tiles.columns():
+        by_columns = None
+        if refs is not None:
+            by_columns = None if ref_grad is None else torch.zeros_like(columns.rows)
+        elif grad is not None:
+            by_columns = grad[columns.place]
+        for tile in tiles.tiles(columns):
             exponents = _Exponents(tile, settings, hardest)
-            counting = [exponents.counting(*side) for side in _sides(tile)]
             slopes = exponents.negative
             if not bounded:
                 slopes -= upstream.negative_sum[tile.rows, None]
             slopes.exp2_()
-            weights = factor[tile.rows, None] if counting[0] is None else counting[0] * factor[tile.rows, None]
-            if tile.both:
-                weights = weights + (factor[columns] if counting[1] is None else counting[1] * factor[columns])
-            slopes *= weights
+            weights = [
+                factor[anchors].unsqueeze(dim) if mask is None else mask * factor[anchors].unsqueeze(dim)
+                for (dim, anchors), mask in zip(tile.sides(), exponents.counting, strict=True)
+            ]
+            slopes *= weights[0] + weights[1] if tile.both else weights[0]
             if exponents.positive is not None:
                 own = torch.zeros_like(exponents.positive)
-                for side in range(1 + tile.both):
-                    values, anchors = exponents.positives_of(side == 1)
+                for values, anchors in exponents.positives():
                     own += (values - upstream.positive_sum[anchors]).exp2_().mul_(upstream.positive[anchors])
                     own.add_(upstream.similarity[anchors], alpha=1 / settings.positive)
                 slopes.view(-1)[exponents.places] = own.mul_(settings.positive)
             if grad is not None:
-                grad[tile.rows].addmm_(slopes, references)
+                grad[tile.rows].addmm_(slopes, columns.rows)
             if by_columns is not None:
                 by_columns.addmm_(slopes.T, tiles.unit[tile.rows])
         if refs is not None and ref_grad is not None and by_columns is not None:
-            places = tiles.order.ref_order[columns]
-            by_columns = through_unit(by_columns, references, inverse)
-            ref_grad[places] = by_columns if refs.dtype == by_columns.dtype else narrow(by_columns, refs[places])
-    return None if grad is None else tiles.gradient(grad), ref_grad
+            by_columns = through_unit(by_columns, columns.rows, columns.inverse)
+            ref_grad[columns.place] = narrow(by_columns, refs[columns.place])
+    return None if grad is None else through_unit(grad, tiles.unit, tiles.inverse), ref_grad
 
 
 class _PairSums(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, embeddings: Tensor, refs: Tensor | None, order: Sorted, settings: _Settings
-    ) -> tuple[Tensor, ...]:
-        bounded = _is_bounded(embeddings, refs, settings)
-        tiles = _make_tiles(embeddings, refs, order, settings, bounded)
-        hardest = None if settings.epsilon is None else _find_hardest(tiles)
-        pos, neg, similarity = _sum_exponentials(tiles, settings, hardest, bounded)
+    def forward(ctx: Any, embeddings: Tensor, labels: Tensor, refs: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
+        *others, ctx.settings = settings
+        pairs = Pairs(embeddings, labels, refs, *others)
+        ctx.bounded = _is_bounded(pairs, ctx.settings)
+        tiles = _make_tiles(pairs, ctx.settings, ctx.bounded)
+        hardest = None if ctx.settings.epsilon is None else _find_hardest(tiles)
+        pos, neg, similarity, count = _sum_exponentials(tiles, ctx.settings, hardest, ctx.bounded)
         # an anchor without pairs gets inf in place of -inf: all its exponentials are 0 then
-        kept = (x.masked_fill(x == -torch.inf, torch.inf) for x in (pos, neg))
-        ctx.save_for_backward(embeddings, refs, *kept, *(hardest or ()))
-        ctx.order, ctx.settings, ctx.bounded = order, settings, bounded
-        sums = pos / _LOG2_E, neg / _LOG2_E, similarity
-        return tuple(in_batch_order(x, order.order) for x in sums)
+        sums = (x.masked_fill(x == -torch.inf, torch.inf) for x in (pos, neg))
+        ref_labels, own, ctx.normalize = others
+        ctx.save_for_backward(embeddings, labels, refs, ref_labels, own, *sums, *(hardest or ()))
+        ctx.mark_non_differentiable(count)
+        return pos / _LOG2_E, neg / _LOG2_E, similarity, count
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        embeddings, refs, positive_sum, negative_sum, *hardest = ctx.saved_tensors
-        with torch.no_grad(), full_precision(embeddings.device):
-            tiles = _make_tiles(embeddings, refs, ctx.order, ctx.settings, ctx.bounded)
-            upstream = _Upstream(*(grad[ctx.order.order] for grad in grads), positive_sum, negative_sum)
-            kept = _Hardest(*hardest) if hardest else None
-            found = _gradients(tiles, ctx.settings, kept, ctx.bounded, upstream, ctx.needs_input_grad[:2])
-        inputs = tuple(x for x in (embeddings, refs, *grads) if x is not None)
-        return (*first_derivative_only(ctx.settings.name, found, inputs), None, None)
+        *tensors, positive_sum, negative_sum = ctx.saved_tensors[:7]
+        hardest = _Hardest(*ctx.saved_tensors[7:]) if len(ctx.saved_tensors) > 7 else None
+        pairs = Pairs(*tensors, ctx.normalize)
+        with torch.no_grad(), full_precision(pairs.embeddings.device):
+            tiles = _make_tiles(pairs, ctx.settings, ctx.bounded)
+            upstream = _Upstream(*grads[:3], positive_sum, negative_sum)
+            needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+            found = _gradients(tiles, ctx.settings, hardest, ctx.bounded, upstream, needs)
+        inputs = tuple(x for x in (pairs.embeddings, pairs.refs, *grads[:3]) if x is not None)
+        by_embeddings, by_refs = first_derivative_only(ctx.settings.name, found, inputs)
+        return by_embeddings, None, by_refs, None, None, None, None
