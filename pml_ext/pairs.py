@@ -61,6 +61,27 @@ def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
     return a1, p, a2, n
 
 
+def positive_pairs(labels: Tensor, ref_labels: Tensor | None, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the anchors and positives of all pairs of one label, in the order of anchors, without a matrix of pairs.
+
+    Args:
+        labels: ``(B,)``, int64.
+        ref_labels: ``(R,)``, int64. None: of the batch itself, in which no sample is its own positive.
+        own: ``(B,)``, where in the references each sample itself lies. None: nowhere.
+    """
+    if ref_labels is None:
+        ref_labels, own = labels, torch.arange(len(labels), device=labels.device)
+    in_order, order = ref_labels.sort(stable=True)
+    first, last = (torch.searchsorted(in_order, labels, right=right) for right in (False, True))
+    anchors = torch.repeat_interleave(last - first)
+    within = torch.arange(len(anchors), device=anchors.device) + (last - (last - first).cumsum(0))[anchors]
+    positives = order[within]
+    if own is not None:
+        keep = own[anchors] != positives
+        anchors, positives = anchors[keep], positives[keep]
+    return anchors, positives
+
+
 def joined(first: Indices, second: Indices) -> Indices:
     """Return the pairs or triplets of two tuples, in the form of the first.
 

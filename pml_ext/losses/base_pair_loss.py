@@ -89,12 +89,36 @@ class BasePairLoss(BaseLoss):
             positive[torch.arange(len(own), device=own.device), own] = False
         return positive, negative
 
+    def _lists(
+        self,
+        labels: Tensor | None,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return anchors and positives, anchors and negatives: of ``indices_tuple``, or all pairs."""
+        if indices_tuple is not None:
+            return _four(indices_tuple)
+        assert labels is not None
+        same = labels[:, None].eq(labels if ref_labels is None else ref_labels)
+        others, negatives = (~same).nonzero(as_tuple=True)
+        if ref_emb is None:
+            same.fill_diagonal_(False)
+        elif (own := own_places()) is not None:
+            same[torch.arange(len(own), device=own.device), own] = False
+        return *same.nonzero(as_tuple=True), others, negatives  # type: ignore[return-value]
+
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
 
 
+def _four(indices_tuple: Indices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return anchors and positives, anchors and negatives: a triplet is a pair of each kind."""
+    return indices_tuple if len(indices_tuple) == 4 else (*indices_tuple[:2], *indices_tuple[::2])
+
+
 def _masks_from_indices(indices_tuple: Indices, mat: Tensor) -> tuple[Tensor, Tensor]:
-    a1, p, a2, n = indices_tuple if len(indices_tuple) == 4 else (*indices_tuple[:2], *indices_tuple[::2])
+    a1, p, a2, n = _four(indices_tuple)
     positive, negative = (torch.zeros(mat.shape, dtype=torch.bool, device=mat.device) for _ in range(2))
     positive[a1, p] = True
     negative[a2, n] = True
