@@ -35,7 +35,7 @@ class NTXentLoss(BasePairLoss):
         temperature: $\tau$ > 0, in the units of ``distance``. It may be a parameter; a matrix of all pairs is formed
             then.
         chunk_size: Rows and columns of a tile of similarities. None: as many as stay in the cache; a batch that is one
-            tile is evaluated at once, and so is a compiled loss.
+            tile is evaluated at once.
         **kwargs: Passed to PML's ``BaseMetricLossFunction``.
 
     Shape:
@@ -75,6 +75,23 @@ class NTXentLoss(BasePairLoss):
         self._check_pairs(labels, indices_tuple)
         if not len(embeddings) or (ref_emb is not None and not len(ref_emb)):
             return {"loss": reduced_term(embeddings.sum() * 0)}
+        of_pairs = self._of_pairs
+        if torch.compiler.is_compiling():  # how many pairs there are depends on the labels: not looked into
+            of_pairs = torch.compiler.disable(of_pairs)  # type: ignore[no-untyped-call]
+        losses, anchors, positives = of_pairs(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if not len(losses):
+            return {"loss": reduced_term(embeddings.sum() * 0)}
+        return {"loss": pair_term(losses, anchors, positives, positive=True)}
+
+    def _of_pairs(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: Indices | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses of all positive pairs, ``(P,)``, and the rows of anchors and positives."""
         temperature = scalar(self.temperature)
         if self._can_stream(embeddings, indices_tuple, ref_emb, temperature):
             found = self._streamed(_sums, embeddings, labels, ref_emb, ref_labels, temperature=temperature)
@@ -85,10 +102,7 @@ class NTXentLoss(BasePairLoss):
             of_positives = similarity[anchors, positives]
             of_negatives = log_sum_exp_by_row(similarity[others, negatives] / temperature, others, len(embeddings))
         exponents = of_negatives[anchors] - of_positives / temperature
-        losses = torch.logaddexp(exponents, exponents.new_zeros(()))
-        if not len(losses):
-            return {"loss": reduced_term(embeddings.sum() * 0)}
-        return {"loss": pair_term(losses, anchors, positives, positive=True)}
+        return torch.logaddexp(exponents, exponents.new_zeros(())), anchors, positives
 
 
 def _sums(

@@ -61,8 +61,8 @@ def multi_similarity_loss(
             ``chunk_size`` that is no integer >= 1.
 
     Examples:
-        >>> multi_similarity_loss(torch.eye(3), torch.tensor([0, 0, 1]))
-        tensor([0.6566, 0.6566, 0.0000])
+        >>> multi_similarity_loss(torch.eye(3), torch.tensor([0, 0, 1])).mean()
+        tensor(0.4378)
     """
     check_chunk_size(chunk_size)
     given: dict[str, Any] = {"alpha": alpha, "beta": beta, "base": base}
