@@ -1,4 +1,4 @@
-"""Multi-Similarity loss on masks instead of lists of pairs."""
+"""Multi-Similarity loss on tiles or masks instead of lists of pairs."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -22,15 +22,24 @@ class MultiSimilarityLoss(BasePairLoss):
     $P_i$, $N_i$: positives and negatives of anchor $i$, from the labels or from ``indices_tuple``. $S$: similarity
     (for a distance the signs swap). An anchor without pairs has loss 0 and counts in the mean.
 
-    The value is PML's, from two (B, R) masks. It differs where PML falls short: a tuple with one pair gives its loss
-    and not 0; losses are (B,) and not (B, 1), which ``ClassWeightedReducer`` would broadcast; ``ref_labels`` may be
-    the object ``labels``.
+    The value is PML's. With PML's ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` a long batch (on a
+    CPU: more than 512 x 512 pairs) is looked at tile by tile, in memory that does not grow with the square, and has
+    first derivatives only. Short ones, pairs from ``indices_tuple`` and compiled losses take two (B, R) masks. It
+    differs where PML falls short: a tuple with one pair gives its loss and not 0; losses are (B,) and not (B, 1), which
+    ``ClassWeightedReducer`` would broadcast; ``ref_labels`` may be the object ``labels``.
 
     Args:
-        alpha: $\alpha$ > 0, how sharply the positives are weighted. Like ``beta`` and ``base`` it may be a parameter.
+        alpha: $\alpha$ > 0, how sharply the positives are weighted. Like ``beta`` and ``base`` it may be a parameter;
+            all pairs are looked at at once then.
         beta: $\beta$ > 0, how sharply the negatives are weighted.
         base: $\lambda$, in the units of ``distance`` (cosine: -1 to 1).
         negative_sign: "minus" as above; "printed" has $S_{ij} + \lambda$ in the second sum, as MHGL's Eq. 6 prints it.
+        epsilon: Mine as PML's ``MultiSimilarityMiner(epsilon)`` with the same ``distance`` does, without a list of
+            pairs: positives with $S - \epsilon$ below the anchor's most similar negative and negatives with $S +
+            \epsilon$ above its least similar positive count. An ``indices_tuple`` is mined likewise, as if its pairs
+            were all. None: all pairs count.
+        chunk_size: Rows and columns of a tile of similarities. None: as many as stay in the cache; a batch that is one
+            tile is evaluated at once, and so is a compiled loss.
         **kwargs: Passed to PML's ``BaseMetricLossFunction``.
 
     Shape:
@@ -38,16 +47,19 @@ class MultiSimilarityLoss(BasePairLoss):
         - output: scalar. To the reducer: ``loss``, ``(B,)``, reduction type "element".
 
     Raises:
-        ValueError: If ``alpha`` or ``beta`` is not positive, ``negative_sign`` is unknown, ``labels`` and
-            ``indices_tuple`` are both missing, or a pair is both positive and negative.
+        TypeError: If ``epsilon`` is no number.
+        ValueError: If ``alpha`` or ``beta`` is not positive, ``epsilon`` not finite, ``negative_sign`` unknown,
+            ``chunk_size`` < 1, ``labels`` and ``indices_tuple`` are both missing, or a pair is both positive and
+            negative.
+        NotImplementedError: If a gradient of the streamed loss is differentiated.
 
     Examples:
         >>> MultiSimilarityLoss()(torch.eye(3), torch.tensor([0, 0, 1]))
         tensor(0.4378)
 
     Source:
-        Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR 2019, without
-        its pair mining: PML's ``MultiSimilarityMiner`` does that. "printed": Ebrahimpour et al., WACV 2022, Eq. 6.
+        Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR 2019; its
+        pair mining is ``epsilon``, 0.1 there. "printed": Ebrahimpour et al., WACV 2022, Eq. 6.
     """
 
     def __init__(

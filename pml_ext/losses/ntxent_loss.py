@@ -120,4 +120,9 @@ def _sums(
     pairs = Pairs(embeddings, labels, ref_emb, ref_labels, own, normalize)
     of_negatives = pair_sums(pairs, scale, scale, None, chunk_size, "NTXent").negative
     anchors, positives = positive_pairs(labels, ref_labels, own)
-    return anchors, positives, list_similarities(embeddings, ref_emb, anchors, positives, normalize, "NTXent"), of_negatives
+    return (
+        anchors,
+        positives,
+        list_similarities(embeddings, ref_emb, anchors, positives, normalize, "NTXent"),
+        of_negatives,
+    )

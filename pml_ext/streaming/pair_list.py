@@ -74,4 +74,7 @@ def _chunks(embeddings: Tensor, anchors: Tensor) -> list[slice]:
 def _rows(embeddings: Tensor, refs: Tensor | None, anchors: Tensor, others: Tensor, normalize: bool) -> Any:
     """Return both sides of some pairs and 1 / |x| of each, or None."""
     refs = embeddings if refs is None else refs
-    return [unit_rows(x.index_select(0, i).to(embeddings.dtype), normalize) for x, i in ((embeddings, anchors), (refs, others))]
+    return [
+        unit_rows(x.index_select(0, i).to(embeddings.dtype), normalize)
+        for x, i in ((embeddings, anchors), (refs, others))
+    ]

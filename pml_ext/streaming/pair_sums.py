@@ -240,7 +240,9 @@ def _gradients(
 
 class _PairSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, labels: Tensor, refs: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, embeddings: Tensor, labels: Tensor, refs: Tensor | None, *settings: Any
+    ) -> tuple[Tensor, ...]:
         *others, ctx.settings = settings
         pairs = Pairs(embeddings, labels, refs, *others)
         ctx.bounded = _is_bounded(pairs, ctx.settings)

@@ -12,6 +12,7 @@ from pml_ext.streaming.gradients import through_norm, unit_rows
 from pml_ext.streaming.proxy_chunks import auto_block
 from pml_ext.validation import check_batch, check_integers
 
+
 class Pairs(NamedTuple):
     """What is compared with what.
 
@@ -46,11 +47,12 @@ class Pairs(NamedTuple):
         if self.refs is None:
             raise ValueError("own must come with ref_emb, got own alone")
         if self.own.shape != self.labels.shape:
-            raise ValueError(f"own must have the shape of labels, {tuple(self.labels.shape)}, got {tuple(self.own.shape)}")
+            raise ValueError(
+                f"own must have the shape of labels, {tuple(self.labels.shape)}, got {tuple(self.own.shape)}"
+            )
         if len(self.own) and not 0 <= int(self.own.min()) <= int(self.own.max()) < len(self.refs):
             extremes = f"{int(self.own.min())} to {int(self.own.max())}"
             raise ValueError(f"own must lie in 0 to {len(self.refs) - 1}, got {extremes}")
-
 
     def widened(self) -> "Pairs":
         """Return the same in float32 or better, labels and places as int64 on the device of the embeddings.

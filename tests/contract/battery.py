@@ -867,7 +867,10 @@ def statistics_are_collected(case):
     for module in recording.modules():
         for kind in c_f.list_of_recordable_attributes_list_names():
             for name in getattr(module, kind, []):
-                if (type(module), name) == (reducers.AvgNonZeroReducer, "high"):  # PML records the bound that is not set
+                if (type(module), name) == (
+                    reducers.AvgNonZeroReducer,
+                    "high",
+                ):  # PML records the bound that is not set
                     continue
                 assert isinstance(getattr(module, name), int | float), f"{type(module).__name__}.{name} is no scalar"
 

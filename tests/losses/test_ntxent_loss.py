@@ -42,7 +42,9 @@ def test_hand_computed():
     assert actual.item() == pytest.approx((first + second) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity(normalize_embeddings=False), LpDistance()])
+@pytest.mark.parametrize(
+    "distance", [CosineSimilarity(), DotProductSimilarity(normalize_embeddings=False), LpDistance()]
+)
 @pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(), miners.BatchHardMiner()])
 @pytest.mark.parametrize("with_ref", [False, True])
 @pytest.mark.parametrize("reducer", [MeanReducer, SumReducer])

@@ -19,7 +19,9 @@ def reference(x, y, temperature):
     """The equation with loops; shares no code with the package and uses no torch."""
     values = []
     for i in range(len(x)):
-        s = {j: x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j]) / temperature for j in range(len(x)) if j != i}
+        s = {
+            j: x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j]) / temperature for j in range(len(x)) if j != i
+        }
         pos = [s[j] for j in s if y[j] == y[i]]
         if pos:
             values.append(math.log(sum(map(math.exp, s.values()))) - sum(pos) / len(pos))
@@ -43,7 +45,9 @@ def test_hand_computed():
     assert actual.item() == pytest.approx((first + second) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity(normalize_embeddings=False), LpDistance()])
+@pytest.mark.parametrize(
+    "distance", [CosineSimilarity(), DotProductSimilarity(normalize_embeddings=False), LpDistance()]
+)
 @pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(), miners.BatchHardMiner()])
 @pytest.mark.parametrize("with_ref", [False, True])
 @pytest.mark.parametrize("reducer", [AvgNonZeroReducer, MeanReducer])

@@ -135,7 +135,8 @@ def test_all_sums(labels, chunk_size, with_refs, scales):
     pos, neg = map(torch.from_numpy, dense_masks(labels, ref_labels))
     assert torch.equal(sums.count, pos.sum(1))
     expected = [
-        (scale * sim).masked_fill(~mask, -torch.inf).logsumexp(1) for scale, mask in zip(scales, (pos, neg), strict=True)
+        (scale * sim).masked_fill(~mask, -torch.inf).logsumexp(1)
+        for scale, mask in zip(scales, (pos, neg), strict=True)
     ] + [(sim * pos).sum(1)]
     leaves = [x] if refs is None else [x, refs]
     for actual, e in zip(sums, expected, strict=False):
@@ -158,7 +159,9 @@ def test_mines_as_the_miner_with_ties(chunk_size, epsilon):
         x = torch.randint(-2, 3, (12, 3), generator=rng).double() / 4
         labels = torch.randint(3, (12,), generator=rng)
         sim = x @ x.T
-        a1, p, a2, n = MultiSimilarityMiner(epsilon, distance=DotProductSimilarity(normalize_embeddings=False))(x, labels)
+        a1, p, a2, n = MultiSimilarityMiner(epsilon, distance=DotProductSimilarity(normalize_embeddings=False))(
+            x, labels
+        )
         pos, neg = torch.zeros(2, 12, 12, dtype=torch.bool)
         pos[a1, p] = True
         neg[a2, n] = True
