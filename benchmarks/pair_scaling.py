@@ -1,4 +1,4 @@
-"""Time and memory of pair losses against the batch, beside the dense form and PML; run: python benchmarks/pair_scaling.py.
+"""Time and memory of pair losses, all pairs at once or in tiles; run: python benchmarks/pair_scaling.py.
 
 Every row is measured in processes of its own, in turn with the other rows of its size. The floor is what tiles cannot
 avoid: of a batch with itself two products of half the matrix for the similarities, in forward and backward, and one

@@ -21,13 +21,13 @@ class PairSums(NamedTuple):
         positive: $\log \sum e^{a s}$ over its positives, -inf if it has none.
         negative: $\log \sum e^{b s}$ over its negatives, -inf if it has none.
         similarity: $\sum s$ over its positives.
-        count: How many positives there are, int64.
+        number: How many positives there are, int64.
     """
 
     positive: Tensor
     negative: Tensor
     similarity: Tensor
-    count: Tensor
+    number: Tensor
 
 
 class _Settings(NamedTuple):
@@ -53,7 +53,7 @@ def pair_sums(
     chunk_size: int | None = None,
     name: str = "a sum over pairs",
 ) -> PairSums:
-    """Return log-sum-exps over each anchor's positives and negatives.
+    r"""Return log-sum-exps over each anchor's positives and negatives.
 
     Forward walks over the pairs once, with ``epsilon`` twice; backward once more. Between them a few numbers for each
     sample are kept.
@@ -63,7 +63,7 @@ def pair_sums(
         positive_scale: $a$, the factor of similarities in the exponent of positives. Not 0.
         negative_scale: $b$, that in the exponent of negatives. Not 0.
         epsilon: Only pairs that ``MultiSimilarityMiner(epsilon)`` finds are in the log-sum-exps: positives with
-            $s - \\epsilon$ below the anchor's most similar negative, negatives with $s + \\epsilon$ above its least
+            $s - \epsilon$ below the anchor's most similar negative, negatives with $s + \epsilon$ above its least
             similar positive. None: all pairs.
         chunk_size: Rows and columns of a tile. None: as many as stay in the cache.
         name: What a message calls the result, where it is differentiated twice.
@@ -101,8 +101,8 @@ def _find_hardest(tiles: PairTiles) -> _Hardest:
         for tile in tiles.tiles(columns):
             if tile.same is not None:
                 values, *pair, _ = tile.take_positives()
-                for anchors in pair[: 1 + tile.both]:
-                    positive.scatter_reduce_(0, anchors, values, "amin")
+                for side in pair[: 1 + tile.both]:
+                    positive.scatter_reduce_(0, side, values, "amin")
             for dim, anchors in tile.sides():
                 torch.maximum(negative[anchors], tile.block.amax(dim), out=negative[anchors])
     return _Hardest(negative, positive)
@@ -155,15 +155,15 @@ def _sum_exponentials(
         for tile in tiles.tiles(columns):
             exponents = _Exponents(tile, settings, hardest)
             if exponents.positive is not None:
-                for values, anchors in exponents.positives():
+                for values, owners in exponents.positives():
                     if not bounded:
                         before = largest[0].clone()
-                        largest[0].scatter_reduce_(0, anchors, values, "amax")
+                        largest[0].scatter_reduce_(0, owners, values, "amax")
                         total[0] *= (before - largest[0]).exp2_()
-                        values = values - largest[0][anchors]
-                    total[0].index_add_(0, anchors, values.exp2())
-                    similarity.index_add_(0, anchors, exponents.positive)
-                    count.index_add_(0, anchors, torch.ones_like(anchors))
+                        values = values - largest[0][owners]
+                    total[0].index_add_(0, owners, values.exp2())
+                    similarity.index_add_(0, owners, exponents.positive)
+                    count.index_add_(0, owners, torch.ones_like(owners))
             block = exponents.negative
             if bounded:
                 block.exp2_()
@@ -224,9 +224,9 @@ def _gradients(
             slopes *= weights[0] + weights[1] if tile.both else weights[0]
             if exponents.positive is not None:
                 own = torch.zeros_like(exponents.positive)
-                for values, anchors in exponents.positives():
-                    own += (values - upstream.positive_sum[anchors]).exp2_().mul_(upstream.positive[anchors])
-                    own.add_(upstream.similarity[anchors], alpha=1 / settings.positive)
+                for values, owners in exponents.positives():
+                    own += (values - upstream.positive_sum[owners]).exp2_().mul_(upstream.positive[owners])
+                    own.add_(upstream.similarity[owners], alpha=1 / settings.positive)
                 slopes.view(-1)[exponents.places] = own.mul_(settings.positive)
             if grad is not None:
                 grad[tile.rows].addmm_(slopes, columns.rows)
@@ -258,12 +258,12 @@ class _PairSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        *tensors, positive_sum, negative_sum = ctx.saved_tensors[:7]
-        hardest = _Hardest(*ctx.saved_tensors[7:]) if len(ctx.saved_tensors) > 7 else None
-        pairs = Pairs(*tensors, ctx.normalize)
+        embeddings, labels, refs, ref_labels, own, positive_sum, negative_sum, *kept = ctx.saved_tensors
+        hardest = _Hardest(*kept) if kept else None
+        pairs = Pairs(embeddings, labels, refs, ref_labels, own, ctx.normalize)
         with torch.no_grad(), full_precision(pairs.embeddings.device):
             tiles = _make_tiles(pairs, ctx.settings, ctx.bounded)
-            upstream = _Upstream(*grads[:3], positive_sum, negative_sum)
+            upstream = _Upstream(grads[0], grads[1], grads[2], positive_sum, negative_sum)
             needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
             found = _gradients(tiles, ctx.settings, hardest, ctx.bounded, upstream, needs)
         inputs = tuple(x for x in (pairs.embeddings, pairs.refs, *grads[:3]) if x is not None)

@@ -92,7 +92,8 @@ class Tile(NamedTuple):
         rows: Which anchors.
         columns: Which references.
         block: ``(n, m)``, the similarities times the walk's factor. In memory that the next tile will use.
-        same: The rows and columns of the pairs of one label, counted in the tile, ``(p,)`` each; None if there are none.
+        same: The rows and columns of the pairs of one label, counted in the tile, ``(p,)`` each; None if there are
+            none.
         itself: Which of these are an anchor with itself, ``(p,)``, bool.
         both: Whether the references are anchors too, whose tile with these anchors the walk leaves out.
     """
@@ -114,7 +115,8 @@ class Tile(NamedTuple):
         Returns:
             Similarities, anchors, references, and places in the flat block, ``(p,)`` each.
         """
-        assert self.same is not None and self.itself is not None
+        assert self.same is not None
+        assert self.itself is not None
         rows, columns = self.same
         flat, places = self.block.view(-1), rows * self.block.shape[1] + columns
         keep = (~self.itself).nonzero().squeeze(1)

@@ -65,9 +65,9 @@ def test_memory_lists_pairs_where_a_loss_needs_them():
         (HybridLoss(4, SIZE, miner=miners.MultiSimilarityMiner()), None),
     ):
         memory = CrossBatchMemory(loss, SIZE, memory_size=20, miner=miner)
-        with mock.patch.object(CrossBatchMemory, "create_indices_tuple", side_effect=AssertionError("listed")):
-            with pytest.raises(AssertionError, match="listed"):
-                memory(*next(batches()))
+        listed = mock.patch.object(CrossBatchMemory, "create_indices_tuple", side_effect=AssertionError("listed"))
+        with listed, pytest.raises(AssertionError, match="listed"):
+            memory(*next(batches()))
 
 
 @pytest.mark.parametrize("compare", [HybridLoss(4, SIZE), EnsembleLoss(MultiSimilarityLoss(epsilon=0.1), 5)])

@@ -133,7 +133,7 @@ def test_all_sums(labels, chunk_size, with_refs, scales):
     unit = torch.nn.functional.normalize(x)
     sim = unit @ (unit if refs is None else torch.nn.functional.normalize(refs)).T
     pos, neg = map(torch.from_numpy, dense_masks(labels, ref_labels))
-    assert torch.equal(sums.count, pos.sum(1))
+    assert torch.equal(sums.number, pos.sum(1))
     expected = [
         (scale * sim).masked_fill(~mask, -torch.inf).logsumexp(1)
         for scale, mask in zip(scales, (pos, neg), strict=True)
