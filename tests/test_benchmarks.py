@@ -165,7 +165,9 @@ def test_pair_scaling(tmp_path, capsys, in_this_process):
     assert set(rows) == {(*size, method) for size in sizes for method in pair_scaling.METHODS}
     assert all(row["seconds"] > 0 for row in rows.values())
     assert rows[900, 0, "tiles"]["extra_mb"] < rows[900, 0, "dense"]["extra_mb"] < rows[900, 0, "PML"]["extra_mb"]
-    assert ["16 x 20,000", "MultiSimilarityLoss, epsilon=0.1"] in [cells[:2] for cells in cells_of(capsys.readouterr().out)]
+    assert ["16 x 20,000", "MultiSimilarityLoss, epsilon=0.1"] in [
+        cells[:2] for cells in cells_of(capsys.readouterr().out)
+    ]
     assert pair_scaling.methods_of(65_536, 0) == ("floor", "tiles", "mined")
     assert json.loads((tmp_path / "out.json").read_text()) == kept
 
