@@ -1,5 +1,8 @@
 """Pairs of samples, as PML's losses and miners hand them on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +15,7 @@ from pml_ext.validation import check_values
 __all__ = ["pairs_from_multilabel"]
 
 Rule = Literal["any", "all"]
+_own_places: ContextVar[Tensor | None] = ContextVar("pml_ext_own_places", default=None)
 
 
 def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
@@ -66,6 +70,27 @@ def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
     return a1, p, a2, n
 
 
+def positive_pairs(labels: Tensor, ref_labels: Tensor | None, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the anchors and positives of all pairs of one label, in the order of anchors, without a matrix of pairs.
+
+    Args:
+        labels: ``(B,)``, int64.
+        ref_labels: ``(R,)``, int64. None: of the batch itself, in which no sample is its own positive.
+        own: ``(B,)``, where in the references each sample itself lies. None: nowhere.
+    """
+    if ref_labels is None:
+        ref_labels, own = labels, torch.arange(len(labels), device=labels.device)
+    in_order, order = ref_labels.sort(stable=True)
+    first, last = (torch.searchsorted(in_order, labels, right=right) for right in (False, True))
+    anchors = torch.repeat_interleave(last - first)
+    within = torch.arange(len(anchors), device=anchors.device) + (last - (last - first).cumsum(0))[anchors]
+    positives = order[within]
+    if own is not None:
+        keep = own[anchors] != positives
+        anchors, positives = anchors[keep], positives[keep]
+    return anchors, positives
+
+
 def joined(first: Indices, second: Indices) -> Indices:
     """Return the pairs or triplets of two tuples, in the form of the first.
 
@@ -96,3 +121,24 @@ def without_pairs(indices_tuple: Indices, own: Tensor) -> Indices:
     if len(indices_tuple) == 3:
         return anchors[keep], positives[keep], rest[0][keep]
     return anchors[keep], positives[keep], rest[0], rest[1]
+
+
+@contextmanager
+def own_rows_at(places: Tensor | None) -> Iterator[None]:
+    """Tell the losses called inside where in the references the samples themselves lie: these are no pairs.
+
+    It spares a list of all other pairs. For losses with ``leaves_out_own``.
+
+    Args:
+        places: ``(B,)``, int64, rows of ``ref_emb``. None: nowhere.
+    """
+    token = _own_places.set(places)
+    try:
+        yield
+    finally:
+        _own_places.reset(token)
+
+
+def own_places() -> Tensor | None:
+    """Return where in the references the samples themselves lie, ``(B,)``, None for nowhere."""
+    return None if torch.compiler.is_compiling() else _own_places.get()

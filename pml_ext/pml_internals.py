@@ -137,6 +137,21 @@ def element_term(losses: Tensor, divisor: int | None = None) -> dict[str, Any]:
     }
 
 
+def pair_term(losses: Tensor, anchors: Tensor, others: Tensor, positive: bool) -> dict[str, Any]:
+    """Return what reducers take for the losses of pairs, ``(P,)``; of none, 0.
+
+    Args:
+        losses: One for each pair.
+        anchors: ``(P,)``, rows of the batch.
+        others: ``(P,)``, rows of the references.
+        positive: Whether the pairs are positive.
+    """
+    if not len(losses):
+        return reduced_term(losses.sum())
+    kind = "pos_pair" if positive else "neg_pair"
+    return {"losses": losses, "indices": (anchors, others), "reduction_type": kind, "divisor": len(losses)}
+
+
 def reduced_term(value: Tensor) -> dict[str, Any]:
     """Return what reducers take for one number."""
     return {"losses": value, "indices": None, "reduction_type": "already_reduced"}

@@ -23,6 +23,7 @@ from benchmarks import (
     glyph_classes,
     hybrid_defaults,
     losses,
+    pair_scaling,
     proxy_scaling,
     refiner,
     retrieval_causes,
@@ -154,6 +155,26 @@ def test_proxy_scaling(tmp_path, capsys, in_this_process):
     assert ["40,000 x 16 x 8", "ProxyAnchorLoss"] in [cells[:2] for cells in cells_of(capsys.readouterr().out)]
     for path in files.values():
         assert path.stat().st_size > 0
+
+
+@linux_only
+def test_pair_scaling(tmp_path, capsys, in_this_process):
+    sizes, threads = ((600, 0), (900, 0), (16, 20_000)), torch.get_num_threads()
+    kept = pair_scaling.main(sizes, steps=2, rounds=1, threads=threads, out=tmp_path / "out.json")
+    rows = {(row["batch_size"], row["num_refs"], row["method"]): row for row in kept["results"]}
+    assert set(rows) == {(*size, method) for size in sizes for method in pair_scaling.METHODS}
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert rows[900, 0, "tiles"]["extra_mb"] < rows[900, 0, "dense"]["extra_mb"] < rows[900, 0, "PML"]["extra_mb"]
+    assert ["16 x 20,000", "MultiSimilarityLoss, epsilon=0.1"] in [
+        cells[:2] for cells in cells_of(capsys.readouterr().out)
+    ]
+    assert pair_scaling.methods_of(65_536, 0) == ("floor", "tiles", "mined")
+    assert json.loads((tmp_path / "out.json").read_text()) == kept
+
+
+def test_pairs_page_has_the_kept_table():
+    kept = json.loads((FOLDER / "results" / "pair_scaling-cpu.json").read_text())
+    assert pair_scaling.table(kept) in (FOLDER.parent / "docs" / "pairs.md").read_text()
 
 
 @linux_only

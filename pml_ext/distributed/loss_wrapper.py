@@ -24,6 +24,7 @@ from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, 
 from pml_ext.distributed.miner_wrapper import SAME_LABELS, convert, input_error, without_itself
 from pml_ext.distributed.settings import check_same_settings
 from pml_ext.distributed.sharding import whole_batch
+from pml_ext.pairs import own_rows_at
 from pml_ext.pml_internals import PmlCrossBatchMemory
 from pml_ext.streaming.gradients import first_derivative_only
 from pml_ext.types import Indices
@@ -210,11 +211,16 @@ class DistributedLossWrapper(nn.Module):
         ref_rows, ref_labels = (batch if refs is None else refs).own_first()
         own = (ref_rows if refs is None else batch.own_first()[0])[: len(part.embeddings)]
         labels = None if part.labels is None else part.labels.to(own.device)
+        places = None
         if indices_tuple is None:
-            indices_tuple = _all_pairs(labels, ref_labels)
-        loss: Tensor = torch.func.functional_call(
-            self.loss, parameters, (own, labels, indices_tuple, ref_rows, ref_labels)
-        )
+            if refs is None and labels is not None and getattr(self.loss, "leaves_out_own", False):
+                places = torch.arange(len(own), device=own.device)  # without a list of all pairs
+            else:
+                indices_tuple = _all_pairs(labels, ref_labels)
+        with own_rows_at(places):
+            loss: Tensor = torch.func.functional_call(
+                self.loss, parameters, (own, labels, indices_tuple, ref_rows, ref_labels)
+            )
         return loss
 
     def _same_on_all_ranks(self, indices_tuple: Indices, batch: Gathered, refs: Gathered) -> Indices:

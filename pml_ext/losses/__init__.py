@@ -8,8 +8,10 @@ from pml_ext.losses.hybrid_loss import HybridLoss
 from pml_ext.losses.intra_batch_loss import IntraBatchLoss
 from pml_ext.losses.label_smoothing_cross_entropy_loss import LabelSmoothingCrossEntropyLoss
 from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
+from pml_ext.losses.ntxent_loss import NTXentLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
 from pml_ext.losses.self_supervised_loss import SelfSupervisedLoss
+from pml_ext.losses.supcon_loss import SupConLoss
 
 __all__ = [
     "AdaptiveAdditiveMarginLoss",
@@ -20,6 +22,8 @@ __all__ = [
     "IntraBatchLoss",
     "LabelSmoothingCrossEntropyLoss",
     "MultiSimilarityLoss",
+    "NTXentLoss",
     "ProxyAnchorLoss",
     "SelfSupervisedLoss",
+    "SupConLoss",
 ]

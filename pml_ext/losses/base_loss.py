@@ -32,12 +32,15 @@ class BaseLoss(LossFunction):
     Attributes:
         needs_labels: Whether labels must be given.
         takes_refs: Whether ``ref_emb`` may be.
+        leaves_out_own: Whether, given places of its samples in ``ref_emb`` by ``pml_ext.pairs.own_rows_at``, the loss
+            compares no sample with itself. Others need a list of all pairs but these.
     """
 
     num_classes: int | None = None
     embedding_size: int | None = None
     needs_labels = True
     takes_refs = False
+    leaves_out_own = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

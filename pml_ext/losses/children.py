@@ -66,6 +66,13 @@ def mine(
     return mined
 
 
+def all_leave_out_own(loss: Any) -> bool:
+    """Whether a composite loss mines nothing, and its children that see ``ref_emb`` leave out what is told to them."""
+    return loss.miner is None and all(
+        getattr(child, "leaves_out_own", False) for child in loss.compares_with_refs().values()
+    )
+
+
 def compared_losses(loss: Any, name: str = "loss") -> Iterator[tuple[str, Any]]:
     """Yield the children of a composite loss that see ``ref_emb``, and theirs, with their paths."""
     for child_name, child in loss.compares_with_refs().items():

@@ -10,7 +10,7 @@ from pml_ext.losses.children import compared_losses
 from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.losses.hybrid_loss import HybridLoss
 from pml_ext.losses.optimizer_watch import OptimizerWatch
-from pml_ext.pairs import joined, without_pairs
+from pml_ext.pairs import joined, own_rows_at, without_pairs
 from pml_ext.pml_internals import PmlCrossBatchMemory, clear_statistics, values_in
 from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
 from pml_ext.refused import unchanged_where_refused
@@ -25,8 +25,9 @@ class CrossBatchMemory(PmlCrossBatchMemory):
     part sees the memory, the proxy part the batch; and ``EnsembleLoss`` of such losses, whose divergence sees the
     batch. The state dict holds the position in the queue; without it, as in PML's, a loaded memory counts as empty. No
     sample is compared with itself, in a batch of one row neither. Bad input is refused before it enters the memory,
-    which stays float32 or better. Where ``enqueue_mask`` lets nothing in, the memory stays as it is (PML's counts as
-    full from then on).
+    which stays float32 or better. Without a miner, ``MultiSimilarityLoss``, ``SupConLoss`` and ``NTXentLoss`` of this
+    package, also inside of composites, need no list of all pairs, nor a matrix of them: a memory may hold millions.
+    Where ``enqueue_mask`` lets nothing in, the memory stays as it is (PML's counts as full from then on).
 
     Args:
         loss: ``HybridLoss``, ``EnsembleLoss``, ``MultiSimilarityLoss``, or a loss that PML's class takes.
@@ -115,8 +116,12 @@ class CrossBatchMemory(PmlCrossBatchMemory):
         if torch.compiler.is_compiling():  # one call, outside of any with: a graph would hold for one position alone
             select: Any = torch.compiler.disable(_select_for_any_length)  # type: ignore[no-untyped-call]
             return self._compare(embeddings, select(*given))
+        listed = bool(self.miner) or indices_tuple is not None or not getattr(self.loss, "leaves_out_own", False)
         with unchanged_where_refused(self):
-            loss = self._compare(embeddings, _select(*given))
+            compared = _select(*given, listed)
+            own = None if listed or enqueue_mask is not None else self.curr_batch_idx
+            with own_rows_at(own):  # without a list of all pairs
+                loss = self._compare(embeddings, compared)
         if wanted:
             self._optimizer_watch.look(self)
         return loss
@@ -201,8 +206,18 @@ def _select(
     labels: Tensor,
     indices_tuple: Indices | None,
     enqueue_mask: Tensor | None,
+    listed: bool = True,
 ) -> tuple[Any, ...]:
-    """Let the batch enter the memory, and return what the loss is to compare, as PML's forward does."""
+    """Let the batch enter the memory, and return what the loss is to compare, as PML's forward does.
+
+    Args:
+        memory: The memory.
+        embeddings: The batch.
+        labels: Its labels.
+        indices_tuple: Pairs to add.
+        enqueue_mask: What enters.
+        listed: Whether to list the pairs. Otherwise the loss takes all.
+    """
     clear_statistics(memory)
     device = embeddings.device
     labels = labels.to(device)
@@ -215,6 +230,8 @@ def _select(
     memory.add_to_memory(entering, entering_labels, len(entering))
     length = memory.memory_size if memory.has_been_filled else memory.queue_idx
     refs = memory.embedding_memory[:length], memory.label_memory[:length]
+    if not listed:
+        return embeddings, labels, None, *refs
     with already_valid(), full_precision(device):
         mined = memory.create_indices_tuple(embeddings, labels, *refs, indices_tuple, enqueue_mask is None)
     return embeddings, labels, mined, *refs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pml_ext.learners import split_learners
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.losses.children import agreed_size, check_child, check_weights, mine
+from pml_ext.losses.children import agreed_size, all_leave_out_own, check_child, check_weights, mine
 from pml_ext.losses.divergence_loss import DivergenceLoss
 from pml_ext.losses.logits import LogitsMixin, logits_of
 from pml_ext.pml_internals import reduced_term
@@ -172,6 +172,10 @@ class EnsembleLoss(LogitsMixin, BaseLoss):
             logits_of(self.losses[name], own, f"losses[{name!r}]") for name, own in zip(names, slices, strict=True)
         ]
         return torch.stack(logits).mean(0)
+
+    @property
+    def leaves_out_own(self) -> bool:  # type: ignore[override]
+        return all_leave_out_own(self)
 
     def compares_with_refs(self) -> dict[str, nn.Module]:
         """Return the children that see ``ref_emb``, by name."""

@@ -9,7 +9,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import Tensor
 
 from pml_ext.losses.base_loss import BaseLoss
-from pml_ext.losses.children import agreed_size, check_child, check_weights, mine
+from pml_ext.losses.children import agreed_size, all_leave_out_own, check_child, check_weights, mine
 from pml_ext.losses.logits import LogitsMixin, logits_of
 from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
@@ -167,6 +167,10 @@ class HybridLoss(LogitsMixin, BaseLoss):
     def _logits(self, embeddings: Tensor) -> Tensor:
         """Return the proxy loss's logits."""
         return logits_of(self.proxy_loss, embeddings, "proxy_loss")
+
+    @property
+    def leaves_out_own(self) -> bool:  # type: ignore[override]
+        return all_leave_out_own(self)
 
     def compares_with_refs(self) -> dict[str, BaseMetricLossFunction]:
         """Return the children that see ``ref_emb``, by name."""

@@ -1,4 +1,4 @@
-"""log(1 + sum of exponentials), the sum in Multi-Similarity and Proxy-Anchor: safe from overflow, any derivative."""
+"""Logarithms of sums of exponentials: safe from overflow, any derivative."""
 
 import torch
 from torch import Tensor
@@ -32,3 +32,30 @@ def log1p_sum_exp_by_class(exponents: Tensor, labels: Tensor, num_classes: int) 
     largest = zeros.scatter_reduce(0, labels, exponents.detach(), "amax")  # of the exponents and 0
     rest = torch.expm1(-largest).index_add(0, labels, (exponents - largest[labels]).exp())
     return rest.log1p() + largest
+
+
+def log_sum_exp(exponents: Tensor, keep: Tensor) -> Tensor:
+    r"""Return $\log \sum e^x$ of each row over the entries to keep, ``(B,)``: -inf where there are none.
+
+    Args:
+        exponents: $x$, ``(B, R)``, floats.
+        keep: A bool mask of its shape.
+    """
+    some = keep.any(1)
+    x = exponents.masked_fill(~keep, torch.finfo(exponents.dtype).min)  # not -inf, whose sum has no gradient
+    return x.logsumexp(1).masked_fill(~some, -torch.inf)
+
+
+def log_sum_exp_by_row(exponents: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    r"""Return $\log \sum e^x$ over the entries of each row, ``(num_rows,)``: -inf for a row without.
+
+    Args:
+        exponents: $x$, ``(P,)``, floats.
+        rows: ``(P,)``, int64 in 0 to ``num_rows`` - 1.
+        num_rows: B.
+    """
+    zeros = exponents.new_zeros(num_rows)
+    largest = zeros.scatter_reduce(0, rows, exponents.detach(), "amax", include_self=False)
+    total = zeros.index_add(0, rows, (exponents - largest[rows]).exp())
+    none = total == 0
+    return (total.masked_fill(none, 1.0).log() + largest).masked_fill(none, -torch.inf)

@@ -1,21 +1,20 @@
-"""Multi-Similarity loss on masks instead of lists of pairs."""
+"""Multi-Similarity loss on tiles or masks instead of lists of pairs."""
 
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity
 from torch import Tensor
 
-from pml_ext.losses.base_loss import BaseLoss
+from pml_ext.losses.base_pair_loss import BasePairLoss
 from pml_ext.losses.log_sum_exp import log1p_sum_exp
-from pml_ext.losses.similarity import distance_matrix
 from pml_ext.pml_internals import element_term, reduced_term
 from pml_ext.streaming.gradients import quick_apply
+from pml_ext.streaming.multi_similarity import multi_similarity_loss
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import check_settings, scalar, validation_enabled
+from pml_ext.validation import as_number, check_settings, scalar
 
 
-class MultiSimilarityLoss(BaseLoss):
+class MultiSimilarityLoss(BasePairLoss):
     r"""Soft-weighted pairs: log-sum-exp over an anchor's positives and, separately, over its negatives.
 
     $$\ell_i = \frac1\alpha \log\Big(1 + \sum_{j \in P_i} e^{-\alpha (S_{ij} - \lambda)}\Big)
@@ -24,15 +23,24 @@ class MultiSimilarityLoss(BaseLoss):
     $P_i$, $N_i$: positives and negatives of anchor $i$, from the labels or from ``indices_tuple``. $S$: similarity
     (for a distance the signs swap). An anchor without pairs has loss 0 and counts in the mean.
 
-    The value is PML's, from two (B, R) masks. It differs where PML falls short: a tuple with one pair gives its loss
-    and not 0; losses are (B,) and not (B, 1), which ``ClassWeightedReducer`` would broadcast; ``ref_labels`` may be
-    the object ``labels``.
+    The value is PML's. With PML's ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` a long batch (on a
+    CPU: more than 512 x 512 pairs) is looked at tile by tile, in memory that does not grow with the square, and has
+    first derivatives only. Short ones, pairs from ``indices_tuple`` and compiled losses take two (B, R) masks. It
+    differs where PML falls short: a tuple with one pair gives its loss and not 0; losses are (B,) and not (B, 1), which
+    ``ClassWeightedReducer`` would broadcast; ``ref_labels`` may be the object ``labels``.
 
     Args:
-        alpha: $\alpha$ > 0, how sharply the positives are weighted. Like ``beta`` and ``base`` it may be a parameter.
+        alpha: $\alpha$ > 0, how sharply the positives are weighted. Like ``beta`` and ``base`` it may be a parameter;
+            all pairs are looked at at once then.
         beta: $\beta$ > 0, how sharply the negatives are weighted.
         base: $\lambda$, in the units of ``distance`` (cosine: -1 to 1).
         negative_sign: "minus" as above; "printed" has $S_{ij} + \lambda$ in the second sum, as MHGL's Eq. 6 prints it.
+        epsilon: Mine as PML's ``MultiSimilarityMiner(epsilon)`` with the same ``distance`` does, without a list of
+            pairs: positives with $S - \epsilon$ below the anchor's most similar negative and negatives with $S +
+            \epsilon$ above its least similar positive count. An ``indices_tuple`` is mined likewise, as if its pairs
+            were all. None: all pairs count.
+        chunk_size: Rows and columns of a tile of similarities. None: as many as stay in the cache; a batch that is one
+            tile is evaluated at once, and so is a compiled loss.
         **kwargs: Passed to PML's ``BaseMetricLossFunction``.
 
     Shape:
@@ -40,20 +48,20 @@ class MultiSimilarityLoss(BaseLoss):
         - output: scalar. To the reducer: ``loss``, ``(B,)``, reduction type "element".
 
     Raises:
-        ValueError: If ``alpha`` or ``beta`` is not positive, ``negative_sign`` is unknown, ``labels`` and
-            ``indices_tuple`` are both missing, or a pair is both positive and negative.
+        TypeError: If ``epsilon`` is no number.
+        ValueError: If ``alpha`` or ``beta`` is not positive, ``epsilon`` not finite, ``negative_sign`` unknown,
+            ``chunk_size`` < 1, ``labels`` and ``indices_tuple`` are both missing, or a pair is both positive and
+            negative.
+        NotImplementedError: If a gradient of the streamed loss is differentiated.
 
     Examples:
         >>> MultiSimilarityLoss()(torch.eye(3), torch.tensor([0, 0, 1]))
         tensor(0.4378)
 
     Source:
-        Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR 2019, without
-        its pair mining: PML's ``MultiSimilarityMiner`` does that. "printed": Ebrahimpour et al., WACV 2022, Eq. 6.
+        Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR 2019; its
+        pair mining is ``epsilon``, 0.1 there. "printed": Ebrahimpour et al., WACV 2022, Eq. 6.
     """
-
-    needs_labels = False  # or indices_tuple
-    takes_refs = True
 
     def __init__(
         self,
@@ -61,16 +69,22 @@ class MultiSimilarityLoss(BaseLoss):
         beta: float = 50,
         base: float = 0.5,
         negative_sign: Literal["minus", "printed"] = "minus",
+        epsilon: float | None = None,
+        chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(chunk_size, **kwargs)
         check_settings(positive={"alpha": alpha, "beta": beta}, finite={"base": base})
+        if epsilon is not None:
+            epsilon = as_number("epsilon", epsilon)
+            check_settings({}, {"epsilon": epsilon})
         if negative_sign not in ("minus", "printed"):
             raise ValueError(f"negative_sign must be 'minus' or 'printed', got {negative_sign!r}")
         self.alpha = alpha
         self.beta = beta
         self.base = base
         self.negative_sign = negative_sign
+        self.epsilon = epsilon
         self.record("alpha", "beta", "base")
 
     def compute_loss(
@@ -81,31 +95,26 @@ class MultiSimilarityLoss(BaseLoss):
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        if labels is None and indices_tuple is None:
-            raise ValueError("labels or indices_tuple must be given, got None for both")
+        self._check_pairs(labels, indices_tuple)
         if not len(embeddings) or (ref_emb is not None and not len(ref_emb)):
             return {"loss": reduced_term(embeddings.sum() * 0)}
-        similarity = distance_matrix(self.distance, embeddings, ref_emb)  # (B, R)
-        base = scalar(self.base)
-        if not self.distance.is_inverted:  # a distance is a negative similarity, and so is its base
-            similarity, base = -similarity, -base
-        if indices_tuple is not None:
-            positive, negative = _masks_from_indices(indices_tuple, similarity)
-        else:
-            assert labels is not None
-            positive = labels[:, None].eq(labels if ref_labels is None else ref_labels)
-            negative = ~positive
-            if ref_emb is None:
-                positive = positive.fill_diagonal_(False)
-        alpha, beta = scalar(self.alpha), scalar(self.beta)
+        alpha, beta, base = scalar(self.alpha), scalar(self.beta), scalar(self.base)
+        if self._can_stream(embeddings, indices_tuple, ref_emb, alpha, beta, base):
+            numbers = {"alpha": alpha, "beta": beta, "base": base, "epsilon": self.epsilon}
+            numbers["negative_base"] = base if self.negative_sign == "minus" else -base
+            losses = self._streamed(multi_similarity_loss, embeddings, labels, ref_emb, ref_labels, **numbers)
+            return {"loss": element_term(losses)}
+        similarity = self._similarity(embeddings, ref_emb)  # (B, R)
+        positive, negative = self._masks(similarity, labels, indices_tuple, ref_emb, ref_labels)
+        if self.epsilon is not None:
+            positive, negative = _mined(similarity.detach(), positive, negative, self.epsilon)
+        if not self.distance.is_inverted:  # as the distance, so its base
+            base = -base
         settings = _Settings(alpha, beta, base, base if self.negative_sign == "minus" else -base)
         return {"loss": element_term(_pair_losses(similarity, positive, negative, settings))}
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, negative_sign={self.negative_sign!r}"
-
-    def get_default_distance(self) -> CosineSimilarity:
-        return CosineSimilarity()
+        return f"{super().extra_repr()}, negative_sign={self.negative_sign!r}, epsilon={self.epsilon}"
 
 
 class _Settings(NamedTuple):
@@ -113,6 +122,13 @@ class _Settings(NamedTuple):
     beta: Any
     positive_base: Any
     negative_base: Any
+
+
+def _mined(similarity: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return the pairs that ``MultiSimilarityMiner(epsilon)`` finds among these."""
+    hardest_negative = similarity.masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
+    hardest_positive = similarity.masked_fill(~positive, torch.inf).amin(1, keepdim=True)
+    return positive & (similarity - epsilon < hardest_negative), negative & (similarity + epsilon > hardest_positive)
 
 
 def _exponents(similarity: Tensor, s: _Settings) -> tuple[Tensor, Tensor]:
@@ -171,15 +187,3 @@ def _log1p_sum_exp_(exponents: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     rest = x.sub_(largest).exp_().sum(1, keepdim=True).add_(torch.expm1(-largest))  # the sum, with its 1, is 1 + rest
     softmax = x.div_(rest + 1)
     return rest.log1p_().add_(largest).squeeze(1), softmax
-
-
-def _masks_from_indices(indices_tuple: Indices, mat: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which pairs are positive and which negative, two bool masks like ``mat``."""
-    a1, p, a2, n = indices_tuple if len(indices_tuple) == 4 else (*indices_tuple[:2], *indices_tuple[::2])
-    positive, negative = (torch.zeros(mat.shape, dtype=torch.bool, device=mat.device) for _ in range(2))
-    positive[a1, p] = True
-    negative[a2, n] = True
-    if validation_enabled() and (positive & negative).any():
-        pair = tuple((positive & negative).nonzero()[0].tolist())
-        raise ValueError(f"indices_tuple must hold a pair as positive or as negative, got {pair} as both")
-    return positive, negative

@@ -7,7 +7,7 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, Do
 from torch import Tensor
 
 from pml_ext.streaming.gradients import inverse_norm, quick_apply, through_norm
-from pml_ext.streaming.proxy_chunks import auto_chunk_size
+from pml_ext.streaming.proxy_chunks import auto_block, auto_chunk_size
 
 
 def distance_matrix(distance: BaseDistance, query: Tensor, ref: Tensor | None = None) -> Tensor:
@@ -43,6 +43,25 @@ def can_stream(distance: BaseDistance, embeddings: Tensor, num_classes: int) -> 
     return not torch.compiler.is_compiling() or num_classes > auto_chunk_size(
         len(embeddings), embeddings.shape[1], embeddings.device
     )
+
+
+def can_stream_pairs(
+    distance: BaseDistance, embeddings: Tensor, ref_emb: Tensor | None, chunk_size: int | None
+) -> bool:
+    """Whether a pair loss can walk over tiles instead of calling the distance, and gains by it.
+
+    Not with distances other than PML's own cosine and dot product similarities, nor for an empty batch, nor under
+    ``torch.func`` transforms. Without a ``chunk_size`` neither where one tile holds all pairs, nor under
+    ``torch.compile``: dense code is faster there, or is fused, and has all derivatives.
+    """
+    if not is_plain(distance) or not embeddings.numel() or torch._C._are_functorch_transforms_active():
+        return False
+    if chunk_size is not None:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    num_refs = len(embeddings if ref_emb is None else ref_emb)
+    return len(embeddings) * num_refs > auto_block(embeddings.device)
 
 
 def is_plain(distance: BaseDistance) -> bool:

@@ -136,7 +136,12 @@ class ProxyChunks:
 
 def auto_chunk_size(batch_size: int, width: int, device: torch.device) -> int:
     """Return how many proxies keep the blocks of a chunk in the cache."""
-    return max(_SMALLEST, _BLOCK.get(device.type, _BLOCK["cuda"]) // max(batch_size, width, 1))
+    return max(_SMALLEST, auto_block(device) // max(batch_size, width, 1))
+
+
+def auto_block(device: torch.device) -> int:
+    """Return how many numbers of float32 stay in the cache, with what else is looked at."""
+    return _BLOCK.get(device.type, _BLOCK["cuda"])
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

@@ -14,8 +14,10 @@ from pml_ext.losses import (
     IntraBatchLoss,
     LabelSmoothingCrossEntropyLoss,
     MultiSimilarityLoss,
+    NTXentLoss,
     ProxyAnchorLoss,
     SelfSupervisedLoss,
+    SupConLoss,
 )
 from pml_ext.trunks import IntraBatchRefiner
 
@@ -42,6 +44,7 @@ class Case(NamedTuple):
     make: Callable[..., Any]
     refuses: frozenset[str] = frozenset()  # columns
     per_class: bool = False  # its "element" losses are per class
+    per_pair: bool = False  # its losses are those of pairs: what is named twice counts twice
     batch_norm: bool = False  # eval mode is another loss
     without_pairs: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # what is left when nothing is mined
 
@@ -69,6 +72,12 @@ def make_intra_batch_loss(**kwargs: Any) -> IntraBatchLoss:
 
 CASES = {
     "MultiSimilarityLoss": Case(MultiSimilarityLoss, frozenset({"weight regularizers"})),
+    "MultiSimilarityLoss in tiles": Case(
+        lambda **kw: MultiSimilarityLoss(chunk_size=5, **kw),
+        frozenset({"weight regularizers", "fullgraph=True", "double backward"}),
+    ),
+    "SupConLoss": Case(SupConLoss, frozenset({"weight regularizers", "fullgraph=True"})),
+    "NTXentLoss": Case(NTXentLoss, frozenset({"weight regularizers", "fullgraph=True"}), per_pair=True),
     "ProxyAnchorLoss": Case(
         lambda **kw: ProxyAnchorLoss(NUM_CLASSES, SIZE, **kw), PROXIES_ALONE | STREAMED, per_class=True
     ),

@@ -217,3 +217,125 @@ def test_small_losses_keep_their_digits():  # log1p: 1 + 1e-7 would be 1 in floa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_graph_for_all_batch_sizes(dtype):
     assert graphs_of_batches(MultiSimilarityLoss(), (12, 16, 9), dtype) == [1, 1, 1]
+
+
+# Tiles, and mining inside
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Let batches of more than 16 pairs be looked at in tiles of 4 x 4."""
+    monkeypatch.setattr("pml_ext.losses.similarity.auto_block", lambda device: 16)
+    monkeypatch.setattr("pml_ext.streaming.pair_tiles.auto_block", lambda device: 16)
+
+
+def value_and_gradients(loss_func, *args, **refs):
+    emb = EMB.clone().requires_grad_()
+    leaves = [emb]
+    if refs:
+        refs["ref_emb"] = refs["ref_emb"].clone().requires_grad_()
+        leaves.append(refs["ref_emb"])
+    loss = loss_func(emb, LABELS, *args, **refs)
+    return loss, *torch.autograd.grad(loss, leaves)
+
+
+def assert_same(actual, expected):
+    assert expected[0] > 0
+    for a, e in zip(actual, expected, strict=True):
+        assert e.any()
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-13)
+
+
+REFS = {"ref_emb": REF, "ref_labels": REF_LABELS}
+
+
+@pytest.mark.parametrize("refs", [{}, REFS], ids=["batch", "references"])
+@pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity(normalize_embeddings=False)])
+@pytest.mark.parametrize("kwargs", [{}, {"epsilon": 0.2}, {"negative_sign": "printed", "base": 0.1}])
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
+def test_tiles_are_the_dense_form(refs, distance, kwargs, chunk_size):
+    dense = value_and_gradients(MultiSimilarityLoss(beta=5, distance=distance, **kwargs), **refs)
+    tiles = MultiSimilarityLoss(beta=5, distance=distance, chunk_size=chunk_size, **kwargs)
+    assert_same(value_and_gradients(tiles, **refs), dense)
+
+
+@pytest.mark.parametrize("refs", [{}, REFS], ids=["batch", "references"])
+@pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity(), LpDistance(), SNRDistance()])
+@pytest.mark.parametrize("epsilon", [0.1, 0.4, -0.1])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_mines_as_pml(refs, distance, epsilon, chunk_size):
+    """Equal to PML's miner and PML's loss, in the dense form and in tiles; other distances are always dense."""
+    mined = miners.MultiSimilarityMiner(epsilon, distance=distance)(EMB, LABELS, **refs)
+    assert 0 < len(mined[1]) + len(mined[3]) < EMB.shape[0] * (8 if not refs else 7)
+    theirs = value_and_gradients(losses.MultiSimilarityLoss(beta=5, distance=distance), mined, **refs)
+    ours = MultiSimilarityLoss(beta=5, distance=distance, epsilon=epsilon, chunk_size=chunk_size)
+    assert_same(value_and_gradients(ours, **refs), theirs)
+
+
+def test_mines_among_the_pairs_of_a_tuple():
+    """As if these were all pairs: the hardest are those of the tuple."""
+    pairs = miners.BatchHardMiner()(EMB, LABELS)
+    everything = value_and_gradients(MultiSimilarityLoss(beta=5, epsilon=10.0), pairs)
+    assert_same(everything, value_and_gradients(MultiSimilarityLoss(beta=5), pairs))
+    a, p, n = pairs
+    sim = torch.nn.functional.normalize(EMB) @ torch.nn.functional.normalize(EMB).T
+    kept = sim[a, p] - 0.1 < sim[a, n]  # of an anchor with one positive and one negative, both count or none
+    assert 0 < kept.sum() < len(kept)
+    expected = value_and_gradients(MultiSimilarityLoss(beta=5), (a[kept], p[kept], n[kept]))
+    assert_same(value_and_gradients(MultiSimilarityLoss(beta=5, epsilon=0.1), pairs), expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_long_batches_take_tiles_and_short_ones_are_dense():
+    loss_func = MultiSimilarityLoss()
+    for rows, streamed in ((4, False), (9, True)):
+        emb = EMB[:rows].clone().requires_grad_()
+        loss = loss_func(emb, LABELS[:rows])
+        (grad,) = torch.autograd.grad(loss, emb, create_graph=True)
+        if streamed:
+            with pytest.raises(NotImplementedError, match="Multi-Similarity is streamed"):
+                torch.autograd.grad(grad.sum(), emb)
+        else:
+            assert torch.autograd.grad(grad.square().sum(), emb)[0].any()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", ["alpha", "beta", "base"])
+def test_settings_that_are_learned_take_the_dense_form(name):
+    loss_func = MultiSimilarityLoss(beta=5)
+    setting = torch.nn.Parameter(torch.tensor(float(getattr(loss_func, name)), dtype=torch.float64))
+    setattr(loss_func, name, setting)
+    (grad,) = torch.autograd.grad(loss_func(EMB, LABELS), setting)
+    slopes = [MultiSimilarityLoss(**({"beta": 5} | {name: setting.item() + d}))(EMB, LABELS) for d in (1e-6, -1e-6)]
+    assert grad.item() == pytest.approx(((slopes[0] - slopes[1]) / 2e-6).item(), rel=1e-6)
+
+
+def test_a_tensor_that_is_not_learned_is_a_number():
+    loss_func = MultiSimilarityLoss(alpha=torch.tensor([2.0]), beta=torch.tensor(5.0), chunk_size=3)
+    torch.testing.assert_close(loss_func(EMB, LABELS), MultiSimilarityLoss(beta=5)(EMB, LABELS))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"epsilon": float("inf")}, ValueError, "epsilon must be finite, got inf"),
+        ({"epsilon": "0.1"}, TypeError, "epsilon must be a number"),
+        ({"epsilon": torch.ones(1, requires_grad=True)}, TypeError, "epsilon must be a number here"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be None or an integer >= 1, got 0"),
+        ({"chunk_size": 2.0}, ValueError, "chunk_size must be None or an integer >= 1, got 2.0"),
+    ],
+)
+def test_bad_tiles_and_mining(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        MultiSimilarityLoss(**kwargs)
+
+
+@pytest.mark.compiles
+def test_compiled_tiles():
+    """A number forces tiles, which are an opaque call; without one the compiled loss is dense."""
+    loss_func = MultiSimilarityLoss(chunk_size=4, epsilon=0.2)
+    emb = EMB.clone().requires_grad_()
+    compiled = torch.compile(loss_func, backend="eager")
+    actual, expected = compiled(emb, LABELS), loss_func(emb, LABELS)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, emb), torch.autograd.grad(expected, emb))

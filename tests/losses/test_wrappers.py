@@ -13,8 +13,10 @@ from pml_ext.losses import (
     EnsembleLoss,
     HybridLoss,
     MultiSimilarityLoss,
+    NTXentLoss,
     ProxyAnchorLoss,
     SelfSupervisedLoss,
+    SupConLoss,
 )
 from tests.contract.battery import cloned
 from tests.graphs import graphs_of_batches
@@ -36,6 +38,58 @@ def test_memory_is_pml_memory(miner):
         torch.testing.assert_close(ours(emb, labels), theirs(emb, labels))
         assert ours.queue_idx == theirs.queue_idx
     assert ours.has_been_filled
+
+
+@pytest.mark.parametrize("loss_class", [MultiSimilarityLoss, SupConLoss, NTXentLoss])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_memory_without_a_list_of_pairs(loss_class, chunk_size):
+    """No sample is compared with itself, nor with what it has overwritten, and nobody lists all other pairs."""
+    ours = CrossBatchMemory(loss_class(chunk_size=chunk_size), SIZE, memory_size=20)
+    theirs = losses.CrossBatchMemory(getattr(losses, loss_class.__name__)(), SIZE, memory_size=20)
+    with mock.patch.object(CrossBatchMemory, "create_indices_tuple", side_effect=AssertionError):
+        for emb, labels in batches():
+            emb.requires_grad_()
+            actual, expected = ours(emb, labels), theirs(emb, labels)
+            assert expected > 0
+            torch.testing.assert_close(actual, expected)
+            torch.testing.assert_close(torch.autograd.grad(actual, emb), torch.autograd.grad(expected, emb))
+
+
+def test_memory_lists_pairs_where_a_loss_needs_them():
+    """A loss of PML's inside, or a miner."""
+    for loss, miner in (
+        (losses.ContrastiveLoss(), None),
+        (HybridLoss(4, SIZE, pair_loss=losses.ContrastiveLoss()), None),
+        (EnsembleLoss(losses.ContrastiveLoss(), 5), None),
+        (MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
+        (HybridLoss(4, SIZE, miner=miners.MultiSimilarityMiner()), None),
+    ):
+        memory = CrossBatchMemory(loss, SIZE, memory_size=20, miner=miner)
+        listed = mock.patch.object(CrossBatchMemory, "create_indices_tuple", side_effect=AssertionError("listed"))
+        with listed, pytest.raises(AssertionError, match="listed"):
+            memory(*next(batches()))
+
+
+@pytest.mark.parametrize("compare", [HybridLoss(4, SIZE), EnsembleLoss(MultiSimilarityLoss(epsilon=0.1), 5)])
+def test_composites_tell_their_children_where_samples_lie(compare):
+    memory, listed = (CrossBatchMemory(compare, SIZE, memory_size=20) for _ in range(2))
+    for emb, labels in batches():
+        actual = memory(emb, labels)
+        with mock.patch.object(type(compare), "leaves_out_own", False):
+            torch.testing.assert_close(actual, listed(emb, labels))
+
+
+def test_mining_inside_a_memory():
+    """As PML's miner, but for its taking a sample for its own positive where there is no other."""
+    ours = CrossBatchMemory(MultiSimilarityLoss(epsilon=0.1), SIZE, memory_size=20)
+    theirs = losses.CrossBatchMemory(
+        losses.MultiSimilarityLoss(), SIZE, memory_size=20, miner=miners.MultiSimilarityMiner(0.1)
+    )
+    for emb, _ in batches():
+        labels = torch.arange(8) // 2  # each has another positive
+        actual = ours(emb, labels)
+        assert actual > 0
+        torch.testing.assert_close(actual, theirs(emb, labels))
 
 
 def test_hybrid_sees_memory_in_the_pair_part_alone():
