@@ -13,7 +13,13 @@ import torch
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.losses import mixins as pml_mixins
-from pytorch_metric_learning.reducers import DivisorReducer, MeanReducer, MultipleReducers
+from pytorch_metric_learning.reducers import (
+    AvgNonZeroReducer,
+    DivisorReducer,
+    MeanReducer,
+    MultipleReducers,
+    SumReducer,
+)
 from pytorch_metric_learning.regularizers import BaseRegularizer as PmlRegularizer
 from pytorch_metric_learning.utils import module_with_records as pml_records
 from torch import Tensor
@@ -97,6 +103,25 @@ class LossFunction(_Records, BaseMetricLossFunction):
             return None
         return functools.reduce(torch.add, values)
 
+    def reduces_by_sums(self) -> bool:
+        """Whether all that the reducers of ``sub_losses`` ask for is in sums and counts: see ``reduce_sum``."""
+        reducers = self.reducer.reducers if type(self.reducer) is MultipleReducers else {}
+        return all(name in reducers and _is_by_sums(reducers[name]) for name in self.sub_losses)
+
+    def reduce_sum(self, name: str, total: Tensor, active: Tensor, number: Tensor) -> Tensor:
+        """Return what the reducer of a sub-loss makes of losses >= 0, given their sum.
+
+        Args:
+            name: The sub-loss.
+            total: The sum.
+            active: How many losses are > 0.
+            number: How many there are.
+        """
+        kind = type(self.reducer.reducers[name])
+        if kind is SumReducer:
+            return total
+        return total / (active if kind is AvgNonZeroReducer else number).clamp_min(1)
+
     def set_reducer(self, reducer: Any) -> None:
         """Set the reducer as PML does, but refuse a ``MultipleReducers`` with keys that are no sub-loss."""
         if isinstance(reducer, MultipleReducers):
@@ -109,6 +134,13 @@ class LossFunction(_Records, BaseMetricLossFunction):
     def extra_repr(self) -> str:
         """Show the recorded settings."""
         return ", ".join(f"{name}={value}" for name, value in settings_of(self).items())
+
+
+def _is_by_sums(reducer: Any) -> bool:
+    """Whether a reducer is PML's own mean, sum, or mean of what is not 0, without statistics."""
+    if reducer.collect_stats or type(reducer) not in (AvgNonZeroReducer, MeanReducer, SumReducer):
+        return False
+    return type(reducer) is not AvgNonZeroReducer or (reducer.low, reducer.high) == (0, None)
 
 
 class RegularizedWeights(pml_mixins.WeightRegularizerMixin):

@@ -1,6 +1,7 @@
 """Losses: subclasses of PML's, for its miners, reducers, wrappers and trainers."""
 
 from pml_ext.losses.adaptive_additive_margin_loss import AdaptiveAdditiveMarginLoss
+from pml_ext.losses.contrastive_loss import ContrastiveLoss
 from pml_ext.losses.cross_batch_memory import CrossBatchMemory
 from pml_ext.losses.divergence_loss import DivergenceLoss
 from pml_ext.losses.ensemble_loss import EnsembleLoss
@@ -15,6 +16,7 @@ from pml_ext.losses.supcon_loss import SupConLoss
 
 __all__ = [
     "AdaptiveAdditiveMarginLoss",
+    "ContrastiveLoss",
     "CrossBatchMemory",
     "DivergenceLoss",
     "EnsembleLoss",

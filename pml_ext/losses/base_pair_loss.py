@@ -27,6 +27,7 @@ class BasePairLoss(BaseLoss):
     needs_labels = False  # or indices_tuple
     takes_refs = True
     leaves_out_own = True
+    streams_euclidean = False  # PML's LpDistance(p=2) too
 
     def __init__(self, chunk_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -43,7 +44,7 @@ class BasePairLoss(BaseLoss):
         """Whether to walk over tiles: not with pairs from a list, nor with settings that are learned."""
         if indices_tuple is not None or is_learned(*settings):
             return False
-        return can_stream_pairs(self.distance, embeddings, ref_emb, self.chunk_size)
+        return can_stream_pairs(self.distance, embeddings, ref_emb, self.chunk_size, self.streams_euclidean)
 
     def _streamed(
         self,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity, LpDistance
 from torch import Tensor
 
 from pml_ext.streaming.gradients import inverse_norm, quick_apply, through_norm
@@ -46,15 +46,20 @@ def can_stream(distance: BaseDistance, embeddings: Tensor, num_classes: int) -> 
 
 
 def can_stream_pairs(
-    distance: BaseDistance, embeddings: Tensor, ref_emb: Tensor | None, chunk_size: int | None
+    distance: BaseDistance,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    chunk_size: int | None,
+    euclidean: bool = False,
 ) -> bool:
     """Whether a pair loss can walk over tiles instead of calling the distance, and gains by it.
 
-    Not with distances other than PML's own cosine and dot product similarities, nor for an empty batch, nor under
-    ``torch.func`` transforms. Without a ``chunk_size`` neither where one tile holds all pairs, nor under
+    Not with distances other than PML's own cosine and dot product similarities, where ``euclidean`` says so its
+    Euclidean distance too, nor for an empty batch, nor under ``torch.func`` transforms. Without a ``chunk_size`` neither where one tile holds all pairs, nor under
     ``torch.compile``: dense code is faster there, or is fused, and has all derivatives.
     """
-    if not is_plain(distance) or not embeddings.numel() or torch._C._are_functorch_transforms_active():
+    plain = is_plain(distance) or (euclidean and is_euclidean(distance))
+    if not plain or not embeddings.numel() or torch._C._are_functorch_transforms_active():
         return False
     if chunk_size is not None:
         return True
@@ -67,6 +72,12 @@ def can_stream_pairs(
 def is_plain(distance: BaseDistance) -> bool:
     """Whether a distance is PML's own cosine or dot product similarity, with its defaults and without statistics."""
     own = type(distance) in (CosineSimilarity, DotProductSimilarity) and (distance.p, distance.power) == (2, 1)
+    return own and not distance.collect_stats
+
+
+def is_euclidean(distance: BaseDistance) -> bool:
+    """Whether a distance is PML's own Euclidean distance or its square, without statistics."""
+    own = type(distance) is LpDistance and distance.p == 2 and distance.power in (1, 2)
     return own and not distance.collect_stats
 
 
