@@ -22,9 +22,9 @@ class ContrastiveLoss(BasePairLoss):
     $$\ell^+_{ij} = \max(0, d_{ij} - m_+),\ j \in P_i \qquad \ell^-_{ij} = \max(0, m_- - d_{ij}),\ j \in N_i$$
 
     $P_i$, $N_i$: positives and negatives of anchor $i$, from the labels or from ``indices_tuple``, in which what is
-    named twice counts twice. $d$: distance (for a similarity the signs swap, and both margins are similarities). The
-    default, PML's ``LpDistance``, is the Euclidean distance of unit vectors. The default reducer, ``AvgNonZeroReducer``,
-    takes the mean of the losses that are not 0, of positive and of negative pairs apart; the two are added.
+    named twice counts twice. $d$: distance, by default PML's ``LpDistance``, the Euclidean one between unit vectors; for
+    a similarity the signs swap, and the margins are similarities. The default reducer, ``AvgNonZeroReducer``, takes the
+    mean of the losses that are not 0, of positive and of negative pairs apart; the two are added.
 
     The value is PML's. Differences: with PML's ``LpDistance(p=2)``, of ``power`` 1 or 2, ``CosineSimilarity`` or
     ``DotProductSimilarity`` and its ``AvgNonZeroReducer``, ``MeanReducer`` or ``SumReducer`` a long batch (on a CPU:
@@ -34,8 +34,8 @@ class ContrastiveLoss(BasePairLoss):
     ``ref_labels`` may be the object ``labels``.
 
     Args:
-        pos_margin: $m_+$, in the units of ``distance``. Like ``neg_margin`` it may be a parameter; a matrix of all pairs
-            is formed then. For similarities, 1 and 0 are usual.
+        pos_margin: $m_+$, in the units of ``distance``. Like ``neg_margin`` it may be a parameter; all pairs are looked
+            at at once then. For similarities, 1 and 0 are usual.
         neg_margin: $m_-$, likewise.
         chunk_size: Rows and columns of a tile of distances. None: as many as stay in the cache; a batch that is one
             tile is evaluated at once, and so is a compiled loss.
@@ -83,10 +83,11 @@ class ContrastiveLoss(BasePairLoss):
         self._check_pairs(labels, indices_tuple)
         if not len(embeddings) or (ref_emb is not None and not len(ref_emb)):
             return {name: reduced_term(embeddings.sum() * 0) for name in self.sub_losses}
-        margins = {"pos_margin": scalar(self.pos_margin), "neg_margin": scalar(self.neg_margin)}
-        if self.reduces_by_sums() and self._can_stream(embeddings, indices_tuple, ref_emb, *margins.values()):
-            power = None if self.distance.is_inverted else int(self.distance.power)
-            sums = self._streamed(_sums, embeddings, labels, ref_emb, ref_labels, power=power, **margins)
+        pos_margin, neg_margin = scalar(self.pos_margin), scalar(self.neg_margin)
+        if self.reduces_by_sums() and self._can_stream(embeddings, indices_tuple, ref_emb, pos_margin, neg_margin):
+            settings = {"pos_margin": pos_margin, "neg_margin": neg_margin}
+            settings["power"] = None if self.distance.is_inverted else self.distance.power
+            sums = self._streamed(_sums, embeddings, labels, ref_emb, ref_labels, **settings)
             pos = self.reduce_sum("pos_loss", sums.positive, sums.positive_active, sums.positive_number)
             neg = self.reduce_sum("neg_loss", sums.negative, sums.negative_active, sums.negative_number)
             return {"pos_loss": reduced_term(pos), "neg_loss": reduced_term(neg)}
@@ -94,9 +95,10 @@ class ContrastiveLoss(BasePairLoss):
         of_pairs = self._of_pairs
         if torch.compiler.is_compiling():  # how many pairs there are depends on the labels: not looked into
             of_pairs = torch.compiler.disable(of_pairs)  # type: ignore[no-untyped-call]
-        return of_pairs(matrix, *margins.values(), self._lists(labels, indices_tuple, ref_emb, ref_labels))
+        pairs = self._lists(labels, indices_tuple, ref_emb, ref_labels)
+        return of_pairs(matrix, pairs, pos_margin, neg_margin)
 
-    def _of_pairs(self, matrix: Tensor, pos_margin: Any, neg_margin: Any, pairs: Indices) -> LossDict:
+    def _of_pairs(self, matrix: Tensor, pairs: tuple[Tensor, ...], pos_margin: Any, neg_margin: Any) -> LossDict:
         """Return the losses of all pairs, given the distances, ``(B, R)``."""
         anchors, positives, others, negatives = pairs
         pos = self.distance.margin(matrix[anchors, positives], pos_margin).relu()

@@ -55,8 +55,9 @@ def can_stream_pairs(
     """Whether a pair loss can walk over tiles instead of calling the distance, and gains by it.
 
     Not with distances other than PML's own cosine and dot product similarities, where ``euclidean`` says so its
-    Euclidean distance too, nor for an empty batch, nor under ``torch.func`` transforms. Without a ``chunk_size`` neither where one tile holds all pairs, nor under
-    ``torch.compile``: dense code is faster there, or is fused, and has all derivatives.
+    Euclidean distance too, nor for an empty batch, nor under ``torch.func`` transforms. Without a ``chunk_size``
+    neither where one tile holds all pairs, nor under ``torch.compile``: dense code is faster there, or is fused, and
+    has all derivatives.
     """
     plain = is_plain(distance) or (euclidean and is_euclidean(distance))
     if not plain or not embeddings.numel() or torch._C._are_functorch_transforms_active():

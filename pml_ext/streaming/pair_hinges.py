@@ -110,7 +110,7 @@ class _Walk:
             for kind, found in enumerate(self._listed(tile, squares)):
                 if found is not None:
                     by_both = [None if x is None else x[kind] for x in (grads, by_columns)]
-                    self._add_list(kind, rows, columns.rows, *found, by_both, 1 + tile.both)
+                    self._add_list(kind, (rows, columns.rows), found, by_both, 1 + tile.both)
             slopes = self._add_hinges(1, tile.block, 1 + tile.both)
             for total, own, others, by_own in (
                 (grads, rows, columns.rows, slopes),
@@ -124,7 +124,7 @@ class _Walk:
             for grad, by_own in zip(self.ref_grads, by_columns, strict=True):
                 grad[columns.place] = through_unit(by_own, columns.rows, columns.inverse)
 
-    def _listed(self, tile: Tile, squares: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+    def _listed(self, tile: Tile, squares: Tensor) -> list[tuple[Tensor, ...] | None]:
         """Return the rows and columns, counted in the tile, of its positives and of negatives that are too near.
 
         In the block, which becomes that of similarities, both get -inf, as has each sample with itself.
@@ -144,30 +144,29 @@ class _Walk:
         if self.settings.power == 1:
             is_near = block >= lengths.mul_(-_NEAR)
             if is_near.any():
-                near = is_near.nonzero(as_tuple=True)
+                near = tuple(is_near.nonzero().T)
                 block[near] = -torch.inf
         return [positives, near]
 
     def _add_list(
         self,
         kind: int,
-        left: Tensor,
-        right: Tensor,
-        rows: Tensor,
-        columns: Tensor,
+        sides: tuple[Tensor, Tensor],
+        pairs: tuple[Tensor, ...],
         grads: list[Tensor | None],
         times: int,
     ) -> None:
-        """Add hinges of the pairs in a list, and their gradients by both sides."""
-        size = max(1, auto_block(left.device) // left.shape[1])
-        for i, j in zip(rows.split(size), columns.split(size), strict=True):
-            x, y = left.index_select(0, i), right.index_select(0, j)
+        """Add hinges of the pairs in a list, rows of both sides, and their gradients by both."""
+        size = max(1, auto_block(sides[0].device) // sides[0].shape[1])
+        for start in range(0, len(pairs[0]), size):
+            places = [i[start : start + size] for i in pairs]
+            x, y = (side.index_select(0, i) for side, i in zip(sides, places, strict=True))
             by_x, by_y = (y - x, x - y) if self.is_distance else (y, x)
             similarity = -by_x.square().sum(1) if self.is_distance else (x * y).sum(1)
             slopes = self._add_hinges(kind, similarity, times)[:, None]
-            for total, places, by_own in zip(grads, (i, j), (by_x, by_y), strict=True):
+            for total, i, by_own in zip(grads, places, (by_x, by_y), strict=True):
                 if total is not None:
-                    total.index_add_(0, places, slopes * by_own)
+                    total.index_add_(0, i, slopes * by_own)
 
     def _add_hinges(self, kind: int, similarity: Tensor, times: int) -> Tensor:
         """Add hinges of pairs of a kind, in whose memory the distances are taken.

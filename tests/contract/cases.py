@@ -7,6 +7,7 @@ import torch
 
 from pml_ext.losses import (
     AdaptiveAdditiveMarginLoss,
+    ContrastiveLoss,
     CrossBatchMemory,
     DivergenceLoss,
     EnsembleLoss,
@@ -78,6 +79,12 @@ CASES = {
     ),
     "SupConLoss": Case(SupConLoss, frozenset({"weight regularizers", "fullgraph=True"})),
     "NTXentLoss": Case(NTXentLoss, frozenset({"weight regularizers", "fullgraph=True"}), per_pair=True),
+    "ContrastiveLoss": Case(ContrastiveLoss, frozenset({"weight regularizers", "fullgraph=True"}), per_pair=True),
+    "ContrastiveLoss in tiles": Case(
+        lambda **kw: ContrastiveLoss(chunk_size=5, **kw),
+        frozenset({"weight regularizers", "fullgraph=True", "double backward"}),
+        per_pair=True,
+    ),
     "ProxyAnchorLoss": Case(
         lambda **kw: ProxyAnchorLoss(NUM_CLASSES, SIZE, **kw), PROXIES_ALONE | STREAMED, per_class=True
     ),
