@@ -22,7 +22,7 @@ class ContrastiveLoss(BasePairLoss):
     $$\ell^+_{ij} = \max(0, d_{ij} - m_+),\ j \in P_i \qquad \ell^-_{ij} = \max(0, m_- - d_{ij}),\ j \in N_i$$
 
     $P_i$, $N_i$: positives and negatives of anchor $i$, from the labels or from ``indices_tuple``, in which what is
-    named twice counts twice. $d$: distance, by default PML's ``LpDistance``, the Euclidean one between unit vectors; for
+    named twice counts twice. $d$: distance, by default PML's ``LpDistance``, Euclidean between unit vectors; for
     a similarity the signs swap, and the margins are similarities. The default reducer, ``AvgNonZeroReducer``, takes the
     mean of the losses that are not 0, of positive and of negative pairs apart; the two are added.
 
