@@ -16,7 +16,7 @@ from pml_ext.version import __version__
 
 _GONE = {"depth": 1}  # settings of former versions, and where they changed nothing
 _ONLY_AT_THE_START = ("similarity_gain",)  # settings of former versions that weights were drawn with
-_ADDED = {"sampler": "MPerClassSampler"}  # settings that former versions had not, and what they did
+_ADDED = {"sampler": "MPerClassSampler", "chunk_size": None}  # settings that former versions had not, and what they did
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
