@@ -68,7 +68,8 @@ def cached_backward(
         TypeError: If ``trunk`` is no module, ``images`` can be walked only once or hold something other than tensors,
             or the trunk or the loss returns something else.
         ValueError: If ``chunk_size`` is no integer >= 1, ``images``, ``labels`` and what the trunk returns have
-            different lengths, or the loss does not depend on the embeddings.
+            different lengths, the loss does not depend on the embeddings, or a ``DistributedDataParallel`` has
+            ``static_graph``.
         RuntimeError: If the second walk gives other embeddings or has other chunks than the first: the images are
             others, or the network draws from a generator of its own. The gradients are wrong then.
 
@@ -107,6 +108,8 @@ def cached_backward(
         return loss.detach()
 
     parallel = [m for m in trunk.modules() if isinstance(m, DistributedDataParallel)]
+    if any(ddp.static_graph for ddp in parallel):  # whose first iteration cannot wait for the last chunk
+        raise ValueError("trunk must be DistributedDataParallel without static_graph, got static_graph=True")
     if _is_batch(images) and _rows(images) <= chunk_size and not parallel:  # all ranks walk alike, whatever they have
         return backward_of_loss(_embed(trunk, _to(trunk, images), autocast))
 
