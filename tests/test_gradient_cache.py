@@ -196,8 +196,8 @@ def test_a_scaler_scales_gradients_but_not_the_loss(chunk_size):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     assert cached_backward(scaled, other, images, LABELS, chunk_size, scaler=scaler) == expected
     assert scaler.get_scale() == 8
-    for p, q in zip([*trunk.parameters(), *loss_func.parameters()], [*scaled.parameters(), *other.parameters()]):
-        torch.testing.assert_close(q.grad, 8 * p.grad)
+    plain, eightfold = states_of(trunk, loss_func), states_of(scaled, other)
+    torch.testing.assert_close(eightfold, {name: 8 * x for name, x in plain.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -416,7 +416,9 @@ def work(rank, folder):
         wrapped, sent = DistributedLossWrapper(loss_func), []
         ddp = DistributedDataParallel(trunk, **settings)
         if name == "plain":  # counted
-            ddp.register_comm_hook(None, lambda state, bucket, sent=sent: sent.append(1) or allreduce_hook(state, bucket))
+            ddp.register_comm_hook(
+                None, lambda state, bucket, sent=sent: sent.append(1) or allreduce_hook(state, bucket)
+            )
         optimizer, steps = torch.optim.SGD([*trunk.parameters(), *loss_func.parameters()], lr=0.1), []
         for step in range(3):
             optimizer.zero_grad()
@@ -431,9 +433,9 @@ def work(rank, folder):
         with torch.no_grad():
             trunk[0].module[1].running_mean.fill_(float(rank))  # the first rank's is taken
         cached_backward(trunk, DistributedLossWrapper(MultiSimilarityLoss()), IMAGES[rows] + step, LABELS[rows], 5)
-        observed["buffers", step] = states_of(trunk)
+        observed["buffers", step] = {name: x.clone() for name, x in trunk[0].module.named_buffers()}
+    still = DistributedDataParallel(network(), static_graph=True)
     with pytest.raises(ValueError, match="without static_graph"):
-        still = DistributedDataParallel(network(), static_graph=True)
         cached_backward(still, MultiSimilarityLoss(), IMAGES, LABELS, 5)
     torch.save(observed, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -448,7 +450,7 @@ def network_behind():
 def test_two_ranks_are_one_process(tmp_path):
     start(work, (str(tmp_path),), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    order = sum(ROWS, [])
+    order = [*ROWS[0], *ROWS[1]]
     trunk, loss_func = network(nn.BatchNorm1d(16).eval()), make(CASES["HybridLoss"]).double()
     optimizer = torch.optim.SGD([*trunk.parameters(), *loss_func.parameters()], lr=0.1)
     for step in range(3):
@@ -461,3 +463,13 @@ def test_two_ranks_are_one_process(tmp_path):
                 torch.testing.assert_close(states, states_of(trunk, loss_func), rtol=1e-10, atol=1e-12)
         optimizer.step()
     assert [observed["plain"][1] for observed in ranks] == [3, 3]  # all gradients once a step
+    before = network(nn.BatchNorm1d(16))
+    for step in range(2):
+        before[1].running_mean.zero_()
+        after = [copy.deepcopy(before) for _ in ranks]
+        for net, observed, rows in zip(after, ranks, ROWS, strict=True):
+            for chunk in (IMAGES[rows] + step).split(5):
+                net(chunk)
+            torch.testing.assert_close(observed["buffers", step], dict(net.named_buffers()), rtol=1e-10, atol=1e-12)
+        before = after[0]
+    assert (after[0][1].running_var - after[1][1].running_var).abs().min() > 1e-6
