@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,7 @@ def cached_backward(
     if embeddings.grad is None:
         raise ValueError("loss_func must depend on the embeddings, got a loss that has no gradient by them")
 
-    torch.clear_autocast_cache()  # or weights that were cast without a graph would be used again
+    torch.clear_autocast_cache()  # older versions of PyTorch would use again weights that were cast without a graph
     behind_loss = _random_states(start.cuda)
     start.restore()
     lengths, changed = [len(part) for part in parts], []
@@ -226,17 +226,13 @@ def _rows(batch: Any) -> int:
 def _chunks(images: Any, chunk_size: int) -> Iterator[Any]:
     for part in [images] if _is_batch(images) else images:
         for start in range(0, _rows(part), chunk_size):
-            yield _each(part, partial(_slice, rows=slice(start, start + chunk_size)))
+            yield _each(part, itemgetter(slice(start, start + chunk_size)))
 
 
 def _to(trunk: nn.Module, chunk: Any) -> Any:
     """Return a chunk on the device of the network."""
     device = next((p.device for p in trunk.parameters()), None)
     return chunk if device is None else _each(chunk, lambda x: x.to(device, non_blocking=True))
-
-
-def _slice(x: Tensor, rows: slice) -> Tensor:
-    return x[rows]
 
 
 def _each(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
