@@ -44,9 +44,9 @@ WAYS = {"plain": "plain", "chunks": f"chunks of {CHUNK_SIZE}", "loss": "the loss
 
 TRAINED_CHUNK, IMAGES_SEEN, HELD_OUT = 32, 10_000, 0.25
 TRAININGS = {  # batch size: images of a class, learning rates that are tried
-    32: (4, (1e-3, 2e-3, 4e-3)),
-    128: (4, (2e-3, 4e-3, 8e-3)),
-    512: (8, (4e-3, 8e-3, 16e-3)),
+    32: (4, (1e-3, 2e-3, 4e-3, 8e-3)),
+    128: (4, (2e-3, 4e-3, 8e-3, 16e-3)),
+    512: (8, (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)),
 }
 
 

@@ -120,8 +120,9 @@ def cached_backward(
             with nullcontext() if parts else start.behind_broadcast(parallel):
                 parts.append(_embed(trunk, _to(trunk, chunk), autocast))
             learns = learns or any(x.requires_grad for x in _tensors_in(chunk))
-    embeddings = torch.cat(parts or [torch.empty(0)]).requires_grad_(learns)
-    loss = backward_of_loss(embeddings)
+    embeddings, lengths = torch.cat(parts or [torch.empty(0)]), [len(part) for part in parts]
+    del parts  # one copy is enough
+    loss = backward_of_loss(embeddings.requires_grad_(learns))
     if not learns:
         return loss
     if embeddings.grad is None:
@@ -130,25 +131,25 @@ def cached_backward(
     torch.clear_autocast_cache()  # older versions of PyTorch would use again weights that were cast without a graph
     behind_loss = _random_states(start.cuda)
     start.restore()
-    lengths, changed = [len(part) for part in parts], []
-    grads = torch.split(embeddings.grad, lengths)
+    changed: list[Tensor] = []
+    first, grads = torch.split(embeddings.detach(), lengths), torch.split(embeddings.grad, lengths)
     for i, chunk in enumerate(_chunks(images, chunk_size)):
-        if i == len(parts) or _rows(chunk) != lengths[i]:
+        if i == len(lengths) or _rows(chunk) != lengths[i]:
             raise RuntimeError(f"images must be the same in both walks, got {_rows(chunk)} in chunk {i} of the second")
         with ExitStack() as stack:
-            for ddp in parallel if i < len(parts) - 1 else ():
+            for ddp in parallel if i < len(lengths) - 1 else ():
                 stack.enter_context(ddp.no_sync())
             part = _embed(trunk, _to(trunk, chunk), autocast)
-            changed.append(_differ(part.detach(), parts[i], _tolerance(trunk, part, autocast)))
+            changed.append(_differ(part.detach(), first[i], _tolerance(trunk, part, autocast)))
             if part.requires_grad:
                 torch.autograd.backward(part, grads[i])
     _set_random_states(behind_loss)
-    if len(changed) < len(parts):
-        raise RuntimeError(f"images must be the same in both walks, got {len(changed)} chunks of {len(parts)}")
+    if len(changed) < len(lengths):
+        raise RuntimeError(f"images must be the same in both walks, got {len(changed)} chunks of {len(lengths)}")
     if wrong := torch.stack(changed).nonzero().flatten().tolist():
         raise RuntimeError(
             f"trunk and images must give the same embeddings in both walks, got others for chunk {wrong[0]} of "
-            f"{len(parts)}: is there a random generator of one's own, or another image each time? The gradients are "
+            f"{len(lengths)}: is there a random generator of one's own, or another image each time? The gradients are "
             "wrong"
         )
     return loss

@@ -34,8 +34,8 @@ torch.set_num_threads(1)
 
 # ## The same gradients
 #
-# A network with dropout and layer norms, in float64, so that rounding does not hide a mistake. The plain step embeds the
-# same chunks, so that dropout draws the same masks, but keeps all their activations.
+# A network with dropout and layer norms, in float64, so that rounding does not hide a mistake. The plain step embeds
+# the same chunks, so that dropout draws the same masks, but keeps all their activations.
 
 # +
 torch.manual_seed(0)
@@ -114,11 +114,16 @@ network = nn.Sequential(
 )  # fmt: skip
 SIZES = (64, 128, 256, 512, 1024)
 megabytes = {"plain": [], "chunks of 64": []}
-for size in SIZES:
-    batch, classes = torch.randn(size, 1, 28, 28), torch.arange(size) // 4
-    network.zero_grad(set_to_none=False)
+
+
+def measure(batch, classes):
+    """Keep the memory of a plain step and of one in chunks."""
     megabytes["plain"].append(extra_memory(lambda: loss_func(network(batch), classes).backward()))
     megabytes["chunks of 64"].append(extra_memory(lambda: cached_backward(network, loss_func, batch, classes, 64)))
+
+
+for size in SIZES:
+    measure(torch.randn(size, 1, 28, 28), torch.arange(size) // 4)
 # -
 
 # What is left in chunks: the activations of a chunk, and the similarities of all pairs.
@@ -142,7 +147,7 @@ draw_memory()
 
 # ## What to try next
 #
-# - `trunk.train()` with batch norms: their statistics are those of a chunk. `docs/large_batches.md` tells what that means,
-#   what a step costs, and whether a larger batch is worth it.
-# - `recipe(..., batch_size=1024, chunk_size=32)`: the setting of all recipes. Notebook `07_from_training_to_search` trains
-#   one.
+# - `trunk.train()` with batch norms: their statistics are those of a chunk. `docs/large_batches.md` tells what that
+#   means, what a step costs, and whether a larger batch is worth it.
+# - `recipe(..., batch_size=1024, chunk_size=32)`: the setting of all recipes. Notebook `07_from_training_to_search`
+#   trains one.
