@@ -402,7 +402,7 @@ def test_bad_input(error, message, changed):
 
 
 WAYS = {
-    "plain": ({}, (5, 5)),
+    "plain": ({}, (4, 4)),
     "unused parameters": ({"find_unused_parameters": True}, (5, 5)),
     "views": ({"gradient_as_bucket_view": True}, (5, 5)),
     "one chunk": ({}, (12, 12)),
