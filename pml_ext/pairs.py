@@ -5,7 +5,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pml_ext.precision import full_precision
 from pml_ext.types import Indices
+from pml_ext.validation import check_values
 
 __all__ = ["pairs_from_multilabel"]
 
@@ -19,7 +21,7 @@ def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
     multi-label form.
 
     Args:
-        labels: ``(B, C)``, multi-hot: a number that is not zero, or True, where a sample has a class.
+        labels: ``(B, C)``, multi-hot: a number > 0, or True, where a sample has a class; else 0 or False.
         rule: "any": samples with a class in common are positives, all others negatives. "all": samples with the same
             classes are positives, those without a common one negatives; what has some in common is no pair. A sample
             without a class is in no positive pair.
@@ -29,8 +31,8 @@ def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
         own positive or negative.
 
     Raises:
-        TypeError: If ``labels`` are no tensor.
-        ValueError: If their shape or ``rule`` is another.
+        TypeError: If ``labels`` are no dense tensor of numbers or bool.
+        ValueError: If their shape or ``rule`` is another, or a number is negative or NaN.
 
     Examples:
         >>> multi_hot = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 1]])
@@ -42,12 +44,19 @@ def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.is_complex() or labels.layout != torch.strided:
+        raise TypeError(f"labels must be a dense tensor of numbers or bool, got {labels.dtype}, {labels.layout}")
+    check_values("labels", labels)
     if labels.ndim != 2:
         raise ValueError(f"labels must be multi-hot, of shape (batch_size, num_classes), got {tuple(labels.shape)}")
     if rule not in get_args(Rule):
         raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, got {rule!r}")
-    has = (labels != 0).float()
-    common = has @ has.T  # how many classes two samples share
+    wide = labels.double()
+    if not bool((wide >= 0).all()):  # -1 says in many data sets that nothing is known
+        raise ValueError("labels must be multi-hot, numbers >= 0, got a negative number or NaN")
+    has = (wide > 0).float()
+    with full_precision(labels.device):  # bfloat16 cannot count beyond 256
+        common = has @ has.T  # how many classes two samples share
     positive, negative = common > 0, common == 0
     if rule == "all":
         count = has.sum(1)

@@ -5,6 +5,7 @@ settings and statistics, names of sub-losses, reduction types, regularizers that
 differs there are public hooks (``get_default_distance``) and names of wrappers, which stand where they are used.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.losses import mixins as pml_mixins
-from pytorch_metric_learning.reducers import MultipleReducers
+from pytorch_metric_learning.reducers import DivisorReducer, MeanReducer, MultipleReducers
 from pytorch_metric_learning.regularizers import BaseRegularizer as PmlRegularizer
 from pytorch_metric_learning.utils import module_with_records as pml_records
 from torch import Tensor
@@ -35,7 +36,7 @@ class _Records:
 
 def statistics_of(module: torch.nn.Module) -> dict[str, Any]:
     """Return the statistics that a module has recorded, by name; empty for one that records none."""
-    return {name: getattr(module, name) for name in getattr(module, "_record_these_stats", ())}
+    return {name: getattr(module, name) for name in vars(module).get("_record_these_stats", ())}
 
 
 def settings_of(module: torch.nn.Module) -> dict[str, Any]:
@@ -76,7 +77,25 @@ class LossFunction(_Records, BaseMetricLossFunction):
             labels: What the indices of the terms count.
         """
         self.add_embedding_regularization_to_loss_dict(terms, embeddings)
-        return self.reducer(terms, embeddings, labels)
+        total = self._sum_of_reduced(terms, embeddings.dtype)
+        return self.reducer(terms, embeddings, labels) if total is None else total
+
+    def _sum_of_reduced(self, terms: LossDict, dtype: torch.dtype) -> Tensor | None:
+        """Return what PML's plain reducers make of terms that are all reduced, by a fraction of their calls.
+
+        None where a reducer is another one or records statistics, or a term is no such number: then they are called.
+        """
+        reducers = self.reducer.reducers if type(self.reducer) is MultipleReducers else {}
+        if terms.keys() != reducers.keys() or self.reducer.collect_stats:
+            return None
+        if any(type(x) not in (DivisorReducer, MeanReducer) or x.collect_stats for x in reducers.values()):
+            return None
+        values = [term["losses"] for term in terms.values() if term["reduction_type"] == "already_reduced"]
+        if len(values) < len(terms) or not all(
+            isinstance(x, Tensor) and not x.ndim and x.dtype == dtype for x in values
+        ):
+            return None
+        return functools.reduce(torch.add, values)
 
     def set_reducer(self, reducer: Any) -> None:
         """Set the reducer as PML does, but refuse a ``MultipleReducers`` with keys that are no sub-loss."""

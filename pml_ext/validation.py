@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from numbers import Integral, Real
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +24,7 @@ _MULTILABEL = (
     "indices_tuple=pml_ext.pairs.pairs_from_multilabel(labels, rule), with labels=None"
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 has no arithmetic
+_INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 _enabled = True
 _already_valid: ContextVar[bool] = ContextVar("pml_ext_already_valid", default=False)
 
@@ -141,9 +142,9 @@ def check_number(name: str, value: Any) -> None:
         TypeError: If it is not; the message names it.
     """
     if isinstance(value, Tensor):
-        good = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        good = value.numel() == 1 and value.dtype in (*_FLOATS, *_INTEGERS) and not value.is_meta
     else:
-        good = isinstance(value, Real) and not isinstance(value, bool)
+        good = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not good:
         raise TypeError(f"{name} must be a number or a tensor of one number, got {value!r}")
 
@@ -251,6 +252,7 @@ def check_indices_tuple(indices_tuple: Indices, num_anchors: int, num_refs: int)
         ValueError: If the form or an index breaks a rule.
     """
     for name, x, limit in _check_indices_form(indices_tuple, num_anchors, num_refs):
+        check_values(name, x)
         _check_range(name, x, limit)
 
 
@@ -310,7 +312,8 @@ def check_embeddings(name: str, x: Tensor, width: int | None = None) -> None:
         raise TypeError(f"{name} must have a floating point dtype, got {x.dtype}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} must be of float16, bfloat16, float32 or float64, got {x.dtype}: {name}.float()")
-    if x.ndim != 2 or (width is not None and x.shape[1] != width):
+    _check_dense(name, x)
+    if x.ndim != 2 or not x.shape[1] or (width is not None and x.shape[1] != width):
         size = "" if width is None else f" = ({x.shape[0] if x.ndim else 1}, {width})"
         advice = ": pool or flatten feature maps first" if x.ndim > 2 else ""
         raise ValueError(f"{name} must have shape (batch_size, embedding_size){size}, got {tuple(x.shape)}{advice}")
@@ -326,14 +329,21 @@ def check_values(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must hold numbers, got a tensor on the meta device, which has a shape alone")
 
 
+def _check_dense(name: str, x: Tensor) -> None:
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+
+
 def as_tensor(name: str, x: Any) -> Tensor:
     """Return numbers as a tensor; of an array with any strides and byte order, which PyTorch does not take.
 
     Raises:
-        TypeError: If it is no tensor, array or sequence of numbers.
+        TypeError: If it is no dense tensor, array or sequence of numbers, or an array with masked values.
         ValueError: If it is a tensor on the meta device.
     """
     got = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+    if np.ma.is_masked(x):  # what lies under the mask would be taken for numbers
+        raise TypeError(f"{name} must have no masked values, got some: {name}.filled(...)")
     if isinstance(x, np.ndarray) and x.dtype.kind in "biufc":
         x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
         x = x if x.flags.writeable else x.copy()  # a tensor would not be protected
@@ -342,6 +352,9 @@ def as_tensor(name: str, x: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor or an array of numbers, got {got}") from error
     check_values(name, tensor)
+    _check_dense(name, tensor)
+    if tensor.is_quantized:
+        raise TypeError(f"{name} must be a tensor or an array of numbers, got {tensor.dtype}: {name}.dequantize()")
     return tensor
 
 
@@ -353,8 +366,9 @@ def check_integers(name: str, x: Tensor) -> None:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+    if x.dtype not in _INTEGERS:
         raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
+    _check_dense(name, x)
 
 
 def check_lengths(embeddings: Tensor, labels: Tensor | None, name: str = "labels") -> None:
@@ -372,6 +386,7 @@ def _check_labels(name: str, labels: Tensor | None, length: int) -> None:
     if labels is None:
         return
     rows_of_classes = isinstance(labels, Tensor) and labels.ndim == 2 and len(labels) == length
+    rows_of_classes = rows_of_classes and labels.layout == torch.strided
     if not rows_of_classes:
         check_integers(name, labels)
     if labels.shape != (length,):
@@ -409,16 +424,22 @@ def _flag(device: torch.device, floats: list[Tensor], integers: list[tuple[str, 
     """Whether something may be wrong: a norm that is not finite (of all rows: the caller looks closer), or a range."""
     with torch.no_grad():
         norms = [_norm(x) for x in floats]
-        bad = ~torch.isfinite(norms[0] if len(norms) == 1 else norms[0] + norms[1])
+        norm = _plain(norms[0] if len(norms) == 1 else norms[0] + norms[1])
+        bad = not math.isfinite(norm) if isinstance(norm, float) else ~torch.isfinite(norm)
         bad_elsewhere = False
         for _, x, limit in integers:
-            low, high = x.long().aminmax()
+            low, high = (_plain(extreme) for extreme in x.long().aminmax())
             wrong = low < 0 if limit is None else (low < 0) | (high >= limit)
             if x.device == device:
                 bad = bad | wrong
             else:  # labels on the CPU, as PML's trainers deliver them: looking at them does not wait for the device
                 bad_elsewhere = bad_elsewhere or bool(wrong)
     return bad_elsewhere or bool(bad)
+
+
+def _plain(x: Tensor) -> Any:
+    """Return a number where no device has to be waited for: what follows is faster than with tensors."""
+    return x.item() if x.is_cpu else x
 
 
 def _norm(x: Tensor, **kwargs: Any) -> Tensor:

@@ -82,4 +82,6 @@ def seed():
     """Draw the same each time; PML's samplers draw from NumPy."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace for each device
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)

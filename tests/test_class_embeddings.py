@@ -167,6 +167,8 @@ def test_arrays_of_any_layout(make):
         ),
         ([[1], [2, 3]], TypeError, "features must be a tensor or an array of numbers, got list"),
         (torch.ones(2, 1, device="meta"), ValueError, "features must hold numbers, got a tensor on the meta device"),
+        (np.ma.array([[1.0], [2.0]], mask=[[0], [1]]), TypeError, r"features must have no masked values, .*\.filled"),
+        (torch.eye(2).to_sparse(), TypeError, r"features must be a dense tensor, got torch\.sparse_coo"),
     ],
 )
 def test_what_is_no_array_of_numbers(features, error, message):

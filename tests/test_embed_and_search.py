@@ -7,6 +7,7 @@ import resource
 import runpy
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from PIL import Image
 
 from examples import embed, search
 from pml_ext import recipes
+from pml_ext.datasets import ImageReader
+from pml_ext.recipes.run_lock import RunLock
 
 EXAMPLES = Path(embed.__file__).parent
 INDEX = ["embeddings.npy", "index.faiss", "index.json", "paths.txt"]
@@ -39,7 +42,7 @@ def loaded(monkeypatch):
     torch.manual_seed(0)
     made = recipes.recipe("triplet", 2, width=4, in_channels=3, image_size=8, embedding_size=6)
     made.trunk.eval()
-    run = SimpleNamespace(recipe=made, autocast=None, checksum="1a2b")
+    run = SimpleNamespace(recipe=made, autocast=None, checksum="1a2b", reader=ImageReader())
     monkeypatch.setattr(recipes, "load_run", lambda *args: run)
     return run
 
@@ -94,6 +97,10 @@ def test_search_among_names_that_cannot_be_printed(photos, loaded, monkeypatch, 
     assert given[-1].read_bytes().startswith(b"\x89PNG")
 
 
+def listed(names):
+    return "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
+
+
 def test_an_index_keeps_all_names(tmp_path):
     names = [*NAMES, "a\rb.png", " c.png ", "d\u2028e.png"]
     rows = np.eye(8, dtype=np.float32)
@@ -101,7 +108,7 @@ def test_an_index_keeps_all_names(tmp_path):
     embeddings, paths, origin = search.read_index(tmp_path / "index")
     assert paths == names
     assert embeddings.tolist() == rows.tolist()
-    assert origin == {"folder": "/p", "weights": "1", "images": 8}
+    assert origin == {"folder": "/p", "weights": "1", "images": 8, "content": embed.content_of(rows, listed(names))}
 
 
 def test_names_that_an_index_cannot_keep(photos, loaded):
@@ -182,6 +189,9 @@ def of_array(*args, **kwargs):
 )
 def test_a_damaged_index(damage, message, photos, loaded, monkeypatch, capsys):
     index = indexed(photos)
+    about = json.loads((index / "index.json").read_text())
+    del about["content"]  # of a former version, which notices less
+    (index / "index.json").write_text(json.dumps(about))
     damage(index)
     capsys.readouterr()
     status, lines = command("search", ["--run", index.parent, "--query", photos / "a.png"], monkeypatch, capsys)
@@ -287,6 +297,40 @@ def test_killed_while_an_index_is_moved(moved, before, tmp_path, monkeypatch):
     assert set(contents(out)) == (set(INDEX) - {"index.json"} if before == "an index" else set(moves))
 
 
+def test_what_a_killed_process_left_is_cleared_away(photos, loaded):
+    index = indexed(photos)
+    (index / ".new-killed").mkdir()
+    (index / ".new-killed" / "embeddings.npy").write_bytes(b"a part")
+    indexed(photos)
+    assert sorted(contents(index)) == INDEX
+
+
+def test_two_processes_do_not_write_one_index(photos, loaded):
+    index = indexed(photos)
+    message = f"an index's folder must be free, got {index}, which another process writes"
+    with RunLock(index), ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=message):
+        pool.submit(indexed, photos).result()
+    assert sorted(contents(index)) == INDEX
+
+
+@pytest.mark.parametrize("file", ["embeddings.npy", "paths.txt"])
+def test_flipped_bits_of_an_index(file, photos, loaded):
+    """Such as change values and names, and not how many there are."""
+    index = indexed(photos)
+    content = (index / file).read_bytes()
+    for place in (len(content) - 3, len(content) - 20):
+        (index / file).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"embeddings.npy and paths.txt must be as they were written"):
+            search.read_index(index)
+    (index / file).write_bytes(content)
+    search.read_index(index)
+    about = json.loads((index / "index.json").read_text())
+    del about["content"]  # of a former version
+    (index / "index.json").write_text(json.dumps(about))
+    np.save(index / "embeddings.npy", np.load(index / "embeddings.npy").astype(float))
+    assert search.main(photos.parent / "run", photos / "a.png", k=1)[0][1] == "a.png"
+
+
 def test_an_index_for_other_programs(photos, loaded):
     import faiss
 
@@ -301,6 +345,7 @@ def test_an_index_for_other_programs(photos, loaded):
         "folder": str(photos),
         "weights": "1a2b",
         "images": 5,
+        "content": embed.content_of(rows, (index / "paths.txt").read_bytes()),
     }
 
 
@@ -321,5 +366,5 @@ def test_out_must_be_a_folder(photos, loaded):
     with pytest.raises(OSError, match=f"cannot write {file / 'index'}: Not a directory"):
         embed.main(photos.parent / "run", photos, out=file / "index")
     with pytest.raises(OSError, match=f"cannot write {file / 'a.png'}: File exists"):
-        search.draw(photos / "a.png", [], file / "a.png")
+        search.draw(photos / "a.png", [], file / "a.png", ImageReader())
     assert file.read_text() == "mine"

@@ -16,12 +16,14 @@ from unittest import mock
 import command_line
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from examples import embed, search, train
 from pml_ext import recipes
-from pml_ext.datasets import open_data
+from pml_ext.datasets import ImageReader, open_data
+from pml_ext.datasets.sources import opens_folder
 from pml_ext.recipes import load_run, retrieval_metrics
 from pml_ext.visualization import retrieval_gallery
 from tests.datasets.test_image_reader import write_png
@@ -409,7 +411,7 @@ def test_the_picture_of_a_search(photos, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
     files = sorted(photos.rglob("*.png"))[:13]
-    search.draw(files[0], [(0.5, file) for file in files[1:]], tmp_path / "search.png")
+    search.draw(files[0], [(0.5, file) for file in files[1:]], tmp_path / "search.png", ImageReader())
     axes = [axis for axis in drawn[0].axes if axis.images]
     assert [axis.get_title() for axis in axes] == ["query", *(f"{rank}: 0.500" for rank in range(1, 13))]
     for axis, file in zip(axes, files, strict=True):
@@ -476,7 +478,7 @@ def test_resume_with_more_epochs_and_without_a_file_that_broke(tmp_path, monkeyp
     assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
     os.rename(photos / "class0" / "99.png", photos / "class0" / "00.png")
     (out / "lock.json").write_text(json.dumps({"process": 7, "host": "elsewhere", "since": "noon"}))
-    message = f"train.py: error: --out must be free, got {out}, where another training runs (process 7 on elsewhere"
+    message = f"train.py: error: --out must be free, got {out}, which another process writes (process 7 on elsewhere"
     assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
     (out / "lock.json").unlink()
     changes = {"validation_classes": 0, "settings": TINY | {"schedule": "step"}, "resume": True}
@@ -499,8 +501,8 @@ def test_broken_images_of_a_gallery(tmp_path):
     next(tmp_path.rglob("id_5/2.png")).write_text("no image")
     opened = open_data("in_shop", root=tmp_path)
     with pytest.raises(ValueError, match=r"cannot read 1 of 15 images .*id_5/2\.png; the first: cannot identify"):
-        train.without_broken(opened, False)
-    kept = train.without_broken(opened, True)
+        train.readable_part(opened, False)
+    kept = train.readable_part(opened, True)
     assert [len(view) for view in (kept.train, kept.test, kept.gallery)] == [9, 2, 3]
     assert kept.gallery.labels.tolist() == [0, 1, 1]
     assert [image.size for image, _ in kept.gallery] == 3 * [opened.train[0][0].size]
@@ -565,6 +567,13 @@ def bad_data(kind, folder):
         ("plain", "--set width", "must be name=value, got 'width'"),
         ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),
         ("plain", "--chunk-size 0", "error: --chunk-size must be an integer >= 1, got 0"),
+        ("plain", "--white bright", "argument --white: must be an integer or largest, got 'bright'"),
+        ("plain", "--white 0", "error: --white must be 1 to 65535 or 'largest', got 0"),
+        (
+            "plain",
+            "--background nothing",
+            "error: --background must be a colour, as 'white' or '#ffffff', got 'nothing'",
+        ),
         ("plain", "--epochs two", "argument --epochs: invalid int value: 'two'"),
         (
             "plain",
@@ -656,7 +665,7 @@ def test_classes_that_lose_all_images(tmp_path, capsys):
     for name in broken:
         next(tmp_path.rglob(f"{name}.png")).write_text("no image")
     vectors = np.arange(9.0)[:, None]
-    kept = train.without_broken(open_data("in_shop", root=tmp_path, class_embeddings=vectors), True)
+    kept = train.readable_part(open_data("in_shop", root=tmp_path, class_embeddings=vectors), True)
     lost = "warning: left out 3 classes without images that can be read: id_1, id_5, id_7"
     assert capsys.readouterr().err.splitlines()[-1] == lost
     assert kept.class_embeddings.tolist() == [[0], [2], [3]]
@@ -669,8 +678,8 @@ def test_classes_that_lose_all_images(tmp_path, capsys):
         assert names == [view.class_names[label] for label in view.labels]
     for name in ("id_6/0", "id_8/1"):
         next(tmp_path.rglob(f"{name}.png")).write_text("no image")
-    with pytest.raises(ValueError, match="must have >= 2 training and >= 1 test classes that can be read, got 3 and 0"):
-        train.without_broken(open_data("in_shop", root=tmp_path), True)
+    with pytest.raises(ValueError, match="test classes that can be read, got 3 and 0, and not id_1, id_5, id_6"):
+        train.readable_part(open_data("in_shop", root=tmp_path), True)
 
 
 @pytest.mark.trains
@@ -696,6 +705,68 @@ def test_images_that_turn_out_to_be_broken_are_skipped(tmp_path, capsys):
     opened.test.transform = loaded.recipe.transforms.test
     metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
     assert metrics == pytest.approx({name: result[name] for name in train.METRICS})
+
+
+@pytest.mark.trains
+def test_a_class_whose_pixels_are_all_broken_is_left_out(tmp_path, capsys):
+    """The checksums are right, so that only decoding tells."""
+    photos = write_folder(tmp_path / "photos")
+    lost = [path for name in ("class1", "class6") for path in (photos / name).iterdir()]
+    for path in [*lost, photos / "class0" / "00.png"]:  # one of another class, which is the first of it
+        write_png(path, 8, 0, [[9] * SIDE] * SIDE, keep=12)
+    result = run(photos, tmp_path / "run", skip_broken=True, validation_classes=0)
+    assert result["epoch"] == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert "warning: left out 2 classes without images that can be read: class1, class6" in printed
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["num_classes"], config["data"]["images"]) == (3, {"train": 17, "validation": 0, "test": 18})
+
+
+def write_10_bits(folder):
+    for i, (image, label) in enumerate(zip(*make_images(), strict=True)):
+        (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.astype(np.uint16) * 4).save(folder / f"class{label}" / f"{i:02}.png")
+    return folder
+
+
+@pytest.mark.trains
+def test_images_are_read_everywhere_as_in_the_training(tmp_path):
+    photos = write_10_bits(tmp_path / "photos")
+    images, labels = make_images()
+    largest = 4 * int(images[labels < CLASSES // 2].max())
+    given = {"background": "black", "turn": False, "white": "largest"}
+    run(photos, tmp_path / "run", **given)
+    reader = ImageReader("black", False, largest)
+    loaded = load_run(tmp_path / "run", "cpu")
+    assert loaded.reader == reader
+    embeddings, paths = embed.main(tmp_path / "run", photos, device="cpu")
+    opened = open_data(photos, reader=reader)
+    opened.train.transform = loaded.recipe.transforms.test
+    expected = recipes.embed(loaded.recipe.trunk, opened.train)[0].numpy()
+    np.testing.assert_allclose(embeddings[: len(expected)], expected, atol=1e-5)
+    assert search.main(tmp_path / "run", photos / paths[3], k=1, device="cpu")[0] == (pytest.approx(1), paths[3])
+    plain = open_data(photos)
+    plain.train.transform = loaded.recipe.transforms.test
+    assert np.abs(recipes.embed(loaded.recipe.trunk, plain.train)[0].numpy() - expected).max() > 0.01
+
+    for path in photos.rglob("*.png"):  # darker now, of which the run that goes on takes no notice
+        Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
+    with pytest.raises(ValueError, match="must have the images"):  # but of their sizes
+        run(photos, tmp_path / "run", resume=True, epochs=3, **given)
+    photos = write_10_bits(tmp_path / "photos")
+    with pytest.raises(ValueError, match=rf"reader.background: 'black', got 'white'; .*white: {largest}, got 65535"):
+        run(photos, tmp_path / "run", resume=True)
+    with pytest.warns(UserWarning, match="cosine schedule"):
+        assert run(photos, tmp_path / "run", resume=True, epochs=3, **given)["epoch"] >= 1
+    assert load_run(tmp_path / "run").reader == reader
+
+
+def test_a_run_among_the_images(photos, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--out must not lie in --data, whose images its pictures would join, got "):
+        run(photos, photos / "run")
+    monkeypatch.chdir(tmp_path)
+    Path("glyphs").mkdir()
+    assert not opens_folder("glyphs") and opens_folder("./glyphs") and opens_folder(Path("glyphs"))
 
 
 @pytest.mark.processes
@@ -735,3 +806,32 @@ def test_commands_begin_without_warnings():
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.findall(r"^usage: (\w+)\.py", done.stdout, re.MULTILINE) == list(names)
+
+
+@pytest.mark.trains
+def test_finetuning_tells_what_frozen_features_find(tmp_path, capsys):
+    photos = write_folder(tmp_path / "photos")
+    for i, path in enumerate(photos.rglob("*.png")):  # noise, in which no network finds all
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    donor = timm.create_model("test_efficientnet")
+    torch.save(donor.state_dict(), tmp_path / "w.pth")
+    options = {"preset": "finetune", "backbone": "test_efficientnet", "weights": str(tmp_path / "w.pth")}
+    options |= {"image_size": 32, "settings": {"batch_size": 16, "embedding_size": 16}}
+    run(photos, tmp_path / "run", **options)
+    printed = capsys.readouterr().out
+    frozen = json.loads((tmp_path / "run" / "config.json").read_text())["frozen"]
+    opened = open_data(photos, 0.5)
+    opened.test.transform = load_run(tmp_path / "run", "cpu").recipe.transforms.test
+    x, labels = torch.utils.data.default_collate(list(opened.test))
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(donor.eval().forward_intermediates(x)[1][-1].mean((2, 3)))
+    expected = retrieval_metrics(features, labels)
+    assert frozen["test"] == pytest.approx(expected) and 0 < expected["mean_average_precision_at_r"] < 1
+    told = f"before any training, test classes: P@1 {100 * expected['precision_at_1']:.1f}"
+    assert told in printed and set(frozen) == {"validation", "test"}
+    (tmp_path / "w.pth").unlink()  # what goes on has its weights in the checkpoint
+    with pytest.raises(FileNotFoundError, match="weights must be a file"):
+        run(photos, tmp_path / "other", **options)
+    run(photos, tmp_path / "run", resume=True, **(options | {"epochs": 3}))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["frozen"] == frozen
+    run(photos, tmp_path / "next", **(options | {"weights": str(tmp_path / "run")}))

@@ -96,14 +96,12 @@ def is_module(name):
 def imports_of(path, source=None):
     """Return the imports of a file; ``from package import name`` counts as ``package.name`` if that is a module."""
     imports = []
-    tree = ast.parse(path.read_text(encoding="utf-8") if source is None else source)
-    inside = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+    waiting = [(ast.parse(path.read_text(encoding="utf-8") if source is None else source), False)]
+    while waiting:
+        node, in_function = waiting.pop()
+        in_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if not isinstance(node, ast.expr):
+            waiting += [(child, in_function) for child in ast.iter_child_nodes(node)]
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -114,7 +112,7 @@ def imports_of(path, source=None):
             ]
         else:
             continue
-        imports += [Import(path, node.lineno, target, id(node) in inside) for target in dict.fromkeys(targets)]
+        imports += [Import(path, node.lineno, target, in_function) for target in dict.fromkeys(targets)]
     return imports
 
 

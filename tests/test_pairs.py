@@ -70,3 +70,29 @@ def test_tuples_are_joined_as_in_pml(first, second):
     expected = [torch.cat([x, y]) for x, y in zip(one, convert(two, None), strict=True)]
     for x, y in zip(joined(one, two), expected, strict=True):
         assert torch.equal(x, y)
+
+
+def test_counts_beyond_the_digits_of_bfloat16():
+    """300 classes each: where autocast counts, 299 common ones are all."""
+    labels = torch.zeros(3, 400)
+    labels[:2, :300] = 1
+    labels[2, 1:301] = 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a1, p, a2, _ = pairs_from_multilabel(labels, "all")
+    assert list(zip(a1.tolist(), p.tolist(), strict=True)) == [(0, 1), (1, 0)]
+    assert not len(a2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (LABELS - 1, ValueError, "labels must be multi-hot, numbers >= 0, got a negative number or NaN"),
+        (LABELS / 0, ValueError, "labels must be multi-hot, numbers >= 0, got a negative number or NaN"),
+        (LABELS * 1j, TypeError, "labels must be a dense tensor of numbers or bool, got torch.complex64"),
+        (LABELS.to_sparse(), TypeError, "labels must be a dense tensor of numbers or bool, got .*sparse_coo"),
+        (LABELS.to("meta"), ValueError, "labels must hold numbers, got a tensor on the meta device"),
+    ],
+)
+def test_what_is_not_multi_hot(labels, error, message):
+    with pytest.raises(error, match=message):
+        pairs_from_multilabel(labels)

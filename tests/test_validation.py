@@ -1,6 +1,8 @@
 """The validator at the border of every loss."""
 
 from collections import Counter
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 import torch
@@ -56,6 +58,15 @@ LOSSES = [
             r"embeddings must have shape .*got \(8, 1, 6\): pool or flatten feature maps",
         ),
         ((EMB.to(torch.float8_e5m2), LABELS), TypeError, r"embeddings must be of float16, .*, got torch\.float8_e5m2"),
+        ((EMB.to_sparse(), LABELS), TypeError, r"embeddings must be a dense tensor, got torch\.sparse_coo"),
+        (
+            (torch.nested.nested_tensor([*EMB], layout=torch.jagged), LABELS),
+            TypeError,
+            "embeddings must be a dense tensor, got a n",
+        ),
+        ((EMB[:, :0], LABELS), ValueError, r"embeddings must have shape .*got \(8, 0\)"),
+        ((EMB, LABELS.to_sparse()), TypeError, r"labels must be a dense tensor, got torch\.sparse_coo"),
+        ((EMB, LABELS, (LABELS.to_sparse(),) * 3), TypeError, r"indices_tuple\[0\] must be a dense tensor"),
         ((EMB.to("meta"), LABELS), ValueError, "embeddings must hold numbers, got a tensor on the meta device"),
         ((EMB, LABELS.to("meta")), ValueError, "labels must hold numbers, got a tensor on the meta device"),
         ((EMB, LABELS, (LABELS.to("meta"),) * 3), ValueError, r"indices_tuple\[0\] must hold numbers"),
@@ -256,8 +267,9 @@ class CountOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_value_of_one_tensor_is_read():
+def test_the_value_of_one_tensor_is_read(monkeypatch):
     """On a device each such reading is a synchronisation; it needs none to be counted."""
+    monkeypatch.setattr("pml_ext.validation._plain", lambda x: x)  # a CPU reads numbers, for it waits for nothing
     args = EMB, LABELS, (LABELS, LABELS, LABELS), EMB + 1, LABELS + 0, 4
     with CountOperators() as mode:
         check_batch(*args)
@@ -290,3 +302,24 @@ def test_checks_are_cheap(without_validation):
         whole.append(Timer("f(emb, labels).backward()", globals=scope).timeit(30).mean)
         check.append(Timer("check(emb, labels, None, None, None, 100, 512)", globals=scope).timeit(100).mean)
     assert min(check) < 0.05 * min(whole)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [Fraction(2), Decimal(2), torch.tensor(2.0, device="meta"), torch.tensor(2.0).to(torch.float8_e5m2), "2", True, 2j],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("alpha", lambda x: MultiSimilarityLoss(alpha=x)),
+        ("margin", lambda x: ProxyAnchorLoss(4, 6, margin=x)),
+        ("scale", lambda x: AdaptiveAdditiveMarginLoss(4, 6, scale=x)),
+        ("temperature", lambda x: LabelSmoothingCrossEntropyLoss(4, 6, temperature=x)),
+        ("pair_weight", lambda x: HybridLoss(4, 6, pair_weight=x)),
+        ("divergence_weight", lambda x: EnsembleLoss(MultiSimilarityLoss(), 2, divergence_weight=x)),
+    ],
+)
+def test_settings_that_are_no_number_to_compute_with(make, name, number):
+    with pytest.raises(TypeError, match=f"{name} must be a number or a tensor of one number, got"):
+        make(number)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pml_ext.datasets.image_reader import ImageReader
+
 
 def fingerprint_of(dataset: Any, labels: Any, sizes: bool = True) -> str:
     """Return 64 hexadecimal digits that change with the samples of a data set or view, their order and their labels.
@@ -30,6 +32,12 @@ def file_names(dataset: Any) -> list[str] | None:
     inside, indices = _inside(dataset)
     paths = _paths(inside)
     return None if paths is None else list(_below_common_folder(paths, indices))
+
+
+def reader_of(dataset: Any) -> ImageReader | None:
+    """Return what a data set or view reads its files with; None if it has no files, or reads them in another way."""
+    reader = getattr(_inside(dataset)[0], "reader", None)
+    return reader if isinstance(reader, ImageReader) else None
 
 
 def _inside(dataset: Any) -> tuple[Any, Sequence[int]]:

@@ -18,11 +18,11 @@ _KEPT_QUIET = (".ds_store", "thumbs.db", "desktop.ini")
 
 
 class FolderWalk:
-    """Walk through folders, each real folder once: links can lead upwards, in circles, or twice to one place.
+    """Walk through folders, each real folder and image once: links can lead upwards, in circles, or twice to one place.
 
     Attributes:
         left_out: Paths that do not count: files of other kinds or no regular ones, hidden ones and those of storage
-            systems, folders that have been walked through already.
+            systems, folders and images that have been found already.
     """
 
     def __init__(self) -> None:
@@ -62,12 +62,13 @@ class FolderWalk:
     def images(self, folders: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
         """Return the paths of all images in each folder and below it, sorted.
 
-        Links to folders are followed last, so that an image is found where it lies.
+        Links are followed last, so that an image is found where it lies.
         """
         images: list[list[str]] = [[] for _ in folders]
         parents = {parent for folder in folders for parent in Path(folder).resolve().parents}
         self._taken |= {_identity(folder) for folder in parents}
         self._taken -= {_identity(folder) for folder in folders}
+        linked, walked = list[tuple[int, str]](), set[tuple[int, int]]()
         here, links = deque((i, os.fspath(folder)) for i, folder in enumerate(folders)), deque[tuple[int, str]]()
         while here or links:
             i, folder = (here or links).popleft()
@@ -76,12 +77,26 @@ class FolderWalk:
                 self.left_out.append(folder + os.sep)
                 continue
             self._taken.add(identity)
+            walked.add(identity)
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
                     if _is_folder(entry) and not _is_hidden(entry.name):
                         (links if entry.is_symlink() else here).append((i, entry.path))
                     elif not self._leave_out(entry):
-                        images[i].append(entry.path)
+                        if entry.is_symlink():
+                            linked.append((i, entry.path))
+                        else:
+                            images[i].append(entry.path)
+        found = set[str]()
+        for i, path in linked:
+            target = os.path.realpath(path)
+            folder, name = os.path.split(target)
+            there = os.path.exists(target) and _identity(folder) in walked and _is_image(name)
+            if there or target in found:
+                self.left_out.append(path)
+            else:
+                found.add(target)
+                images[i].append(path)
         return [sorted(paths) for paths in images]
 
     def warn(self, root: str | os.PathLike[str]) -> None:
@@ -99,7 +114,7 @@ class FolderWalk:
         """Whether an entry is no image, which is noted."""
         regular = os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
         lost = entry.is_symlink() and not os.path.exists(entry.path)  # who reads it will name it
-        if (regular or lost) and not _is_hidden(entry.name) and entry.name.lower().endswith(IMAGE_SUFFIXES):
+        if (regular or lost) and _is_image(entry.name):
             return False
         if entry.name.lower() not in _KEPT_QUIET and not entry.name.startswith("._"):
             self.left_out.append(entry.path + os.sep * _is_folder(entry))
@@ -117,11 +132,15 @@ def find_images(folder: str | os.PathLike[str]) -> list[str]:
 def has_images(folder: str | os.PathLike[str]) -> bool:
     """Whether there is an image in a folder itself."""
     with os.scandir(folder) as entries:
-        return any(e.name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(e.name) and e.is_file() for e in entries)
+        return any(_is_image(entry.name) and entry.is_file() for entry in entries)
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link to itself is none
+
+
+def _is_image(name: str) -> bool:
+    return not _is_hidden(name) and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _is_hidden(name: str) -> bool:

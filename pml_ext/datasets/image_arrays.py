@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pml_ext.datasets.labels import as_class_names, as_labels
+from pml_ext.validation import check_values
 
 
 class ImageArrays(torch.utils.data.Dataset[tuple[Any, int]]):
@@ -44,7 +45,9 @@ class ImageArrays(torch.utils.data.Dataset[tuple[Any, int]]):
         transform: Callable[[Any], Any] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        if not isinstance(images, Tensor):
+        if isinstance(images, Tensor):
+            check_values("images", images)
+        else:
             images = np.asarray(images)
         if images.dtype not in (torch.uint8, np.uint8):
             raise TypeError(f"images must have dtype uint8, got {images.dtype}")

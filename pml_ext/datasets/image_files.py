@@ -3,13 +3,15 @@
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from pml_ext.datasets.image_reader import FORMATS, ImageReader, has_16_bits
+from pml_ext.datasets.image_reader import FORMATS, BrokenImageError, ImageReader, has_16_bits, largest_value
 from pml_ext.datasets.labels import as_class_names, as_labels
 from pml_ext.datasets.path_array import PathArray
 
@@ -22,7 +24,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
         labels: ``(N,)``, integers.
         transform: Applied to the PIL image, which is RGB.
         class_names: That of label i at index i, or None.
-        reader: How files are read. None: ``ImageReader()``.
+        reader: How files are read. None: ``ImageReader()``. For ``white="largest"`` all files are read once.
         skip_broken: Whether another image of the class takes the place of one that cannot be read, which a warning
             names. For training: in a test, the other image would be found twice.
 
@@ -55,7 +57,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
         self.labels = as_labels("labels", labels, len(self.paths))
         self.transform = transform
         self.class_names = as_class_names(class_names, self.labels)
-        self.reader = ImageReader() if reader is None else reader
+        self.reader = ImageReader() if reader is None else scaled_to_largest(reader, self.paths)
         self.broken = torch.zeros(len(self.paths), dtype=torch.bool)
         self.skip_broken = skip_broken
 
@@ -91,14 +93,14 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
             image = self._read(i)
             if image is not None:
                 return image
-        raise ValueError(f"cannot read any of the {len(same)} images of a class, {self.paths[index]} for one")
+        raise BrokenImageError(f"cannot read any of the {len(same)} images of a class, {self.paths[index]} for one")
 
     def _read(self, index: int) -> Any:
         """Return the image, or None if it cannot be read, which is noted."""
         if not self.broken[index]:
             try:
                 return self.reader(self.paths[index])
-            except ValueError as error:
+            except BrokenImageError as error:
                 self.broken[index] = True
                 warnings.warn(f"{error}; another image of its class takes its place", stacklevel=4)
         return None
@@ -122,9 +124,20 @@ def broken_images(
         if not _looks_whole(path):
             try:
                 reader(path)
-            except ValueError as error:
+            except BrokenImageError as error:
                 reasons[i] = str(error.__cause__)
     return reasons
+
+
+def scaled_to_largest(reader: ImageReader, paths: Sequence[str | Path]) -> ImageReader:
+    """Return a reader whose ``white``, if it is "largest", is the largest value of 16 bits in some files."""
+    if reader.white != "largest":
+        return reader
+    largest = 0
+    for path in tqdm(paths, desc="largest value"):
+        with suppress(BrokenImageError):
+            largest = max(largest, largest_value(path))
+    return replace(reader, white=largest or 65535)
 
 
 def _looks_whole(path: str | Path) -> bool:

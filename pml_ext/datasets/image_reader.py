@@ -4,6 +4,8 @@ import errno
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -19,6 +21,10 @@ _TURNED = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation: PIL'
 _warned: set[str] = set()  # one warning in each process, however many readers and images there are
 
 
+class BrokenImageError(ValueError):
+    """An image cannot be read."""
+
+
 @dataclass(frozen=True)
 class ImageReader:
     """Read the image in a file as an RGB image of PIL.
@@ -29,8 +35,8 @@ class ImageReader:
         turn: Whether to turn and mirror the image as its EXIF data says, as viewers do. Phones and cameras store
             upright photos on their side.
         white: The value that becomes white in gray images of 16 bits: 65535; 1023 or 4095 for sensors of 10 or 12
-            bits, larger values are cut off; "largest", the largest value of each file, after which the brightness of
-            two files no longer compares.
+            bits, larger values are cut off; "largest", the largest value found: by ``open_data`` in the training
+            images, by ``ImageFolder`` and the like in all of theirs, by a reader alone in the one file.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -67,21 +73,11 @@ class ImageReader:
 
     def __call__(self, path: str | os.PathLike[str]) -> Any:
         """Return the image, fully loaded."""
-        from PIL import Image  # on use: images in memory need no image library
-
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise ValueError("it is no regular file")
-            with Image.open(path, formats=FORMATS) as image:
-                return self._converted(image, path)
-        except Exception as error:  # PIL's plugins raise OSError, SyntaxError, EOFError, struct.error and more
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
-                raise
-            raise ValueError(f"cannot read image {Path(path)}: {error}") from error
+        with _opened(path) as image:
+            return self._converted(image, path)
 
     def _converted(self, image: Any, path: str | os.PathLike[str]) -> Any:
-        raw = _raw_mode(image)
-        wide = image.mode.startswith("I;16") or (image.mode == "I" and (image.format == "PPM" or raw[:4] == "I;16"))
+        raw, wide = _raw_mode(image), _is_wide(image)
         if image.mode in ("I", "F") and not wide:
             raise ValueError(f"its mode {image.mode!r} has no fixed range of values")
         stored = _orientation(image) if image.format == "TIFF" else None
@@ -92,23 +88,27 @@ class ImageReader:
         elif stored not in (None, left):  # PIL turns TIFF while it loads: back again
             image = _transposed(image, {6: 8, 8: 6}.get(stored, stored))
         if wide:
-            return self._narrowed(np.asarray(image), path).convert("RGB")
+            return self._narrowed(np.asarray(image), path, image.info.get("transparency"))
         if ";16" in raw and self.white != 65535:
             raise ValueError(f"white must be 65535 for 16-bit colours, which PIL cuts to 8 bits, got {self.white!r}")
         flat = flatten(image, self.background)
         if ";16" in raw:
-            _warn_of_dark(256 * max(high for _, high in flat.getextrema()) + 255, path)
+            _warn_of_dark(256 * max(high for _, high in image.convert("RGB").getextrema()) + 255, path)
         return flat
 
-    def _narrowed(self, values: Any, path: str | os.PathLike[str]) -> Any:
+    def _narrowed(self, values: Any, path: str | os.PathLike[str], transparent: Any) -> Any:
         from PIL import Image  # on use: images in memory need no image library
 
         if self.white == 65535:
             _warn_of_dark(int(values.max()), path)
-            return Image.fromarray((values >> 8).astype(np.uint8))
-        white = max(int(values.max()), 1) if isinstance(self.white, str) else int(self.white)
-        scaled = np.minimum(values, white).astype(np.uint32) * 255
-        return Image.fromarray(((scaled + white // 2) // white).astype(np.uint8))
+            narrow = values >> 8
+        else:
+            white = max(int(values.max()), 1) if isinstance(self.white, str) else int(self.white)
+            narrow = (np.minimum(values, white).astype(np.uint32) * 255 + white // 2) // white
+        colours = np.repeat(narrow.astype(np.uint8)[..., None], 3, axis=2)
+        if transparent is not None:
+            colours[values == transparent] = _rgb(self.background)
+        return Image.fromarray(colours)
 
 
 def read_image(path: str | os.PathLike[str]) -> Any:
@@ -131,6 +131,36 @@ def flatten(image: Any, background: str | tuple[int, int, int] = "white") -> Any
 def has_16_bits(image: Any) -> bool:
     """Whether the file of an image of PIL that is not loaded yet has 16 bits for each value."""
     return image.mode.startswith("I") or ";16" in _raw_mode(image)
+
+
+def largest_value(path: str | os.PathLike[str]) -> int:
+    """Return the largest value of a gray image of 16 bits; 65535 of colours, which PIL cuts; 0 of other images."""
+    with _opened(path) as image:
+        if ";16" in _raw_mode(image) and not _is_wide(image):
+            return 65535
+        return int(np.asarray(image).max()) if _is_wide(image) else 0
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open an image of PIL; whatever is wrong with it, here or where it is used, becomes a BrokenImageError."""
+    from PIL import Image  # on use: images in memory need no image library
+
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no regular file")
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, EOFError, struct.error and more
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+            raise
+        raise BrokenImageError(f"cannot read image {Path(path)}: {error}") from error
+
+
+def _is_wide(image: Any) -> bool:
+    """Whether an image that is not loaded yet is gray with 16 bits."""
+    raw = _raw_mode(image)
+    return image.mode.startswith("I;16") or (image.mode == "I" and (image.format == "PPM" or raw[:4] == "I;16"))
 
 
 def _rgb(background: Any) -> tuple[int, int, int]:

@@ -17,13 +17,14 @@ from pml_ext.datasets.csv_file import read_csv
 from pml_ext.datasets.folder_walk import FolderWalk
 from pml_ext.datasets.glyphs import Glyphs
 from pml_ext.datasets.image_arrays import ImageArrays
-from pml_ext.datasets.image_files import ImageFiles
+from pml_ext.datasets.image_files import ImageFiles, scaled_to_largest
 from pml_ext.datasets.image_folder import images_of_classes
 from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.datasets.in_shop import HOW_TO_GET, InShop
 from pml_ext.datasets.labels import label_values
 from pml_ext.datasets.retrieval_data import RetrievalData, number_of_classes
 from pml_ext.datasets.splits import splits_of
+from pml_ext.validation import as_tensor
 
 NAMES = ("glyphs", "cub", "cars196", "stanford_online_products", "sop", "inaturalist2018", "in_shop")
 
@@ -72,7 +73,8 @@ def open_data(
         root: Folder of PML's data sets and of ``InShop``; others ignore it.
         download: Whether PML downloads the data set if ``root`` is missing or empty.
         seed: Of what is drawn: the jitter of ``Glyphs``.
-        reader: How image files are read. None: ``ImageReader()``.
+        reader: How image files are read. None: ``ImageReader()``. For ``white="largest"`` the training images are read
+            once, and their largest value is used for all.
 
     Returns:
         The data; its transforms are None and may be set.
@@ -90,8 +92,16 @@ def open_data(
     """
     if not isinstance(source, str | Path) or not str(source):
         raise TypeError(f"source must be a name or a path, got {source!r}")
-    request = _Request(source, test_classes, class_embeddings, root, download, seed, reader)
+    largest = reader is not None and reader.white == "largest"
+    opened_by = replace(reader, white=65535) if reader is not None and largest else reader
+    request = _Request(source, test_classes, class_embeddings, root, download, seed, opened_by)
     data = _opener(source)(request)
+    if reader is not None and largest and isinstance(data.train.dataset, ImageFiles):
+        files = data.train.dataset
+        reader = scaled_to_largest(reader, [files.paths[i] for i in data.train.indices.tolist()])
+        for view in (data.train, data.test, data.gallery):
+            if view is not None:
+                view.dataset.reader = reader
     if class_embeddings is None:
         return data
     return replace(data, class_embeddings=_training_rows(_load_embeddings(class_embeddings), data))
@@ -121,8 +131,17 @@ class _Request:
         return Path(self.root)
 
 
+def opens_folder(source: str | Path) -> bool:
+    """Whether ``open_data`` takes this for a folder, and not for the name of a data set."""
+    return _key(source) not in _OPENERS and Path(source).is_dir()
+
+
+def _key(source: str | Path) -> str:
+    return re.sub("[_-]", "", source.lower()) if isinstance(source, str) else ""
+
+
 def _opener(source: str | Path) -> Callable[[_Request], RetrievalData]:
-    key = re.sub("[_-]", "", source.lower()) if isinstance(source, str) else ""
+    key = _key(source)
     if key in _OPENERS:
         return _OPENERS[key]
     path = Path(source)
@@ -320,10 +339,10 @@ def _load_embeddings(source: Any) -> Tensor:
     """Return class embeddings, float32, from an array, a tensor or a file."""
     if isinstance(source, str | Path):
         source = _read_embeddings(Path(source))
-    rows = source.detach().cpu() if isinstance(source, Tensor) else np.asarray(source)
-    if not (rows.is_floating_point() if isinstance(rows, Tensor) else rows.dtype.kind == "f"):
-        raise TypeError(f"class_embeddings must have a floating point dtype, got {rows.dtype}")
-    rows = torch.as_tensor(rows, dtype=torch.float32)
+    given = source if isinstance(source, Tensor) else np.asarray(source)
+    if not (given.is_floating_point() if isinstance(given, Tensor) else given.dtype.kind == "f"):
+        raise TypeError(f"class_embeddings must have a floating point dtype, got {given.dtype}")
+    rows = as_tensor("class_embeddings", given).detach().cpu().float()
     if rows.ndim != 2 or not rows.numel():
         raise ValueError(f"class_embeddings must have shape (C, E), got {tuple(rows.shape)}")
     return rows

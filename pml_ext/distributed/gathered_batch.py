@@ -1,13 +1,16 @@
 """One batch out of the parts of all ranks."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml_ext.distributed.collectives import Group, gather_numbers, gather_rows, rank_in
+from pml_ext.refused import unchanged_where_refused
 from pml_ext.types import Indices
+
+T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -112,8 +115,13 @@ def agree(
         ValueError: If this or another rank was given bad input, or ranks differ in width, dtype or arguments.
     """
     given = given or {}
+    shapes = [_PartShape() for _ in parts]
+    if error is None:
+        try:
+            shapes = [_PartShape() if part is None else _PartShape.of(part) for part in parts]
+        except Exception as failed:  # what nothing has checked where validation is off
+            error = failed
     told = _Told(error is not None, seed, sum(2**i for i, here in enumerate(given.values()) if here))
-    shapes = [_PartShape() if part is None or error is not None else _PartShape.of(part) for part in parts]
     rows = gather_numbers([*told, *(number for shape in shapes for number in shape)], group)
     all_told = [_Told(*row[: len(told)]) for row in rows]
     _raise_everywhere(error, [theirs.failed for theirs in all_told])
@@ -147,6 +155,28 @@ def confirm(error: Exception | None, number: int, group: Group) -> list[int]:
     told = gather_numbers([0 if error is None else 1, number], group)
     _raise_everywhere(error, [failed for failed, _ in told])
     return [theirs for _, theirs in told]
+
+
+class FailedElsewhereError(Exception):
+    """Another rank has failed, and told so amid a call."""
+
+
+def on_all_ranks(call: Callable[[], T], module: nn.Module, group: Group) -> T:
+    """Return what a call gives, if no rank has failed in it; else all raise, and a module is as it was before.
+
+    Raises:
+        ValueError: If another rank has failed; on that rank, what it has failed of.
+    """
+    with unchanged_where_refused(module):
+        result, error = None, None
+        try:
+            result = call()
+        except FailedElsewhereError as told:
+            raise ValueError(str(told)) from None
+        except Exception as failed:  # what fails here, may fail on this rank alone
+            error = failed
+        confirm(error, 0, group)
+    return result  # type: ignore[return-value]
 
 
 def _raise_everywhere(error: Exception | None, failed: list[int]) -> None:

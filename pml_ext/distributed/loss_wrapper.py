@@ -1,6 +1,7 @@
 """The loss of the batch of all ranks, with exact gradients."""
 
 import zlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,11 @@ from pml_ext.distributed.collectives import (
     shared_random_state,
     world_size,
 )
-from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, confirm, gather
-from pml_ext.distributed.miner_wrapper import convert, input_error, without_itself
+from pml_ext.distributed.gathered_batch import Gathered, Part, agree, checksum, confirm, gather, on_all_ranks
+from pml_ext.distributed.miner_wrapper import SAME_LABELS, convert, input_error, without_itself
 from pml_ext.distributed.settings import check_same_settings
 from pml_ext.distributed.sharding import whole_batch
 from pml_ext.pml_internals import PmlCrossBatchMemory
-from pml_ext.refused import unchanged_where_refused
 from pml_ext.streaming.gradients import first_derivative_only
 from pml_ext.types import Indices
 from pml_ext.validation import (
@@ -140,7 +140,7 @@ class DistributedLossWrapper(nn.Module):
         if world_size(self.process_group) == 1:
             if memory and ref_emb is not None and error is not None:
                 raise error
-            with whole_batch(ranks):
+            with whole_batch(ranks, self.process_group):
                 if memory:
                     return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
                 return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -154,6 +154,7 @@ class DistributedLossWrapper(nn.Module):
         given = {
             "indices_tuple must be given": indices_tuple is not None and not self.efficient,
             "enqueue_mask must be given": enqueue_mask is not None,
+            SAME_LABELS: ref_emb is not None and is_same(ref_labels, labels),
             "embeddings must require a gradient": self._has_split_classes()
             and error is None
             and embeddings.requires_grad,
@@ -166,7 +167,10 @@ class DistributedLossWrapper(nn.Module):
             refs = gather(parts[1], sizes[1], self.process_group, factor, "ref_emb")
             if is_same(ref_labels, labels):  # PML takes one object for one set of labels
                 refs = refs._replace(labels=batch.labels)
-        with shared_random_state(seed, embeddings.device), whole_batch(None if self.efficient else ranks):
+        with (
+            shared_random_state(seed, embeddings.device),
+            whole_batch(None if self.efficient else ranks, self.process_group),
+        ):
             if memory:
                 mask = self._gather_mask(enqueue_mask, batch)
                 return self._on_all_ranks(batch.embeddings, batch.labels, None, mask)
@@ -180,18 +184,7 @@ class DistributedLossWrapper(nn.Module):
 
     def _on_all_ranks(self, *arguments: Any) -> Tensor:
         """Return the loss, if no rank has failed inside of it."""
-        if self._has_split_classes():  # the others wait in a collective of the loss, which is no place to tell them
-            value: Tensor = self.loss(*arguments)
-            return value
-        loss, error = None, None
-        with unchanged_where_refused(self.loss):
-            try:
-                loss = self.loss(*arguments)
-            except Exception as failed:
-                error = failed
-            confirm(error, 0, self.process_group)
-        assert loss is not None
-        return loss
+        return on_all_ranks(lambda: self.loss(*arguments), self.loss, self.process_group)
 
     def _sum_of_ranks(
         self, part: Part, batch: Gathered, refs: Gathered | None, indices_tuple: Indices | None
@@ -199,14 +192,9 @@ class DistributedLossWrapper(nn.Module):
         """Return the sum over ranks of the loss of own rows against all rows."""
         parameters = dict(self.loss.named_parameters())
         zero, *shared = _SumGradients.apply(self.process_group, *parameters.values())
-        loss, error = None, None
-        with unchanged_where_refused(self.loss):
-            try:  # what fails here, fails on this rank alone
-                loss = self._of_own_rows(part, batch, refs, indices_tuple, dict(zip(parameters, shared, strict=True)))
-            except Exception as failed:
-                error = failed
-            confirm(error, 0, self.process_group)
-        assert loss is not None
+        replaced = dict(zip(parameters, shared, strict=True))
+        of_own_rows = partial(self._of_own_rows, part, batch, refs, indices_tuple, replaced)
+        loss = on_all_ranks(of_own_rows, self.loss, self.process_group)
         total = all_reduce(loss, self.process_group, "the losses")
         return total + (loss - loss.detach()) + zero.to(loss)  # in this order all ranks have the same value, to the bit
 

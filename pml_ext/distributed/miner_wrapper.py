@@ -1,5 +1,6 @@
 """Mining in the batch of all ranks."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,10 +8,20 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor, nn
 
 from pml_ext.distributed.collectives import Group, draw_seed, shared_random_state, world_size
-from pml_ext.distributed.gathered_batch import Gathered, Part, agree, gather
+from pml_ext.distributed.gathered_batch import Gathered, Part, agree, gather, on_all_ranks
 from pml_ext.distributed.settings import check_same_settings
+from pml_ext.refused import unchanged_where_refused
 from pml_ext.types import Indices
-from pml_ext.validation import check_batch, is_batch_itself, is_same, validation_enabled
+from pml_ext.validation import (
+    check_batch,
+    check_integers,
+    is_batch_itself,
+    is_same,
+    validation_enabled,
+    without_refs_to_itself,
+)
+
+SAME_LABELS = "ref_labels must be the object labels"
 
 
 class DistributedMinerWrapper(nn.Module):
@@ -30,7 +41,7 @@ class DistributedMinerWrapper(nn.Module):
 
     Raises:
         TypeError: If ``miner`` is no PML miner.
-        ValueError: If this or another rank is given bad input.
+        ValueError: If this or another rank is given bad input, or another fails.
         RuntimeError: If a rank does not answer in time.
 
     Examples:
@@ -52,12 +63,20 @@ class DistributedMinerWrapper(nn.Module):
         self.process_group = process_group
         self._settings_compared = False
 
+    def __call__(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> Any:
+        """Call the wrapper with its hooks, which may replace tensors: what is the batch itself, is known before."""
+        refs = without_refs_to_itself(embeddings, labels, ref_emb, ref_labels)
+        return super().__call__(embeddings, labels, *refs)
+
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> Indices:
         """Return what is mined in the batch of all ranks."""
         if world_size(self.process_group) == 1:
-            mined: Indices = self.miner(embeddings, labels, ref_emb, ref_labels)
+            with unchanged_where_refused(self.miner):
+                mined: Indices = self.miner(embeddings, labels, ref_emb, ref_labels)
             return mined
         if not self._settings_compared:
             check_same_settings("miner", self, self.process_group)
@@ -65,24 +84,23 @@ class DistributedMinerWrapper(nn.Module):
         if is_batch_itself(embeddings, labels, ref_emb, ref_labels):
             ref_emb = ref_labels = None
         parts = [Part(embeddings, labels), None if ref_emb is None else Part(ref_emb, ref_labels)]
-        sizes, seed = agree(
-            parts, input_error(embeddings, labels, ref_emb, ref_labels), draw_seed(), self.process_group
-        )
+        error = input_error(embeddings, labels, ref_emb, ref_labels)
+        given = {SAME_LABELS: ref_emb is not None and is_same(ref_labels, labels)}
+        sizes, seed = agree(parts, error, draw_seed(), self.process_group, given)
         with torch.no_grad():
             batch = gather(parts[0], sizes[0], self.process_group, 1, "embeddings")  # type: ignore[arg-type]
             refs = batch if parts[1] is None else gather(parts[1], sizes[1], self.process_group, 1, "ref_emb")
             if parts[1] is not None and is_same(ref_labels, labels):  # PML takes one object for one set of labels
                 refs = refs._replace(labels=batch.labels)
         with shared_random_state(seed, embeddings.device):
-            if self.efficient:
-                ref_rows, ref_row_labels = refs.own_first()
-                labels = labels.to(embeddings.device)
-                return without_itself(self.miner(embeddings, labels, ref_rows, ref_row_labels))
-            if parts[1] is None:
-                mined = self.miner(batch.embeddings, batch.labels)
-            else:
-                mined = self.miner(batch.embeddings, batch.labels, refs.embeddings, refs.labels)
-        return convert(mined, batch, refs, "to_own_first")
+            return on_all_ranks(partial(self._mine, embeddings, labels, batch, refs), self.miner, self.process_group)
+
+    def _mine(self, embeddings: Tensor, labels: Tensor, batch: Gathered, refs: Gathered) -> Indices:
+        """Return what is mined, own rows first."""
+        if self.efficient:
+            return without_itself(self.miner(embeddings, labels.to(embeddings.device), *refs.own_first()))
+        compared = () if refs is batch else (refs.embeddings, refs.labels)
+        return convert(self.miner(batch.embeddings, batch.labels, *compared), batch, refs, "to_own_first")
 
 
 def input_error(
@@ -96,14 +114,16 @@ def input_error(
     """Return what is wrong with this rank's input; labels may be negative where there is no ``num_classes``."""
     if not validation_enabled():
         return None
-    if num_classes is None:
-        labels, ref_labels = (
-            x.clamp_min(0) if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool else x
-            for x in (labels, ref_labels)
-        )
     try:
+        if num_classes is None:
+            for name, x in (("labels", labels), ("ref_labels", ref_labels)):
+                if isinstance(x, Tensor) and x.ndim == 1:  # else refused below
+                    check_integers(name, x)
+            labels, ref_labels = (
+                x.long().clamp_min(0) if isinstance(x, Tensor) and x.ndim == 1 else x for x in (labels, ref_labels)
+            )
         check_batch(embeddings, labels, None, ref_emb, ref_labels, num_classes, embedding_size)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of whatever kind: the other ranks are to hear of it
         return error
     return None
 

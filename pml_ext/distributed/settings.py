@@ -54,9 +54,17 @@ def _settings(module: nn.Module) -> dict[str, str]:
             value = getattr(part, name, None)
             if isinstance(value, Number | str | None):
                 settings[prefix + name] = str(value)
+            elif isinstance(value, Tensor) and name in vars(part):  # neither a parameter nor a buffer
+                settings[prefix + name] = _described(value)
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            settings[f"{prefix}extra state"] = str(part.get_extra_state())
     for name, x in (*module.named_parameters(), *module.named_buffers()):
-        settings[name] = f"{x.dtype} {tuple(x.shape)} {_sum_of_bits(x)}"
+        settings[name] = _described(x)
     return settings
+
+
+def _described(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} requires_grad={x.requires_grad} {_checksum(x)}"
 
 
 def _names(part: nn.Module) -> set[str]:
@@ -67,10 +75,15 @@ def _names(part: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def _sum_of_bits(x: Tensor) -> Any:
+def _checksum(x: Tensor) -> Any:
+    """Return a number that tells tensors of one shape apart, also those of the same rows in another order."""
     if isinstance(x, DTensor):  # each rank has its own part
         return "split"
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if x.element_size() not in words:
         return ""
-    return int(x.detach().contiguous().view(words[x.element_size()]).sum(dtype=torch.int64))
+    bits = x.detach().contiguous().view(words[x.element_size()])
+    rows = bits.flatten(1) if bits.ndim > 1 else bits.reshape(-1, 1)
+    sums = rows.sum(1, dtype=torch.int64)
+    odd = 2 * torch.arange(len(sums), device=sums.device) + 1
+    return int((sums * odd).sum())  # integers that wrap around

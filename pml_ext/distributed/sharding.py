@@ -14,20 +14,34 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as SplitAlong
 
 from pml_ext.distributed.collectives import Group, all_reduce, draw_seed, gather_numbers, ranks_of, seed_generators
+from pml_ext.distributed.gathered_batch import FailedElsewhereError, confirm
 from pml_ext.streaming.gradients import first_derivative_only
 from pml_ext.streaming.proxy_chunks import Shard
 
-_ranks_with_this_batch: ContextVar[tuple[int, ...] | None] = ContextVar("pml_ext_ranks_with_this_batch", default=None)
+_batch: ContextVar[tuple[tuple[int, ...] | None, Group]] = ContextVar("pml_ext_batch", default=(None, None))
 
 
 @contextmanager
-def whole_batch(ranks: tuple[int, ...] | None) -> Iterator[None]:
+def whole_batch(ranks: tuple[int, ...] | None, group: Group) -> Iterator[None]:
     """Tell the losses called inside which ranks give them the same batch, that of all these ranks. None: no others."""
-    token = _ranks_with_this_batch.set(ranks)
+    token = _batch.set((ranks, group))
     try:
         yield
     finally:
-        _ranks_with_this_batch.reset(token)
+        _batch.reset(token)
+
+
+def _reduce(x: Tensor, group: Group, name: str, op: str = "sum") -> Tensor:
+    """Return the sum or largest over ranks, if none of those that have the batch has failed: it would not come here.
+
+    Raises:
+        FailedElsewhereError: If one has.
+    """
+    try:
+        confirm(None, 0, _batch.get()[1])
+    except ValueError as told:
+        raise FailedElsewhereError(str(told)) from None
+    return all_reduce(x, group, name, op)
 
 
 class ClassShards:
@@ -75,7 +89,7 @@ class ClassShards:
         Raises:
             RuntimeError: If the batch is not that of all ranks.
         """
-        ranks, own = _ranks_with_this_batch.get(), ranks_of(self.group)
+        ranks, own = _batch.get()[0], ranks_of(self.group)
         if ranks is None:
             raise RuntimeError(
                 "a loss with process_group must be called through pml_ext.distributed.DistributedLossWrapper with "
@@ -87,7 +101,7 @@ class ClassShards:
                 f"{list(own)}"
             )
         name = "what the shards of the classes have found"
-        total, largest = (partial(all_reduce, group=self.group, name=name, op=op) for op in ("sum", "max"))
+        total, largest = (partial(_reduce, group=self.group, name=name, op=op) for op in ("sum", "max"))
         return Shard(self.first, self.num_classes, total, largest)
 
     def distribute(self, local: Tensor, whole: tuple[int, ...], dim: int = 0) -> DTensor:
@@ -149,7 +163,7 @@ class _SumGradient(torch.autograd.Function):
 class _SumValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x, group, "the loss of the shards of the classes")
+        return _reduce(x, group, "the loss of the shards of the classes")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

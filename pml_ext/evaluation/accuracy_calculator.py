@@ -8,8 +8,9 @@ from pytorch_metric_learning.utils import accuracy_calculator
 from torch import Tensor
 
 from pml_ext.evaluation.class_codes import class_codes
-from pml_ext.evaluation.metrics import as_embeddings, averaged, rank_queries
+from pml_ext.evaluation.metrics import as_embeddings, averaged, check_together, in_one_dtype, rank_queries
 from pml_ext.evaluation.ranking import RANKED
+from pml_ext.validation import check_count
 
 
 class AccuracyCalculator(accuracy_calculator.AccuracyCalculator):
@@ -17,7 +18,7 @@ class AccuracyCalculator(accuracy_calculator.AccuracyCalculator):
 
     The values are PML's, but labels are compared as they are, not as float32, embeddings must be finite, and memory
     does not grow with the number of classes nor with their sizes. R-precision and MAP@R look at R neighbours, whatever
-    ``k`` is.
+    ``k`` is. PML's ``label_comparison_fn`` and ``knn_func`` are not taken.
 
     Args:
         include: Names of metrics, as in PML. Empty: all.
@@ -48,10 +49,14 @@ class AccuracyCalculator(accuracy_calculator.AccuracyCalculator):
         avg_of_avgs: bool = False,
         return_per_class: bool = False,
         k: int | str | None = None,
-        device: torch.device | None = None,
+        *,
+        device: torch.device | str | None = None,
         kmeans_func: Any = None,
         chunk_size: int | None = None,
     ) -> None:
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size)
+        device = None if device is None else torch.device(device)
         super().__init__(include, exclude, avg_of_avgs, return_per_class, k, device=device, kmeans_func=kmeans_func)
         own = [name for name in self.original_function_dict if name not in (*RANKED, "precision_at_1", "NMI", "AMI")]
         if own:
@@ -87,9 +92,14 @@ class AccuracyCalculator(accuracy_calculator.AccuracyCalculator):
             ValueError: If embeddings are not finite, shapes do not match, no query has a match, or the first rows of
                 ``reference`` are not ``query`` where they should be.
         """
-        queries = as_embeddings("query", query, self.device)
-        gallery = None if reference is None else as_embeddings("reference", reference, self.device, queries)
-        codes = class_codes(query_labels, len(queries), reference_labels, None if gallery is None else len(gallery))
+        check_together("reference", reference, "reference_labels", reference_labels)
+        queries, gallery = as_embeddings("query", query, self.device), None
+        if reference is not None:
+            gallery = as_embeddings("reference", reference, self.device, queries.shape[1])
+            queries, gallery = in_one_dtype(queries, gallery)
+        num_gallery = None if gallery is None else len(gallery)
+        names_of_labels = ("query_labels", "reference_labels")
+        codes = class_codes(query_labels, len(queries), reference_labels, num_gallery, names=names_of_labels)
         if gallery is not None and ref_includes_query:
             count = len(queries)
             first, of_first = gallery[:count], codes.gallery[:count]
@@ -117,7 +127,7 @@ class AccuracyCalculator(accuracy_calculator.AccuracyCalculator):
         return {name: values[name] for name in names}
 
     def _clustering(self, queries: Tensor, codes: Tensor, names: list[str]) -> dict[str, float]:
-        clusters = self.get_cluster_labels(queries, codes)
+        clusters = self.get_cluster_labels(queries.float(), codes)
         return {
             name: float(self.curr_function_dict[name](query_labels=codes, cluster_labels=clusters)) for name in names
         }

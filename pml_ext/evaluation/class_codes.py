@@ -1,6 +1,6 @@
 """Labels of any kind as numbers of classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -24,7 +24,12 @@ class ClassCodes(NamedTuple):
 
 
 def class_codes(
-    labels: Any, num_queries: int, gallery_labels: Any = None, num_gallery: int | None = None, ignore_label: Any = None
+    labels: Any,
+    num_queries: int,
+    gallery_labels: Any = None,
+    num_gallery: int | None = None,
+    ignore_label: Any = None,
+    names: tuple[str, str] = ("labels", "gallery_labels"),
 ) -> ClassCodes:
     """Number the classes of queries and gallery, so that equal labels and only these get equal numbers.
 
@@ -35,6 +40,7 @@ def class_codes(
         gallery_labels: ``(M,)``, likewise. None: the gallery is the queries.
         num_gallery: M.
         ignore_label: The label of samples that belong to no class. None: there are none.
+        names: Of both arguments, for messages.
 
     Raises:
         TypeError: If a label is of another kind.
@@ -44,12 +50,12 @@ def class_codes(
         >>> class_codes(["b", "a", "b"], 3).queries.tolist()
         [1, 0, 1]
     """
-    values, codes = _coded("labels", labels, num_queries)
+    values, codes = _coded(names[0], labels, num_queries)
     if gallery_labels is None:
         gallery_values, gallery_codes = values, codes
     else:
-        gallery_values, gallery_codes = _coded("gallery_labels", gallery_labels, num_gallery or 0)
-    ignored = ignore_label.item() if hasattr(ignore_label, "item") else ignore_label
+        gallery_values, gallery_codes = _coded(names[1], gallery_labels, num_gallery or 0)
+    ignored = None if ignore_label is None else _plain("ignore_label", ignore_label)
     classes = _sorted({value: None for value in (*values, *gallery_values) if ignored is None or value != ignored})
     number = {value: i for i, value in enumerate(classes)}
     of_queries, of_gallery = (
@@ -61,7 +67,7 @@ def class_codes(
 
 def _coded(name: str, labels: Any, length: int) -> tuple[list[Any], Tensor]:
     """Return the different values, as Python has them, and which of them each label is."""
-    if isinstance(labels, str | bytes) or not hasattr(labels, "__len__"):
+    if isinstance(labels, str | bytes | Mapping | Set) or not hasattr(labels, "__len__"):
         raise TypeError(f"{name} must be a tensor, an array or a sequence, one for each row, got {labels!r}")
     if isinstance(labels, Tensor):
         if labels.is_floating_point() or labels.is_complex():
@@ -69,6 +75,8 @@ def _coded(name: str, labels: Any, length: int) -> tuple[list[Any], Tensor]:
         labels = labels.detach().cpu().numpy()
     elif hasattr(labels, "to_numpy"):  # pandas
         labels = labels.to_numpy()
+    elif isinstance(labels, np.ma.MaskedArray):
+        labels = labels.tolist()  # with None for what is masked
     if isinstance(labels, np.ndarray):
         if labels.shape != (length,):
             raise ValueError(f"{name} must have shape ({length},), one for each row, got {labels.shape}")
@@ -81,16 +89,17 @@ def _coded(name: str, labels: Any, length: int) -> tuple[list[Any], Tensor]:
     if len(labels) != length:
         raise ValueError(f"{name} must have one entry for each of {length} rows, got {len(labels)}")
     number: dict[Any, int] = {}
-    codes = [number.setdefault(_plain(name, i, label), len(number)) for i, label in enumerate(labels)]
+    codes = [number.setdefault(_plain(name, label, i), len(number)) for i, label in enumerate(labels)]
     return list(number), torch.tensor(codes, dtype=torch.long)
 
 
-def _plain(name: str, position: int, label: Any) -> Any:
+def _plain(name: str, label: Any, position: int | None = None) -> Any:
     """Return a label as Python's own number or string."""
-    if isinstance(label, np.generic) or (isinstance(label, Tensor) and label.ndim == 0):
+    if isinstance(label, np.generic | np.ndarray | Tensor) and label.ndim == 0:
         label = label.item()
     if not isinstance(label, str | bytes | Integral):
-        raise TypeError(f"{name} must be {_KINDS}, got {label!r} at position {position}")
+        kinds, where = ("one integer, string or bool", "") if position is None else (_KINDS, f" at position {position}")
+        raise TypeError(f"{name} must be {kinds}, got {label!r}{where}")
     return label
 
 

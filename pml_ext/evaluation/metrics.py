@@ -1,6 +1,6 @@
 """Retrieval metrics of embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +104,9 @@ def retrieval_metrics(
         check_count("chunk_size", chunk_size)
     check_together("gallery", gallery, "gallery_labels", gallery_labels)
     queries = as_embeddings("embeddings", embeddings, device)
-    searched = None if gallery is None else as_embeddings("gallery", gallery, queries.device, queries)
+    searched = None
+    if gallery is not None:
+        queries, searched = in_one_dtype(queries, as_embeddings("gallery", gallery, queries.device, queries.shape[1]))
     codes = class_codes(labels, len(queries), gallery_labels, None if searched is None else len(searched), ignore_label)
     ranked = [name for name in names if name not in _CLUSTERING]
     result = rank_queries(queries, searched, codes, ranked, chunk_size=chunk_size, progress=progress)
@@ -172,7 +174,8 @@ def rank_queries(
         right_of = torch.zeros(len(queries), dtype=torch.long).index_copy_(0, asked, num_right).to(queries.device)
         of_query, of_gallery = (x.to(queries.device) for x in (codes.queries, codes.gallery))
         for rows, neighbors in search(queries, gallery, depths, own, chunk_size, progress):
-            right = of_gallery[neighbors] == of_query[rows, None]
+            found = of_gallery.index_select(0, neighbors.flatten()).view_as(neighbors)  # faster than of_gallery[...]
+            right = found == of_query[rows, None]
             for name in names:
                 values[name][rows.cpu()] = query_values(name, right, right_of[rows], max_rank).cpu()
     return RankedQueries({name: x[asked] for name, x in values.items()}, codes.queries[asked], num_without_match)
@@ -197,7 +200,7 @@ def averaged(values: Tensor, codes: Tensor, classes: Sequence[Any], average: str
 
 
 def as_embeddings(
-    name: str, embeddings: Any, device: torch.device | str | None = None, like: Tensor | None = None
+    name: str, embeddings: Any, device: torch.device | str | None = None, width: int | None = None
 ) -> Tensor:
     """Return embeddings as a tensor on a device, without a graph.
 
@@ -205,25 +208,34 @@ def as_embeddings(
         name: Of the argument, for messages.
         embeddings: ``(N, D)``, a tensor or an array.
         device: Where they go. None: they stay.
-        like: Embeddings whose width they must have; they get its dtype.
+        width: The D that they must have. None: any.
 
     Raises:
         TypeError: If they are not floating point.
-        ValueError: If the shape is another, there is no row, or a number is not finite or too large to be squared.
+        ValueError: If the shape is another, there is no row, or a number is not finite or too large to square.
     """
     if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
-        embeddings = as_tensor(name, embeddings)
+        embeddings = as_tensor(name, np.ma.filled(embeddings, np.nan))
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
         kind = getattr(embeddings, "dtype", type(embeddings).__name__)
         raise TypeError(f"{name} must be a tensor or an array with a floating point dtype, got {kind}")
-    width = "D" if like is None else like.shape[1]
-    if embeddings.ndim != 2 or (like is not None and embeddings.shape[1] != width):
-        raise ValueError(f"{name} must have shape (N, {width}), got {tuple(embeddings.shape)}")
+    if embeddings.ndim != 2 or width not in (None, embeddings.shape[1]):
+        raise ValueError(f"{name} must have shape (N, {width or 'D'}), got {tuple(embeddings.shape)}")
+    if embeddings.layout != torch.strided or embeddings.is_meta:
+        raise ValueError(
+            f"{name} must hold a number at each place, got a tensor of {embeddings.layout} on {embeddings.device}"
+        )
     if not embeddings.numel():
         raise ValueError(f"{name} must have at least one row and one column, got shape {tuple(embeddings.shape)}")
-    embeddings = embeddings.detach().to(device, None if like is None else like.dtype)
+    embeddings = embeddings.detach().to(device)
     _check_finite(name, embeddings)
     return embeddings
+
+
+def in_one_dtype(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the dtype that holds the numbers of both."""
+    dtype = torch.promote_types(queries.dtype, gallery.dtype)
+    return queries.to(dtype), gallery.to(dtype)
 
 
 def check_together(name: str, value: Any, other_name: str, other: Any) -> None:
@@ -239,12 +251,12 @@ def check_together(name: str, value: Any, other_name: str, other: Any) -> None:
 
 def _check_finite(name: str, embeddings: Tensor) -> None:
     norms = torch.cat([upcast_half(part).square().sum(1) for part in torch.split(embeddings, _ROWS_AT_ONCE)])
-    wrong = norms.isfinite().logical_not().nonzero().flatten().tolist()
+    wrong = (2 * norms).isfinite().logical_not().nonzero().flatten().tolist()
     if wrong:
         rows = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
         x = embeddings[wrong[0]]
         odd = x[~x.isfinite()].tolist()
-        got = f"{odd[0]}" if odd else f"{x.abs().max().item():.3g}, the square of which {x.dtype} cannot hold,"
+        got = f"{odd[0]}" if odd else f"{x.abs().max().item():.3g}, distances of which {x.dtype} cannot hold,"
         raise ValueError(
             f"{name} must be finite, got {got} in row {wrong[0]}; {len(wrong)} of {len(norms)} rows: {rows}"
         )
@@ -252,9 +264,10 @@ def _check_finite(name: str, embeddings: Tensor) -> None:
 
 def _metric_names(metrics: Sequence[str], k: int | Sequence[int]) -> list[str]:
     """Return the names without "_at_k", each once, in their order."""
-    if isinstance(metrics, str) or not len(metrics):
+    if isinstance(metrics, str) or not isinstance(metrics, Iterable) or not (metrics := list(metrics)):
         raise ValueError(f"metrics must be a sequence of names, at least one, got {metrics!r}")
-    ranks = [k] if isinstance(k, int) else list(k)
+    k = k.tolist() if hasattr(k, "tolist") else k  # of NumPy or PyTorch
+    ranks = list(k) if isinstance(k, Iterable) else [k]
     if not ranks:
         raise ValueError(f"k must be an integer or a sequence of integers, at least one, got {k!r}")
     for rank in ranks:

@@ -48,10 +48,9 @@ def query_values(name: str, right: Tensor, num_right: Tensor, max_rank: int | No
         R-precision and MAP@R: Musgrave et al., "A Metric Learning Reality Check", ECCV 2020, section 3.2.
     """
     at_k = _AT_K.fullmatch(name)
-    if at_k and at_k[1] == "precision":
-        return right[:, : int(at_k[2])].sum(1).double() / int(at_k[2])
     if at_k:
-        return right[:, : int(at_k[2])].any(1).double()
+        nearest = right[:, : min(int(at_k[2]), right.shape[1])]
+        return nearest.sum(1).double() / float(at_k[2]) if at_k[1] == "precision" else nearest.any(1).double()
     ranks = torch.arange(1, right.shape[1] + 1, device=right.device)
     if name in ("r_precision", "mean_average_precision_at_r"):
         right = right & (ranks <= num_right[:, None])
@@ -63,5 +62,5 @@ def query_values(name: str, right: Tensor, num_right: Tensor, max_rank: int | No
     if name == "mean_reciprocal_rank":
         first = right.to(torch.uint8).argmax(1)
         return right.any(1).double() / (first + 1)
-    precision = right.cumsum(1).double().div_(ranks).mul_(right)  # at the ranks of right neighbours
+    precision = right.cumsum(1, dtype=torch.float64).div_(ranks).mul_(right)  # at the ranks of right neighbours
     return precision.sum(1) / num_right

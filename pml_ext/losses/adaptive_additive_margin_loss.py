@@ -10,6 +10,7 @@ from pml_ext.losses.sample_weights import sample_weights
 from pml_ext.pml_internals import element_term
 from pml_ext.streaming.class_margins import ClassMargins, ClassMetric, Kind, prepare_distances, prepare_embeddings
 from pml_ext.streaming.margin_softmax import margin_softmax_loss
+from pml_ext.streaming.proxy_chunks import check_memory
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import check_batch, check_settings, scalar
 
@@ -52,6 +53,9 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
         process_group: Ranks over which proxies and class descriptions are split, as in ``ProxyAnchorLoss``, but with
             any reducer.
+        memory: Bytes (on each rank) that may be used from forward to backward for what would be computed twice
+            otherwise, >= 0. It saves time for batches larger than ``embedding_size``; smaller ones need none, since
+            the memory of the proxies' gradient, which is taken in forward, holds all of it.
         **kwargs: Passed to PML's ``WeightRegularizerMixin`` (``weight_init_func``, ``weight_regularizer``,
             ``weight_reg_weight``) and ``BaseMetricLossFunction``. ``distance`` may be any; other than PML's
             ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` it needs a matrix of batch times classes,
@@ -103,9 +107,11 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         scale: float = 16.0,
         chunk_size: int | None = None,
         process_group: Any = None,
+        memory: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, embedding_size, chunk_size, process_group, **kwargs)
+        check_memory(memory)
         for name, word, known in (("class_metric", class_metric, ClassMetric), ("direction", direction, Direction)):
             if word not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {word!r}")
@@ -117,6 +123,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         self.base_margin = base_margin
         self.direction = direction
         self.scale = scale
+        self.memory = memory
         described = None
         if class_embeddings is not None:
             class_embeddings, described = prepare_embeddings(class_embeddings, num_classes, class_metric, normalize)
@@ -146,6 +153,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         if self._can_stream(embeddings, self.scale, self.base_margin, self.margin_scale):
             class_margins = self._class_margins(embeddings.device, self.margin_scale)
             settings = {"scale": self.scale, "margin": self.base_margin, "class_margins": class_margins}
+            settings["memory"] = self.memory
             losses = self._streamed(margin_softmax_loss, embeddings, labels, **settings)
         else:  # the equation itself: for any distance, derivative and transform
             logits = self._logits(embeddings)

@@ -153,7 +153,7 @@ class EnsembleLoss(LogitsMixin, BaseLoss):
                     if labels is None:
                         raise ValueError("labels are required where the loss mines, got None")
                     mined = mine(self.miner, own, labels, ref, ref_labels)
-                values.append(self._loss_of(m)(own, labels, mined, ref, ref_labels))
+                values.append(self.losses[self._name_of(m)](own, labels, mined, ref, ref_labels))
             divergence = self.divergence(embeddings)
         if self.collect_stats:
             self.learner_similarity = self.divergence.learner_similarity
@@ -167,7 +167,7 @@ class EnsembleLoss(LogitsMixin, BaseLoss):
     def _logits(self, embeddings: Tensor) -> Tensor:
         """Return the mean of the learners' logits."""
         slices = split_learners(embeddings, self.num_learners).unbind(1)
-        names = ["shared" if "shared" in self.losses else f"learner_{m}" for m in range(self.num_learners)]
+        names = map(self._name_of, range(self.num_learners))
         logits = [
             logits_of(self.losses[name], own, f"losses[{name!r}]") for name, own in zip(names, slices, strict=True)
         ]
@@ -177,8 +177,8 @@ class EnsembleLoss(LogitsMixin, BaseLoss):
         """Return the children that see ``ref_emb``, by name."""
         return {f"losses[{name!r}]": child for name, child in self.losses.items()}
 
-    def _loss_of(self, m: int) -> nn.Module:
-        return self.losses["shared" if "shared" in self.losses else f"learner_{m}"]
+    def _name_of(self, m: int) -> str:
+        return "shared" if "shared" in self.losses else f"learner_{m}"
 
 
 def _one_for_each(loss: Any, num_learners: int) -> dict[str, BaseMetricLossFunction]:

@@ -12,9 +12,9 @@ from pml_ext.losses.children import agreed_size, check_child, check_weights
 from pml_ext.losses.label_smoothing_cross_entropy_loss import LabelSmoothingCrossEntropyLoss
 from pml_ext.losses.logits import LogitsMixin, logits_of
 from pml_ext.pml_internals import reduced_term
-from pml_ext.precision import full_precision, upcast_half
+from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, check_batch, check_count, scalar, validation_wanted
+from pml_ext.validation import already_valid, check_batch, check_count, inside_a_loss, scalar, validation_wanted
 
 _OLD_NAMES = {
     "norms.layer_0.": "norm.",
@@ -204,6 +204,8 @@ class IntraBatchLoss(LogitsMixin, BaseLoss):
         with full_precision(embeddings.device):
             unit = nn.functional.normalize(upcast_half(embeddings))
             refined = self.refiner(unit.to(upcast_half(parameter).dtype))
+            if isinstance(refined, Tensor) and not inside_a_loss():
+                full_precision_in_backward([refined], [embeddings])
         if not isinstance(refined, Tensor):
             raise TypeError(f"refiner must return one tensor, got {type(refined).__name__}")
         return refined

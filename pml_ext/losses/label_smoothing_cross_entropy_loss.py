@@ -100,7 +100,7 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
     ) -> LossDict:
-        logits = self._logits(embeddings)
+        logits = self._logits(embeddings, centered=True)
         losses = torch.nn.functional.cross_entropy(
             logits, labels, reduction="none", label_smoothing=as_number("label_smoothing", self.label_smoothing)
         )
@@ -111,11 +111,17 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
             self.regularize_weights(terms, widen(self.weight.to(logits.device), logits.dtype))
         return terms
 
-    def _logits(self, embeddings: Tensor) -> Tensor:
-        """Return the logits divided by the temperature."""
+    def _logits(self, embeddings: Tensor, centered: bool = False) -> Tensor:
+        """Return the logits divided by the temperature; centered: less what the mean class has.
+
+        Softmax does not see that, nor do gradients; where it is huge, rounding would swallow what classes differ in.
+        """
         dtype = torch.promote_types(self.weight.dtype, embeddings.dtype)  # moved where used, and never cast
         weight = widen(self.weight.to(embeddings.device), dtype)
         bias = None if self.bias is None else self.bias.to(embeddings.device, dtype)
+        if centered:
+            weight = weight - weight.detach().mean(0)
+            bias = None if bias is None else bias - bias.detach().mean()
         return torch.nn.functional.linear(widen(embeddings, dtype), weight, bias) / scalar(self.temperature)
 
     def get_default_weight_init_func(self) -> Callable[[Tensor], Tensor]:

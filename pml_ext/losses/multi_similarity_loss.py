@@ -10,6 +10,7 @@ from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.log_sum_exp import log1p_sum_exp
 from pml_ext.losses.similarity import distance_matrix
 from pml_ext.pml_internals import element_term, reduced_term
+from pml_ext.streaming.gradients import quick_apply
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import check_settings, scalar, validation_enabled
 
@@ -95,7 +96,7 @@ class MultiSimilarityLoss(BaseLoss):
             positive = labels[:, None].eq(labels if ref_labels is None else ref_labels)
             negative = ~positive
             if ref_emb is None:
-                positive = positive & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+                positive = positive.fill_diagonal_(False)
         alpha, beta = scalar(self.alpha), scalar(self.beta)
         settings = _Settings(alpha, beta, base, base if self.negative_sign == "minus" else -base)
         return {"loss": element_term(_pair_losses(similarity, positive, negative, settings))}
@@ -122,7 +123,7 @@ def _pair_losses(similarity: Tensor, positive: Tensor, negative: Tensor, s: _Set
     """Return the equation's value for each anchor, ``(B,)``."""
     wanted = similarity.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if wanted and not any(isinstance(x, Tensor) for x in s):  # which may be learned
-        losses: Tensor = _PairLosses.apply(similarity, positive, negative, s)[0]  # the same, in fewer passes
+        losses: Tensor = _apply_pair_losses(similarity, positive, negative, s)[0]  # the same, in fewer passes
         return losses
     of_positives, of_negatives = -s.alpha * (similarity - s.positive_base), s.beta * (similarity - s.negative_base)
     return log1p_sum_exp(of_positives, positive, 1) / s.alpha + log1p_sum_exp(of_negatives, negative, 1) / s.beta
@@ -154,6 +155,9 @@ class _PairLosses(torch.autograd.Function):
             of_positives, of_negatives = _exponents(similarity, ctx.settings)
             derivative = _softmax(of_negatives, negative) - _softmax(of_positives, positive)
         return derivative * grad[:, None], None, None, None
+
+
+_apply_pair_losses = quick_apply(_PairLosses)
 
 
 def _softmax(exponents: Tensor, keep: Tensor) -> Tensor:

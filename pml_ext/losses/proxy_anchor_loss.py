@@ -112,9 +112,8 @@ class ProxyAnchorLoss(BaseProxyLoss):
                 embeddings, labels, shift = embeddings[named], labels[named], weights[named].log()
             else:
                 shift = weights - 1
-        streamed = self._can_stream(embeddings, self.alpha, self.margin)
-        reduced = streamed and self._divides_only()
-        if streamed:
+        reduced = self._divides_only()
+        if self._can_stream(embeddings, self.alpha, self.margin):
             settings = {"alpha": self.alpha, "margin": self.margin, "sample_shift": shift, "per_class": not reduced}
             if self.shards is not None and (not reduced or not len(labels)):
                 what = "default reducer and no statistics" if len(labels) else "batch that is not empty"
@@ -124,6 +123,9 @@ class ProxyAnchorLoss(BaseProxyLoss):
                 parts = self.shards.sum_values(torch.stack(parts)).unbind()
         else:
             parts = self._dense(embeddings, labels, shift)
+            if reduced:  # a count that is a tensor does not break a compiled graph
+                is_present = labels.new_zeros(self.num_classes).index_fill(0, labels, 1)
+                parts = parts[0].sum() / is_present.sum().clamp_min(1), parts[1].sum() / self.num_classes
         if reduced:
             terms = {name: reduced_term(part) for name, part in zip(self.sub_losses, parts, strict=True)}
         else:

@@ -6,7 +6,7 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity, DotProductSimilarity
 from torch import Tensor
 
-from pml_ext.streaming.gradients import inverse_norm, through_norm
+from pml_ext.streaming.gradients import inverse_norm, quick_apply, through_norm
 from pml_ext.streaming.proxy_chunks import auto_chunk_size
 
 
@@ -28,7 +28,7 @@ def distance_matrix(distance: BaseDistance, query: Tensor, ref: Tensor | None = 
     if not is_plain(distance) or torch.compiler.is_compiling():
         return distance(query) if ref is None else distance(query, ref)
     if distance.normalize_embeddings:
-        return _Cosine.apply(query, ref)[0]
+        return _cosine(query, ref)[0]
     return query @ (query if ref is None else ref).T
 
 
@@ -87,3 +87,6 @@ class _Cosine(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             ref_grad = through_norm(grad.T @ query_unit, ref_unit, ref_inverse)
         return query_grad, ref_grad
+
+
+_cosine = quick_apply(_Cosine)

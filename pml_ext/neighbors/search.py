@@ -1,5 +1,6 @@
 """Exact search for the nearest rows of a gallery, in chunks."""
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from pml_ext.precision import full_precision, upcast_half
@@ -16,7 +18,9 @@ _NEIGHBORS_AT_ONCE = 1 << 21  # 16 MB
 _KEYS_AT_ONCE = 1 << 19  # 4 MB
 _TILE = 1 << 16  # gallery rows that are compared at once
 _INDEX = (1 << 32) - 1  # the lower half of a key
+_LOW = int(sys.byteorder == "big")  # where the lower half of an int32 lies
 _BLOCK = 64  # distances of which only the smallest is looked at first
+_ALIKE = 192  # rows by a multiple of which the kernels of BLAS (8 to 64 wide) go on without a remainder
 
 
 @torch.no_grad()
@@ -87,22 +91,38 @@ def _nearest(
     """Return the k nearest gallery rows, ``(n, k)``."""
     if not k:
         return torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
-    if len(queries) == 1:  # a product with a vector rounds equal rows differently, one with a matrix does not
-        return _nearest(queries.repeat(2, 1), gallery, half_norms, k, None if own is None else own.repeat(2), smallest)[
-            :1
-        ]
     if queries.dtype == torch.float64:  # a float64 and an index do not fit into a key
-        distance = torch.addmm(half_norms, queries, gallery.T, alpha=-1)  # (n, M), but for what only the query gives
+        distance = _distances(queries, gallery, half_norms)
         _leave_out(distance, own, 0)
         return distance.sort(dim=1, stable=True).indices[:, :k]
-    tiles = -(-len(gallery) // max(_TILE, 4 * k))
-    best, start = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device), 0
-    for tile, norms in zip(*(torch.tensor_split(x, tiles) for x in (gallery, half_norms)), strict=True):
-        distance = torch.addmm(norms, queries, upcast_half(tile).T, alpha=-1)  # (n, T)
+    tile = -(-max(_TILE, 8 * k) // _ALIKE) * _ALIKE
+    best = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for start in range(0, len(gallery), tile):
+        distance = _distances(queries, gallery[start : start + tile], half_norms[start : start + tile])
         _leave_out(distance, own, start)
+        if smallest.on_cpu and len(gallery) <= min(tile, 4 * _BLOCK * k):
+            return smallest.sorted_columns(distance, k)
         best = torch.cat([best, smallest.of_distances(distance, k, start)], 1)
-        start += len(tile)
     return smallest.of_keys(best, k, in_order=True) & _INDEX
+
+
+def _distances(queries: Tensor, gallery: Tensor, half_norms: Tensor) -> Tensor:
+    """Return ``(n, T)`` squared distances, halved, without what only the query gives.
+
+    Equal rows of the gallery get equal numbers. A product rounds rows otherwise in a remainder that its kernels handle
+    apart, or with a single vector: so rows are filled up.
+    """
+    if len(queries) == 1:
+        return _distances(queries.repeat(2, 1), gallery, half_norms)[:1]
+    distance = queries.new_empty(len(queries), len(gallery))
+    end = len(gallery) // _ALIKE * _ALIKE
+    torch.addmm(half_norms[:end], queries, upcast_half(gallery[:end]).T, alpha=-1, out=distance[:, :end])
+    missing = -len(gallery) % _ALIKE
+    if missing:
+        rows, norms = functional.pad(upcast_half(gallery[end:]), (0, 0, 0, missing)), half_norms[end:]
+        last = torch.addmm(functional.pad(norms, (0, missing)), queries, rows.T, alpha=-1)
+        distance[:, end:] = last[:, : len(norms)]
+    return distance
 
 
 def _leave_out(distance: Tensor, own: Tensor | None, start: int) -> None:
@@ -149,6 +169,18 @@ class _Smallest:
         keys = _keys(blocks[rows, block].flatten(1), candidates.flatten(1))
         return self.of_keys(torch.cat([keys, _keys(distance[:, end:], columns[end:])], 1), k)
 
+    def sorted_columns(self, distance: Tensor, k: int) -> Tensor:
+        """Return the k nearest columns, ``(n, k)``, from near to far: faster than keys where k is a large part.
+
+        Args:
+            distance: ``(n, T)``, float32, on the CPU.
+            k: 1 to T.
+        """
+        columns = np.empty((len(distance), k), dtype=np.int64)
+        parts = (np.array_split(x, torch.get_num_threads()) for x in (distance.numpy(), columns))
+        list(self.pool.map(_sort_columns, *parts))
+        return torch.from_numpy(columns)
+
     def of_keys(self, keys: Tensor, k: int, in_order: bool = False) -> Tensor:
         """Return the k smallest of each row, from small to large if asked for."""
         k = min(k, keys.shape[1])
@@ -164,6 +196,16 @@ def _keys(distance: Tensor, columns: Tensor) -> Tensor:
     bits = distance.add_(0.0).view(torch.int32)  # no -0.0
     ascending = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # as floats are; negative ones descend
     return ascending.long().bitwise_left_shift_(32).bitwise_or_(columns)
+
+
+def _sort_columns(distance: np.ndarray[Any, Any], columns: np.ndarray[Any, Any]) -> None:
+    """Write the nearest columns of each row, found by two stable sorts of 16 bits: radix sorts in NumPy."""
+    for row, out in zip(distance, columns, strict=True):
+        bits = (row + np.float32(0)).view(np.int32)  # in the order of floats, as in ``_keys``
+        bits ^= bits >> 31 & 0x7FFFFFFF
+        low, high = bits.view(np.uint16)[_LOW::2], bits.view(np.int16)[1 - _LOW :: 2]
+        order = low.argsort(kind="stable")
+        out[:] = order[high[order].argsort(kind="stable")[: len(out)]]
 
 
 def _smallest(keys: np.ndarray[Any, Any], k: int, in_order: bool) -> np.ndarray[Any, Any]:

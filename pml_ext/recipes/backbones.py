@@ -53,37 +53,40 @@ def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemb
             embedding_size=settings.embedding_size,
             input_size=size,
         )
-    options = _timm_options(settings) if settings.backbone != "googlenet" else {}
+    backbone, options = (settings.backbone, {}) if settings.backbone == "googlenet" else _backbone(settings)
+    if backbone == "googlenet":
+        options = {"pretrained": settings.pretrained, "weights": settings.weights}
     return AttentionEnsemble.from_backbone(
-        settings.backbone,
-        num_learners=num_learners,
-        embedding_size=settings.embedding_size,
-        pretrained=settings.pretrained,
-        input_size=size,
-        **options,
+        backbone, num_learners=num_learners, embedding_size=settings.embedding_size, input_size=size, **options
     )
 
 
 def _backbone(settings: Settings) -> tuple[str | nn.Module, dict[str, Any]]:
     """Return a module, or the name of a timm model and what it is made with."""
+    if settings.module is not None:
+        return settings.module, {"weights": settings.weights}
     if settings.backbone == "convnet":
         return _conv_net(settings), {}
     check_model_name(settings.backbone, others=("convnet",))
-    return settings.backbone, {"pretrained": settings.pretrained} | _timm_options(settings)
+    return settings.backbone, {name: settings[name] for name in ("pretrained", "weights")} | _timm_options(settings)
 
 
 def _conv_net(settings: Settings) -> ConvNet:
     if settings.pretrained:
         raise ValueError("pretrained must be False for the backbone 'convnet', which has no weights, got True")
+    if settings.weights is not None:
+        raise ValueError(f"weights must be None for the backbone 'convnet', got {settings.weights!r:.80}")
     return ConvNet(settings.in_channels, settings.width)
 
 
 def _timm_options(settings: Settings) -> dict[str, Any]:
-    """Return what a timm model is made with: for small images, a stride of 8 where the model takes that."""
+    """Return what a timm model is made with: the size of images where it has one, a stride of 8 for small images."""
     options: dict[str, Any] = {"in_chans": settings.in_channels}
-    if settings.preset == "small":
+    of_size = {"img_size": settings.image_size}
+    usual: dict[str, list[dict[str, Any]]] = {"small": [{"output_stride": 8}, of_size | {"patch_size": 4}]}
+    if settings.preset in ("small", "finetune"):
         check_model_name(settings.backbone, others=("convnet",))
-        for more in ({"output_stride": 8}, {"img_size": settings.image_size, "patch_size": 4}):
+        for more in usual.get(settings.preset, [of_size]):
             try:
                 _without_memory(settings.backbone, options | more)
             except (TypeError, AssertionError, NotImplementedError, RuntimeError, ValueError):

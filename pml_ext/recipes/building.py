@@ -1,6 +1,8 @@
 """A paper's training in one line."""
 
+import os
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,15 @@ from pml_ext.recipes.baselines import BASELINES
 from pml_ext.recipes.combined import COMBINED
 from pml_ext.recipes.intra_batch import INTRA_BATCH
 from pml_ext.recipes.mhgl import MHGL
+from pml_ext.recipes.networks import matched_state
 from pml_ext.recipes.parts import Method
+from pml_ext.recipes.pixel_scaling import with_pixel_scaling
+from pml_ext.recipes.run_checkpoint import chosen_checkpoint
 from pml_ext.recipes.settings import Settings, settle
 from pml_ext.recipes.training_recipe import OPTIMIZERS, Recipe
-from pml_ext.trunks.batch_norm import freeze_batch_norm
-from pml_ext.trunks.wrappers import backbone_of
+from pml_ext.trunks.batch_norm import freeze_batch_norm, has_batch_norm
+from pml_ext.trunks.frozen_stages import freeze_stages
+from pml_ext.trunks.wrappers import backbone_of, unwrapped
 from pml_ext.validation import check_count
 
 RECIPES: dict[str, Method] = {
@@ -36,7 +42,7 @@ def recipe(
     name: str,
     num_classes: int,
     embedding_size: int | None = None,
-    backbone: str | None = None,
+    backbone: str | nn.Module | None = None,
     preset: str = "small",
     class_embeddings: Tensor | None = None,
     **settings: Any,
@@ -48,16 +54,22 @@ def recipe(
             "triplet", "multi_similarity", "proxy_anchor", "cosface", "normalized_softmax", "cross_entropy".
         num_classes: Training classes, >= 2.
         embedding_size: None: as the preset has it.
-        backbone: "convnet", a small network of ours; "googlenet" (attention_ensemble); or a timm model.
-            None: as the preset has it.
-        preset: "paper:cub", "paper:cars", "paper:sop" or "paper:inshop": the paper's settings for that data set, where
-            they are known. "small": for images of 28 to 64 pixels, trained from scratch on a CPU.
+        backbone: "convnet", a small network of ours; "googlenet" (attention_ensemble); a timm model; or a network of
+            yours, which gives what the recipe's trunk wants of one. None: as the preset has it.
+        preset: "small": images of 28 to 64 pixels, trained from scratch on a CPU. "finetune": photographs, with a
+            pretrained network, on a CPU or a small GPU. "paper:cub", "paper:cars", "paper:sop" or "paper:inshop": the
+            paper's settings for that data set, where they are known.
         class_embeddings: ``(num_classes, E)``, of a second modality; used by "adaptive_margin", and by "combined" with
             ``proxy_loss="adaptive_margin"``; others ignore it.
-        **settings: Take the place of the preset's: any name in the recipe's ``notes``. None: the preset's.
+        **settings: Take the place of the preset's: any name in the recipe's ``notes``. None: the preset's. Among them:
+            ``weights``, for the backbone: a file (``.pth`` or ``.safetensors``, of timm or torchvision), "installed"
+            (extra ``pretrained``) or a state dict; or, for the whole network, the folder of a run of the same recipe.
 
     Raises:
-        ValueError: If a name, preset or setting is unknown or breaks a rule.
+        FileNotFoundError: If there is no file or run of this name in ``weights``.
+        ImportError: If the package of installed weights is not there.
+        OSError: If weights cannot be downloaded.
+        ValueError: If a name, preset or setting is unknown or breaks a rule, or weights do not fit.
 
     Examples:
         >>> made = recipe("mhgl", num_classes=10, in_channels=1, image_size=28)
@@ -76,18 +88,42 @@ def recipe(
         if len(shape) != 2 or shape[0] != num_classes:
             raise ValueError(f"class_embeddings must have shape ({num_classes}, E), got {tuple(shape)}")
     method = RECIPES[name]
-    chosen = settle(preset, method.numbers, {"embedding_size": embedding_size, "backbone": backbone} | settings)
+    if isinstance(settings.get("weights"), os.PathLike):
+        settings["weights"] = os.fspath(settings["weights"])
+    module = backbone if isinstance(backbone, nn.Module) else None
+    named = backbone if module is None else "module"
+    chosen = settle(preset, method.numbers, {"embedding_size": embedding_size, "backbone": named} | settings)
+    if module is not None:
+        chosen = chosen.replaced("pretrained", False, "given")
+    chosen.module = module
     _check(chosen)
+    run = _run_of(chosen.weights)
+    chosen = with_pixel_scaling(chosen, run)
+    built = chosen if run is None else chosen.replaced("weights", None, "given")
     try:
-        parts = method.build(chosen, num_classes, class_embeddings)
+        parts = method.build(built, num_classes, class_embeddings)
         _dry_run(parts.trunk, chosen)
     except (AssertionError, RuntimeError) as error:  # of networks that images of this size do not fit
         raise ValueError(
             f"backbone must take images of image_size = {chosen.image_size}, {chosen.backbone!r} does not: {error}"
         ) from error
+    if run is not None:
+        rule = f"weights must be those of the same network, got {run}"
+        unwrapped(parts.trunk).load_state_dict(matched_state(parts.trunk, chosen_checkpoint(run)[1]["trunk"], rule))
+    if chosen.channels_last:
+        parts.trunk.to(memory_format=torch.channels_last)
+    if chosen.frozen_stages:
+        freeze_stages(parts.trunk, chosen.backbone, chosen.frozen_stages)
     if chosen.freeze_batch_norm:
-        freeze_batch_norm(backbone_of(parts.trunk) or parts.trunk)
+        backbone_or_all = backbone_of(parts.trunk) or parts.trunk
+        if chosen.notes["freeze_batch_norm"].endswith(": given") or has_batch_norm(backbone_or_all):
+            freeze_batch_norm(backbone_or_all)  # which says so where there is none
     return Recipe(name, num_classes, chosen, parts.trunk, parts.loss, parts.miner)
+
+
+def _run_of(weights: Any) -> Path | None:
+    """Return the folder of a run, if weights are one."""
+    return Path(weights) if isinstance(weights, str | os.PathLike) and Path(weights).is_dir() else None
 
 
 @torch.no_grad()
@@ -97,11 +133,19 @@ def _dry_run(trunk: nn.Module, s: Settings) -> None:
 
 
 def _check(s: Settings) -> None:
+    if s.frozen_stages != 0:
+        check_count("frozen_stages", s.frozen_stages)
+    if not isinstance(s.channels_last, bool):
+        raise ValueError(f"channels_last must be True or False, got {s.channels_last!r}")
+    if isinstance(s.crop_scale, bool) or not isinstance(s.crop_scale, int | float) or not 0 < s.crop_scale <= 1:
+        raise ValueError(f"crop_scale must lie in (0, 1], got {s.crop_scale!r}")
+    if isinstance(s.warmup_epochs, bool) or not isinstance(s.warmup_epochs, Integral) or s.warmup_epochs < 0:
+        raise ValueError(f"warmup_epochs must be an integer >= 0, got {s.warmup_epochs!r}")
     for name in ("embedding_size", "in_channels", "image_size", "batch_size", "samples_per_class", "epochs", "width"):
         check_count(name, s[name])
     if s.chunk_size is not None:
         check_count("chunk_size", s.chunk_size)
-    for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr"):
+    for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr", "gamma"):
         value = s.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")

@@ -113,8 +113,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             "run (best.pt, last.pt) in its place, or train again in another folder"
         ) from error
     missing = {"trunk", "loss", "history"} - (set(state) if isinstance(state, dict) else set())
-    if missing or not state["history"]:
+    if missing or (isinstance(state["history"], list) and not state["history"]):
         raise ValueError(f"cannot read {path}: a checkpoint must have {min(missing or {'history'})!r}, got none")
+    for name in ("trunk", "loss"):
+        if not isinstance(state[name], dict):
+            raise ValueError(f"cannot read {path}: {name} must be a state dict, got a {type(state[name]).__name__}")
+    history = state["history"]
+    if not isinstance(history, list) or not all(isinstance(entry, dict) and "epoch" in entry for entry in history):
+        raise ValueError(f"cannot read {path}: history must be a list of epochs, got {history!r}")
     return dict(state)
 
 

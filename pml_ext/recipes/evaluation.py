@@ -1,6 +1,6 @@
 """Embeddings of a data set, and how well they retrieve."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pml_ext import evaluation
+from pml_ext.datasets.image_reader import BrokenImageError
 from pml_ext.modes import in_mode
 
 METRICS = evaluation.METRICS
@@ -43,21 +44,80 @@ def embed(
         ValueError: If the network returns another shape, or numbers that are not finite; or the data set is empty or
             does not give pairs.
     """
-    like = next(trunk.parameters(), torch.empty(0))
     loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=num_workers)
+    embedded = _embed(trunk, tqdm(loader, desc="embedding", disable=not progress), autocast)
+    if embedded is None:
+        raise ValueError("dataset must have at least one image, got none")
+    return embedded
+
+
+@torch.no_grad()
+def embed_readable(
+    trunk: nn.Module,
+    dataset: Any,
+    batch_size: int = 256,
+    autocast: torch.dtype | None = None,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``embed`` does, of the images that can be read, and which these are, ``(N,)``, bool.
+
+    Raises:
+        TypeError: As ``embed``.
+        ValueError: As ``embed``, and if no image can be read.
+    """
+    loader = torch.utils.data.DataLoader(_Readable(dataset), batch_size, num_workers=num_workers, collate_fn=_present)
+    readable: list[Tensor] = []
+
+    def batches() -> Iterator[Any]:
+        for batch, present in tqdm(loader, desc="embedding", disable=not progress):
+            readable.append(present)
+            if batch is not None:
+                yield batch
+
+    embedded = _embed(trunk, batches(), autocast)
+    if embedded is None:
+        raise ValueError(f"dataset must have an image that can be read, got {len(dataset)} that cannot")
+    return *embedded, torch.cat(readable)
+
+
+class _Readable(torch.utils.data.Dataset[Any]):
+    """A data set that has None where an image cannot be read."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except BrokenImageError:
+            return None
+
+
+def _present(samples: list[Any]) -> tuple[Any, Tensor]:
+    """Return a batch of the samples that there are, or None, and which these are."""
+    present = [sample for sample in samples if sample is not None]
+    mask = torch.tensor([sample is not None for sample in samples])
+    return torch.utils.data.default_collate(present) if present else None, mask
+
+
+def _embed(trunk: nn.Module, batches: Iterable[Any], autocast: torch.dtype | None) -> tuple[Tensor, Tensor] | None:
+    """Return embeddings and labels of batches, None if there are none."""
+    like = next(trunk.parameters(), torch.empty(0))
     embeddings: list[Tensor] = []
     labels: list[Tensor] = []
     with in_mode(trunk):
-        for batch in tqdm(loader, desc="embedding", disable=not progress):
+        for batch in batches:
             images, batch_labels = _pair(batch)
             with torch.autocast(like.device.type, autocast, enabled=autocast is not None):
                 raw = trunk(images.to(like.device))
             _check_output(raw, len(images), embeddings)
             embeddings.append(nn.functional.normalize(raw.float()).cpu())
             labels.append(batch_labels)
-    if not embeddings:
-        raise ValueError("dataset must have at least one image, got none")
-    return torch.cat(embeddings), torch.cat(labels)
+    return (torch.cat(embeddings), torch.cat(labels)) if embeddings else None
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:

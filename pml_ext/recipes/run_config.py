@@ -2,21 +2,32 @@
 
 import json
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.recipes.checkpoint import write_text
-from pml_ext.recipes.settings import COMMON
+from pml_ext.recipes.settings import COMMON, HALVES, IMAGENET
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.strict_json import strict_json
 from pml_ext.version import __version__
 
 _GONE = {"depth": 1}  # settings of former versions, and where they changed nothing
 _ONLY_AT_THE_START = ("similarity_gain",)  # settings of former versions that weights were drawn with
-_ADDED = {"sampler": "MPerClassSampler", "chunk_size": None}  # settings that former versions had not, and what they did
+_ADDED = {  # settings that former versions had not, and what they did
+    "sampler": "MPerClassSampler",
+    "chunk_size": None,
+    "weights": None,
+    "frozen_stages": 0,
+    "channels_last": False,
+    "crop_scale": 0.08,
+    "pixel_mean": None,
+    "pixel_std": None,
+}
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,6 +52,8 @@ def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any)
         **more,
         "versions": {"pml-ext": __version__} | {name: version(name) for name in packages},
     }
+    if isinstance(config["settings"]["weights"], Mapping):
+        config["settings"]["weights"] = "a state dict"
     plain: dict[str, Any] = json.loads(strict_json(config))
     return plain
 
@@ -54,11 +67,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """
     both = [dict(config["settings"]) for config in (before, now)]
     for settings in both:
-        for name in ("epochs", "pretrained"):  # weights are in the checkpoint
+        for name in ("epochs", "pretrained", "weights"):  # weights are in the checkpoint
             settings.pop(name, None)
+    known = "reader" in before and "reader" in now  # former versions did not keep it
     both = [
         {name: config.get(name) for name in ("recipe", "num_classes", "autocast")}
         | {f"settings.{name}": value for name, value in settings.items()}
+        | {f"reader.{name}": value for name, value in (config["reader"] if known else {}).items()}
         for config, settings in zip((before, now), both, strict=True)
     ]
     names = dict.fromkeys([*both[0], *both[1]])
@@ -70,6 +85,20 @@ def autocast_of(config: dict[str, Any]) -> torch.dtype | None:
     """Return the dtype that a configuration names."""
     name = config.get("autocast")
     return None if name is None else _AUTOCAST[name]
+
+
+def reader_from(config: dict[str, Any]) -> ImageReader:
+    """Return what reads image files as in the training: the default of those that keep nothing of it.
+
+    Raises:
+        ValueError: If there is no such reader.
+    """
+    values = config.get("reader", {})
+    try:
+        values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        return ImageReader(**values)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"reader must have the settings of an ImageReader, got {values!r}: {error}") from error
 
 
 def write_config(folder: str | os.PathLike[str], config: dict[str, Any]) -> None:
@@ -98,7 +127,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     missing = set(COMMON) - set(_ADDED) - (set(settings) if isinstance(settings, dict) else set())
     if missing:
         raise ValueError(f"{path}: settings must have {min(missing)!r}, got none")
-    if autocast is not None and autocast not in _AUTOCAST:
+    if autocast is not None and (not isinstance(autocast, str) or autocast not in _AUTOCAST):
         raise ValueError(f"{path}: autocast must be one of {', '.join(_AUTOCAST)} or null, got {autocast!r}")
     for name in _ONLY_AT_THE_START:
         config["settings"].pop(name, None)
@@ -106,5 +135,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         former = config["settings"].pop(name, value)
         if former != value:
             raise ValueError(f"{path}: the setting {name!r} is gone, and must have been {value}, got {former}")
-    config["settings"] = _ADDED | config["settings"]
+    config["settings"] = settings = _ADDED | config["settings"]
+    if settings["pixel_mean"] is None:  # by preset, whatever the backbone
+        ours = config["preset"] == "small" or settings["in_channels"] != 3
+        settings["pixel_mean"], settings["pixel_std"] = [
+            x[: settings["in_channels"]] for x in (HALVES if ours else IMAGENET)
+        ]
     return dict(config)

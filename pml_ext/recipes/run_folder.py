@@ -1,7 +1,6 @@
 """What was trained in a folder, to have it back."""
 
 import os
-import warnings
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.recipes.building import recipe
-from pml_ext.recipes.checkpoint import read_checkpoint
 from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.networks import matched_state
-from pml_ext.recipes.run_config import autocast_of, read_config
+from pml_ext.recipes.run_checkpoint import chosen_checkpoint
+from pml_ext.recipes.run_config import autocast_of, read_config, reader_from
 from pml_ext.recipes.training_recipe import Recipe
-from pml_ext.strict_json import strict_json
 
 
 class Run(NamedTuple):
@@ -27,6 +26,7 @@ class Run(NamedTuple):
         epoch: Of the checkpoint.
         autocast: dtype that the network was trained and evaluated with, or None.
         checksum: Of the network's weights; tells whether something was made with them.
+        reader: What reads image files as in the training.
     """
 
     recipe: Recipe
@@ -34,15 +34,19 @@ class Run(NamedTuple):
     epoch: int
     autocast: torch.dtype | None
     checksum: str
+    reader: ImageReader
 
 
-def load_run(folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Run:
+def load_run(
+    folder: str | os.PathLike[str], device: torch.device | str | None = None, backbone: nn.Module | None = None
+) -> Run:
     """Return what was trained in a folder.
 
     Args:
         folder: That of a ``Trainer``, with ``config.json``, and ``best.pt`` or, without validation or where that is of
             another run, ``last.pt``.
         device: Of network and loss. None: CUDA if there is any, else the CPU.
+        backbone: A network like the one that was given to ``recipe``, for a run with one of the user's own.
 
     Raises:
         FileNotFoundError: If one of them is not there.
@@ -50,14 +54,25 @@ def load_run(folder: str | os.PathLike[str], device: torch.device | str | None =
     """
     folder, device = Path(folder), usable_device(device)
     config = read_config(folder)
-    path, state = _chosen(folder)
+    path, state = chosen_checkpoint(folder)
     settings = dict(config["settings"])
     if settings["backbone"] != "googlenet":  # which does something else to images where it is pretrained
         settings["pretrained"] = False  # no download: the weights are here
+    settings["weights"] = None
+    if (backbone is None) == (settings["backbone"] == "module"):
+        rule = "must not be given" if backbone is not None else "must be given"
+        raise ValueError(f"backbone {rule} for the run in {folder}, which has the backbone {settings['backbone']!r}")
+    if backbone is not None:
+        settings["backbone"] = backbone
     rows = next((x for name, x in state["loss"].items() if name.endswith("class_embeddings")), None)
     try:
+        reader = reader_from(config)
         made = recipe(
-            config["recipe"], config["num_classes"], preset=config["preset"], class_embeddings=rows, **settings
+            config["recipe"],
+            config["num_classes"],
+            preset=config["preset"],
+            class_embeddings=rows,
+            **settings,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} must describe a recipe: {error}") from error
@@ -66,32 +81,7 @@ def load_run(folder: str | os.PathLike[str], device: torch.device | str | None =
         module.load_state_dict(matched_state(module, weights, rule))
         module.to(device)
     made.trunk.eval()
-    return Run(made, config, state["history"][-1]["epoch"], autocast_of(config), _checksum(made.trunk))
-
-
-def _chosen(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the best epoch, unless it is one of another run than the last epoch; else the last."""
-    best, last = folder / "best.pt", folder / "last.pt"
-    paths = [path for path in (best, last) if path.is_file()]
-    if not paths:
-        raise FileNotFoundError(f"a run's folder must hold best.pt or last.pt, got {folder} without; is it trained?")
-    states = [read_checkpoint(path) for path in paths]
-    if len(states) == 2 and not _one_run(*states):
-        warnings.warn(f"{best} is of another run than {last}, which is taken: delete or move it", stacklevel=3)
-        return last, states[1]
-    return paths[0], states[0]
-
-
-def _one_run(*states: dict[str, Any]) -> bool:
-    """Whether the history of one checkpoint goes on with that of the other."""
-    first, second = (
-        [strict_json({n: x for n, x in entry.items() if n != "seconds"}) for entry in state["history"]]
-        for state in states
-    )
-    common = min(len(first), len(second))
-    if not states[1].get("validated", True):  # killed before the metrics of this epoch were known
-        common = min(common, len(second) - 1)
-    return first[:common] == second[:common]
+    return Run(made, config, state["history"][-1]["epoch"], autocast_of(config), _checksum(made.trunk), reader)
 
 
 def _checksum(module: nn.Module) -> str:

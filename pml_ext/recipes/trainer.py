@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
 from torch import Tensor, nn
 
-from pml_ext.datasets.content import fingerprint_of
+from pml_ext.datasets.content import fingerprint_of, reader_of
+from pml_ext.datasets.labels import as_labels
 from pml_ext.gradient_cache import cached_backward
 from pml_ext.recipes.checkpoint import read_checkpoint, try_checkpoint, write_checkpoint, write_text
 from pml_ext.recipes.device import usable_device
@@ -27,6 +29,8 @@ from pml_ext.recipes.run_lock import RunLock
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.strict_json import strict_json
 from pml_ext.trunks.wrappers import backbone_of, unwrapped
+
+_OF_HISTORY = ("epoch", "loss", "seconds", "lr")
 
 
 class Trainer(MetricLossOnly):
@@ -38,9 +42,9 @@ class Trainer(MetricLossOnly):
         recipe: What to train; its modules are trained in place.
         dataset: Of images and integer labels 0 to ``num_classes`` - 1. Where its ``transform`` is None, it gets the
             recipe's training transform.
-        labels: ``(N,)``, those of the data set. None: its attribute ``labels`` or ``targets``.
+        labels: ``(N,)``, integers, those of the data set. None: its attribute ``labels`` or ``targets``.
         validate: Called with the trunk after each epoch, which is then on disk; returns metrics, a dictionary of
-            numbers.
+            numbers, whose names must not be those that ``history`` has anyway.
         metric: Which of them is to be largest; its epoch is kept as the best.
         folder: Where to keep ``config.json``, ``last.pt``, ``best.pt`` and ``metrics.jsonl``, for ``load_run`` and
             ``resume``. One training at a time: ``lock.json`` names its process. What a run that is not resumed has left
@@ -62,8 +66,9 @@ class Trainer(MetricLossOnly):
         epochs_done: How many epochs the modules have been trained.
 
     Raises:
-        ValueError: If there are no labels, they do not fit ``num_classes``, the device is not there, ``autocast`` is
-            another dtype, or new layers are to warm up and the network has no ``backbone``.
+        TypeError: If labels are no integers.
+        ValueError: If there are no labels, they do not fit the data set or ``num_classes``, the device is not there,
+            ``autocast`` is another dtype, or new layers are to warm up and the network has no ``backbone``.
 
     Examples:
         >>> from pml_ext.recipes import recipe
@@ -83,7 +88,7 @@ class Trainer(MetricLossOnly):
         metric: str = "mean_average_precision_at_r",
         folder: str | os.PathLike[str] | None = None,
         autocast: torch.dtype | None = None,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         device: torch.device | str | None = None,
         dataloader_num_workers: int = 0,
         end_of_iteration_hook: Callable[[Any], Any] | None = None,
@@ -100,7 +105,7 @@ class Trainer(MetricLossOnly):
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}")
         self.autocast = autocast
-        self.channels_last = channels_last
+        self.channels_last = channels_last = recipe.settings.channels_last if channels_last is None else channels_last
         self.history: list[dict[str, Any]] = []
         self.sampler: Any
         self.best: dict[str, Any] | None = None
@@ -146,6 +151,7 @@ class Trainer(MetricLossOnly):
         self._stopped = False
         self._unvalidated = False  # whether the metrics of the last epoch are missing
         self._fingerprint = _fingerprint(dataset, self._labels)
+        self._reader = reader_of(dataset)
         self._resumed: list[dict[str, Any]] | None = None  # what config.json says of it
         self._own_files: tuple[int, ...] | None = None  # last.pt as this training knows it
         self._can_be_saved = False
@@ -264,7 +270,7 @@ class Trainer(MetricLossOnly):
         former = "config" not in state
         if former and not settings.notes["sampler"].endswith(": given"):
             settings = settings.replaced("sampler", "MPerClassSampler", "as in the version that began the training")
-        now = describe_run(self.recipe, self.autocast)
+        now = self._config()
         now["settings"]["sampler"] = settings.sampler
         if recorded is not None:
             others = differences(recorded, now)
@@ -439,7 +445,7 @@ class Trainer(MetricLossOnly):
     def _finish_epoch(self) -> bool:
         entry = self.history[-1]
         returned = None if self.validate is None else self.validate(self.models["trunk"])
-        metrics = {name: _number(name, value) for name, value in (returned or {}).items()}
+        metrics = _metrics(returned)
         entry |= metrics
         self._unvalidated = False
         better = self.metric in metrics and self._is_better(metrics[self.metric])
@@ -457,7 +463,8 @@ class Trainer(MetricLossOnly):
 
     def _is_better(self, value: float) -> bool:
         """Return whether a metric is larger than the best; NaN, of classes without pairs, is smaller than any."""
-        return self.best is None or math.isnan(self.best[self.metric]) or value > self.best[self.metric]
+        best = math.nan if self.best is None else self.best.get(self.metric, math.nan)  # chosen by another metric
+        return math.isnan(best) or value > best
 
     def _state(self) -> dict[str, Any]:
         parts = self._parts()
@@ -482,6 +489,7 @@ class Trainer(MetricLossOnly):
 
     def _save(self, better: bool) -> None:
         assert self.folder is not None
+        RunLock(self.folder).confirm()
         self._save_config(self.folder)
         state = self._state()
         if better:
@@ -494,6 +502,8 @@ class Trainer(MetricLossOnly):
 
     def _config(self) -> dict[str, Any]:
         more: dict[str, Any] = {"training_images": self._fingerprint}
+        if self._reader is not None:
+            more["reader"] = asdict(self._reader)
         if self._users_sampler is not None:
             more["sampler"] = type(self._users_sampler).__name__
         if self._resumed:
@@ -518,7 +528,7 @@ def _checked_labels(dataset: Any, labels: Any, num_classes: int) -> Tensor:
         labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
     if labels is None:
         raise ValueError("labels must be given for a dataset without the attribute labels or targets, got None")
-    labels = torch.as_tensor(labels)
+    labels = as_labels("labels", labels, len(dataset))
     if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         got = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
         raise ValueError(f"labels must lie in 0 to num_classes - 1 = {num_classes - 1}, got {got}")
@@ -530,13 +540,20 @@ def _fingerprint(dataset: Any, labels: Tensor) -> str:
     return str(own()) if callable(own) else fingerprint_of(dataset, labels)
 
 
-def _number(name: str, value: Any) -> float:
-    """Return a metric as a number of Python, which all files know."""
-    if isinstance(value, np.generic | np.ndarray | Tensor) and np.prod(value.shape) == 1:
-        value = value.item()
-    if not isinstance(name, str) or not isinstance(value, int | float):
-        raise TypeError(f"validate must return numbers by name, got {name!r}: {value!r}")
-    return value
+def _metrics(returned: Any) -> dict[str, float]:
+    """Return metrics as numbers of Python, by names of Python, which all files know."""
+    if not isinstance(returned, dict | None):
+        raise TypeError(f"validate must return a dictionary of numbers, got {returned!r}")
+    metrics: dict[str, float] = {}
+    for name, value in (returned or {}).items():
+        if name in _OF_HISTORY:
+            raise ValueError(f"validate must not return {name!r}, which history has of each epoch, got {value!r}")
+        if isinstance(value, np.generic | np.ndarray | Tensor) and np.prod(value.shape) == 1:
+            value = value.item()
+        if not isinstance(name, str) or not isinstance(value, int | float):
+            raise TypeError(f"validate must return numbers by name, got {name!r}: {value!r}")
+        metrics[str(name)] = value if type(value) in (int, float) else float(value)
+    return metrics
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:
@@ -558,7 +575,10 @@ def _set_aside(folder: Path) -> None:
     target = folder / f"replaced-{number}"
     target.mkdir()
     if (folder / "config.json").is_file():
-        shutil.copy2(folder / "config.json", target)
+        if (folder / "last.pt") in files:  # what it says of data and seed is of that run
+            files.append(folder / "config.json")
+        else:
+            shutil.copy2(folder / "config.json", target)
     for file in files:
         os.replace(file, target / file.name)
     warnings.warn(f"{folder} held another run, which is in {target} now", stacklevel=4)

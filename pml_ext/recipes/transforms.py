@@ -1,5 +1,6 @@
 """What is done to images before the network sees them."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,8 +10,6 @@ from torchvision.transforms import v2
 
 from pml_ext.datasets.image_reader import flatten
 from pml_ext.recipes.settings import Settings
-
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Transforms(NamedTuple):
@@ -23,8 +22,8 @@ class Transforms(NamedTuple):
 def make_transforms(settings: Settings) -> Transforms:
     """Return the transforms of a recipe.
 
-    ``augmentation``: "shift" pads by an eighth of the side and crops; "crop" is a random part of 8% to 100% of the
-    image; "crop+erase" erases a rectangle as well (IBC); "square" pads to a square and crops (ABE); None.
+    ``augmentation``: "shift" pads by an eighth of the side and crops; "crop" is a random part of ``crop_scale`` to 100%
+    of the image; "crop+erase" erases a rectangle as well (IBC); "square" pads to a square and crops (ABE); None.
     """
     size, channels = settings.image_size, settings.in_channels
     known = (None, "shift", "crop", "crop+erase", "square")
@@ -33,17 +32,22 @@ def make_transforms(settings: Settings) -> Transforms:
     if channels not in (1, 3):
         raise ValueError(f"in_channels must be 1 or 3, got {channels}")
     image = [partial(_with_channels, channels=channels)]
-    mean, std = _IMAGENET if channels == 3 and settings.preset != "small" else ((0.5,) * channels,) * 2
-    number = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    for name, numbers in (("pixel_mean", settings.pixel_mean), ("pixel_std", settings.pixel_std)):
+        if len(numbers) != channels or not all(math.isfinite(x) for x in numbers):
+            raise ValueError(f"{name} must have {channels} finite numbers, got {numbers}")
+    if not min(settings.pixel_std) > 0:
+        raise ValueError(f"pixel_std must be > 0, got {settings.pixel_std}")
+    number = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(settings.pixel_mean, settings.pixel_std)]
     resize = settings.resize or size
     if resize < size:
         raise ValueError(f"resize must be >= image_size = {size}, got {resize}")
     square = [_pad_to_square] if settings.augmentation == "square" else []
-    whole = [partial(_resize, size=[resize, resize] if settings.preset == "small" or square else [resize])]
+    both_sides = settings.preset in ("small", "finetune") or square
+    whole = [partial(_resize, size=[resize, resize] if both_sides else [resize])]
     flip = channels == 3 if settings.flip is None else settings.flip
     augment: list[Any] = []
     if settings.augmentation in ("crop", "crop+erase"):
-        augment = [v2.RandomResizedCrop(size, antialias=True)]
+        augment = [v2.RandomResizedCrop(size, (settings.crop_scale, 1.0), antialias=True)]
     elif settings.augmentation == "shift":
         augment = [*whole, v2.RandomCrop(size, padding=size // 8)]
     else:

@@ -6,6 +6,7 @@ from pml_ext.learners import DivergenceMixin
 from pml_ext.pml_internals import Regularizer, values_in
 from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
 from pml_ext.types import LossDict
+from pml_ext.validation import check_batch, validation_wanted
 
 
 class DivergenceRegularizer(DivergenceMixin, Regularizer):
@@ -27,7 +28,9 @@ class DivergenceRegularizer(DivergenceMixin, Regularizer):
         - embeddings: ``(B, M * d)``, floating point. Output: scalar.
 
     Raises:
-        ValueError: If an argument breaks a rule, or ``num_learners`` does not divide the width.
+        TypeError: If the embeddings are no tensor of floating point.
+        ValueError: If an argument breaks a rule, ``num_learners`` does not divide the width, or the embeddings are not
+            finite.
 
     Examples:
         >>> import torch
@@ -39,6 +42,8 @@ class DivergenceRegularizer(DivergenceMixin, Regularizer):
     """
 
     def compute_loss(self, embeddings: Tensor) -> LossDict:
+        if validation_wanted():
+            check_batch(embeddings)
         with full_precision(embeddings.device):
             terms = self.divergence_terms(upcast_half(embeddings))
             full_precision_in_backward(values_in(terms), [embeddings])

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class ShuffledPassSampler(torch.utils.data.Sampler[int]):
         seed: Of the order. None: drawn from PyTorch's generator.
 
     Raises:
+        TypeError: If ``seed`` is no integer.
         ValueError: If an argument breaks a rule.
 
     Examples:
@@ -56,7 +58,9 @@ class ShuffledPassSampler(torch.utils.data.Sampler[int]):
         if length < batch_size:
             raise ValueError(f"length must be >= batch_size = {batch_size}, got {length}")
         self.m, self.batch_size, self.length = int(m), int(batch_size), int(length) // int(batch_size) * int(batch_size)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise TypeError(f"seed must be an integer or None, got {seed!r}")
+        seed = int(torch.randint(2**62, ()) if seed is None else seed)
         self._queues = _Queues(own, torch.Generator().manual_seed(seed))
         self._start = self._queues.state()  # when the epoch began
         self._handed_out = 0  # since then
@@ -91,16 +95,22 @@ class ShuffledPassSampler(torch.utils.data.Sampler[int]):
         used = self._handed_out if used is None else used
         if not 0 <= used <= self._handed_out:
             raise ValueError(f"used must be 0 to {self._handed_out}, the images handed out, got {used}")
+        numbers = {"m": self.m, "batch_size": self.batch_size}
         if used == self.length:
-            return {"used": 0} | self._queues.state()
-        return {"used": used} | copy.deepcopy(self._start)
+            return {"used": 0} | numbers | self._queues.state()
+        return {"used": used} | numbers | copy.deepcopy(self._start)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another sampler, of the same labels and numbers, was.
 
         Raises:
-            ValueError: If it had other labels.
+            ValueError: If it had other labels or numbers, or was farther than an epoch is long here.
         """
+        for name in ("m", "batch_size"):
+            if state.get(name, getattr(self, name)) != getattr(self, name):
+                raise ValueError(f"state must be of a sampler with {name}={getattr(self, name)}, got {state[name]}")
+        if state["used"] >= self.length:
+            raise ValueError(f"state must be of an epoch of up to {self.length} images, got {state['used']} used")
         self._start = copy.deepcopy({name: state[name] for name in self._start})
         self._queues.load(copy.deepcopy(self._start))
         self._skip = self._handed_out = state["used"]

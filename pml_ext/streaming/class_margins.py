@@ -1,12 +1,12 @@
 """Margins between classes: from descriptions in a second modality to margins, formed for some classes at a time."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from pml_ext.streaming.proxy_chunks import Shard, rows_of
-from pml_ext.validation import as_number, as_tensor
+from pml_ext.validation import as_number, as_tensor, check_embeddings, check_settings
 
 ClassMetric = Literal["cosine", "euclidean", "squared_euclidean"]
 Kind = Literal["squared", "euclidean", "table"]
@@ -37,8 +37,10 @@ class ClassMargins(NamedTuple):
         """Return the same with plain numbers.
 
         Raises:
-            TypeError: If the table or a number requires a gradient: it would get none.
+            TypeError: If the table or a number requires a gradient, which it would not get, or is no number.
         """
+        if not isinstance(self.table, Tensor):
+            raise TypeError(f"class_margins.table must be a torch.Tensor, got {type(self.table).__name__}")
         if self.table.requires_grad:
             raise TypeError(
                 "class_margins.table must not require a gradient, which it would not get, got one that does"
@@ -47,21 +49,31 @@ class ClassMargins(NamedTuple):
         return self._replace(**numbers)
 
     def check(self, num_here: int, num_classes: int) -> None:
-        """Check the shapes.
+        """Check kind, numbers, shapes and dtypes.
 
         Args:
             num_here: Classes that the proxies are of.
             num_classes: All classes.
 
         Raises:
-            ValueError: If a shape is another.
+            TypeError: If the table is not floating point, or ``described`` not bool.
+            ValueError: If a shape is another, the kind unknown, or a number not finite.
         """
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"class_margins.kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        check_settings({}, {f"class_margins.{name}": getattr(self, name) for name in ("constant", "slope")})
+        check_embeddings("class_margins.table", self.table)
+        if not isinstance(self.described, Tensor) or self.described.dtype != torch.bool:
+            got = getattr(self.described, "dtype", type(self.described).__name__)
+            raise TypeError(f"class_margins.described must be a bool tensor, got {got}")
         shape: tuple[Any, ...] = (num_here, *self.table.shape[1:])
         if self.kind == "table":
             shape = (num_classes, num_here)
         for name, x, expected in (("table", self.table, shape), ("described", self.described, (num_here,))):
             if x.shape != expected:
                 raise ValueError(f"class_margins.{name} must have shape {expected}, got {tuple(x.shape)}")
+        if not bool(torch.isfinite(self.table.sum())):
+            raise ValueError("class_margins.table must be finite, got NaN or an infinite value")
 
     def of(self, labels: Tensor, dtype: torch.dtype, scale: float = 1.0, shard: Shard | None = None) -> "BatchMargins":
         """Return the margins of the classes of a batch, ``(B,)``, times ``scale``, against those that are here."""

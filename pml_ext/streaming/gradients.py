@@ -1,5 +1,6 @@
 """Gradients by hand: through the normalisation of rows, and of first order only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,22 @@ def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
 def along_unit(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Return the part of each row of a gradient along x, ``(N, 1)``, that normalising takes away."""
     return (grad * unit).sum(1, keepdim=True) * (inverse < 1 / _EPS)
+
+
+def quick_apply(function: Any) -> Callable[..., Any]:
+    """Return the ``apply`` of an autograd function with ``setup_context``, faster where ``torch.func`` is not at work.
+
+    PyTorch inspects the signature of such a function at each call, for longer than a small batch takes to compute.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    quick: Any = type(function.__name__, (torch.autograd.Function,), methods)
+    return lambda *inputs: (function if torch._C._are_functorch_transforms_active() else quick).apply(*inputs)
 
 
 def first_derivative_only(name: str, grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> list[Any]:

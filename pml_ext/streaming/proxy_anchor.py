@@ -51,7 +51,7 @@ def proxy_anchor_loss(
         labels: ``(B,)``, integers in 0 to C - 1 (of a shard: to the number of all classes - 1).
         alpha: $\alpha$ > 0.
         margin: $\delta$.
-        sample_shift: $b_i$, ``(B,)``, without gradient. None: 0.
+        sample_shift: $b_i$, ``(B,)``, without gradient; with $-\infty$ a sample counts nowhere. None: 0.
         normalize: $s$ is the cosine (True) or the dot product (False).
         per_class: Whether to return the parts of each class.
         chunk_size: Proxies in a chunk. None: what keeps its similarities in the cache.
@@ -67,13 +67,16 @@ def proxy_anchor_loss(
         TypeError: If an argument has the wrong type or dtype, or ``alpha`` or ``margin`` requires a gradient, which
             ``ProxyAnchorLoss`` can give.
         ValueError: If a shape or value breaks a rule: labels out of range, embeddings that are not finite, no sample of
-            a shard, a ``chunk_size`` that is no integer >= 1; or if ``sample_shift`` requires a gradient.
+            a shard, a ``chunk_size`` that is no integer >= 1; a ``sample_shift`` of another shape or device, with NaN
+            or infinity, or that requires a gradient.
     """
     check_chunk_size(chunk_size)
     alpha, margin = as_number("alpha", alpha), as_number("margin", margin)
     if validation_wanted():
         check_settings({"alpha": alpha}, {"margin": margin})
         check_walk(embeddings, proxies, labels, shard)
+        if sample_shift is not None:
+            _check_shift(sample_shift, embeddings)
     if sample_shift is not None and sample_shift.requires_grad:
         raise ValueError("sample_shift must not require a gradient, got one that does")
     with full_precision(embeddings.device):
@@ -90,16 +93,30 @@ def proxy_anchor_loss(
         return pos, neg
 
 
+def _check_shift(shift: Tensor, embeddings: Tensor) -> None:
+    if not isinstance(shift, Tensor) or not shift.is_floating_point():
+        raise TypeError(
+            f"sample_shift must be a floating point tensor, got {getattr(shift, 'dtype', type(shift).__name__)}"
+        )
+    if shift.shape != embeddings.shape[:1] or shift.device != embeddings.device:
+        raise ValueError(
+            f"sample_shift must have shape (batch_size,) = ({len(embeddings)},) on {embeddings.device}, got "
+            f"{tuple(shift.shape)} on {shift.device}"
+        )
+    if not bool((shift < torch.inf).all()):
+        raise ValueError("sample_shift must be finite or -inf, got NaN or inf")
+
+
 def _walk(
     embeddings: Tensor,
     proxies: Tensor,
     labels: Tensor,
     shift: Tensor | None,
     settings: _Settings,
-    upstream: tuple[Tensor, Tensor] | None,
+    upstream: tuple[Any, Any] | None,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Return $P_c$, $N_c$ and, given the gradients by them, ``()`` or ``(C,)``, those by embeddings and proxies."""
+    """Return $P_c$, $N_c$ and, given the gradients by them, numbers or ``(C,)``, those by embeddings and proxies."""
     alpha, margin, normalize, _, chunk_size, shard = settings
     unit, inverse = unit_rows(embeddings, normalize)
     scaled = unit * (alpha * _LOG2_E)  # exponentials to base 2 are several times faster, and as exact
@@ -143,10 +160,10 @@ def _walk(
             continue
 
         # dN_c / ds = alpha exp(...) / (1 + sum), dP_c / ds likewise with -alpha, each times the gradient from above
-        pos_grad, neg_grad = (x if x.ndim == 0 else x[classes] for x in upstream)
+        pos_grad, neg_grad = (x[classes] if isinstance(x, Tensor) else x for x in upstream)
         block *= alpha * missing * neg_grad / (1 + rest)
         if chunk.samples is not None:
-            block[own] = own_slopes * (-alpha * (pos_grad if pos_grad.ndim == 0 else pos_grad[chunk.columns]))
+            block[own] = own_slopes * (-alpha * (pos_grad[chunk.columns] if isinstance(pos_grad, Tensor) else pos_grad))
         if emb_grad is not None:
             emb_grad.addmm_(block, chunk.rows)
         if proxy_grad is not None:
@@ -182,9 +199,9 @@ class _ProxyAnchor(torch.autograd.Function):
         if settings.per_class:
             pos, neg, _ = _walk(embeddings, proxies, labels, shift, settings, None, ctx.needs_input_grad)
             return pos, neg
-        num_present = len(torch.unique(labels))
+        num_present = len(set(labels.tolist()) if labels.is_cpu else torch.unique(labels))  # without sorting a few
         num_classes = len(proxies) if settings.shard is None else settings.shard.num_classes
-        ctx.upstream = embeddings.new_tensor(1 / num_present), embeddings.new_tensor(1 / num_classes)
+        ctx.upstream = 1 / num_present, 1 / num_classes
         wanted = ctx.upstream if grad_enabled and any(ctx.needs_input_grad) else None
         pos, neg, ctx.grads = _walk(embeddings, proxies, labels, shift, settings, wanted, ctx.needs_input_grad)
         return pos.sum() / num_present, neg.sum() / num_classes
@@ -194,19 +211,22 @@ class _ProxyAnchor(torch.autograd.Function):
         embeddings, proxies, labels, shift = ctx.saved_tensors
         if pos_grad is None and neg_grad is None:
             return (None,) * 6
-        zero = embeddings.new_zeros(len(proxies)) if ctx.settings.per_class else embeddings.new_zeros(())
-        upstream = zero if pos_grad is None else pos_grad, zero if neg_grad is None else neg_grad
         with torch.no_grad(), full_precision(embeddings.device):
             grads, ctx.grads = ctx.grads, None  # handed over: a copy of them would cost as much as they do
-            factor = None
-            if not ctx.settings.per_class:
-                if upstream[0] == upstream[1]:  # one number for both parts, as one walk assumes
-                    factor, upstream = upstream[0], ctx.upstream
-                else:
-                    grads, upstream = None, (upstream[0] * ctx.upstream[0], upstream[1] * ctx.upstream[1])
+            upstream: tuple[Any, Any]
+            factor = 1.0
+            if ctx.settings.per_class:
+                zeros = embeddings.new_zeros(len(proxies))
+                upstream = zeros if pos_grad is None else pos_grad, zeros if neg_grad is None else neg_grad
+            else:
+                factor, of_negatives = (0.0 if x is None else x.item() for x in (pos_grad, neg_grad))
+                upstream = ctx.upstream
+                if factor != of_negatives:  # one walk assumes one number for both parts
+                    upstream = factor * upstream[0], of_negatives * upstream[1]
+                    grads, factor = None, 1.0
             if grads is None:  # also in a second backward through one graph
                 grads = _walk(embeddings, proxies, labels, shift, ctx.settings, upstream, ctx.needs_input_grad)[2]
-            if factor is not None and factor != 1:
+            if factor != 1:
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(factor)

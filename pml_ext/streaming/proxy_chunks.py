@@ -126,10 +126,10 @@ class ProxyChunks:
             if self._rows is not None:
                 inverse = inverse_norm(rows)
                 rows = torch.mul(rows, inverse, out=self._rows[: len(rows)])
-            if cuts[i] < cuts[i + 1]:
-                samples = (
-                    torch.arange(cuts[1], device=self.labels.device) if order is None else order[cuts[i] : cuts[i + 1]]
-                )
+            if order is None:
+                samples = torch.arange(len(self.labels), device=self.labels.device)
+            elif cuts[i] < cuts[i + 1]:
+                samples = order[cuts[i] : cuts[i + 1]]
                 columns = self.labels[samples] - start
             yield Chunk(start, start + len(rows), rows, inverse, samples, columns)
 
@@ -145,8 +145,20 @@ def check_chunk_size(chunk_size: int | None) -> None:
     Raises:
         ValueError: Then.
     """
-    if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
+    if chunk_size is not None and (
+        not isinstance(chunk_size, Integral) or isinstance(chunk_size, bool) or chunk_size < 1
+    ):
         raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size!r}")
+
+
+def check_memory(memory: int) -> None:
+    """Raise if ``memory`` is no number of bytes.
+
+    Raises:
+        ValueError: If it is no integer >= 0.
+    """
+    if not isinstance(memory, Integral) or isinstance(memory, bool) or memory < 0:
+        raise ValueError(f"memory must be an integer >= 0, in bytes, got {memory!r}")
 
 
 def check_walk(embeddings: Tensor, proxies: Tensor, labels: Tensor, shard: Shard | None) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pml_ext.trunks.attention_ensemble import AttentionEnsemble
+from pml_ext.trunks.backbone_features import BackboneFeatures
 from pml_ext.trunks.batch_norm import freeze_batch_norm
 from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
 from pml_ext.trunks.global_pool import GlobalPool2d
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SOLAR_NAMES",
     "AttentionEnsemble",
+    "BackboneFeatures",
     "GlobalLocalTrunk",
     "GlobalPool2d",
     "IntraBatchRefiner",

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
@@ -14,6 +13,8 @@ from pml_ext.learners import learner_similarity
 from pml_ext.modes import in_mode
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.precision import full_precision, upcast_half
+from pml_ext.refused import leaves_no_trace_where_refused
+from pml_ext.trunks.backbone_weights import Weights, load_weights, timm_model
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
 from pml_ext.trunks.model_names import check_model_name, refuse_timm_options
 from pml_ext.trunks.stage_copy import copy_stage
@@ -128,6 +129,7 @@ class AttentionEnsemble(ModuleWithRecords):
         input_size: tuple[int, int, int] = (3, 224, 224),
         checkpoint: bool = False,
         collect_stats: bool | None = None,
+        weights: Weights = None,
         **timm_kwargs: Any,
     ) -> "AttentionEnsemble":
         """Cut a backbone into stem and head, and copy its next stage, weights included, as attention trunk.
@@ -136,8 +138,8 @@ class AttentionEnsemble(ModuleWithRecords):
             backbone: "googlenet" (torchvision's, the paper's), the name of a timm model, or a module that maps images
                 to pooled features ``(B, F)``. Any network with one map ``(B, C, H, W)`` at the cut; not a vision
                 transformer.
-            split: Name of the module behind which to cut. None: "maxpool3" (GoogLeNet) or "layer2" (ResNets), whichever
-                there is.
+            split: Name of the module behind which to cut. None: "maxpool3" (GoogLeNet), "layer2" (ResNets), or where
+                timm's model has an eighth of the image's resolution.
             num_learners: M >= 1.
             embedding_size: Of all learners together.
             pretrained: Whether weights of the backbone are downloaded.
@@ -145,6 +147,8 @@ class AttentionEnsemble(ModuleWithRecords):
             input_size: As above; its channels are those of the network.
             checkpoint: As above.
             collect_stats: As above.
+            weights: Of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state dict,
+                or "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``. None for "googlenet".
             **timm_kwargs: Passed to ``timm.create_model``. ``output_stride=8`` for small images.
 
         Raises:
@@ -163,14 +167,15 @@ class AttentionEnsemble(ModuleWithRecords):
             raise ValueError("num_classes must not be given: the head ends after pooling")
         _check_input_size(input_size)
         if isinstance(backbone, str):
-            backbone = _create(backbone, pretrained, input_size[0], timm_kwargs)
+            backbone = _create(backbone, pretrained, weights, input_size[0], timm_kwargs)
         else:
             refuse_timm_options(pretrained, timm_kwargs)
+            load_weights(backbone, weights)
         if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
             raise ValueError(f"backbone must have maps of (B, C, H, W), got a {type(backbone).__name__}, which has not")
         if split is None:
             names = dict(backbone.named_modules())
-            split = next((name for name in _USUAL_SPLITS if name in names), None)
+            split = next((name for name in (*_USUAL_SPLITS, *_an_eighth(backbone)) if name in names), None)
             if split is None:
                 raise ValueError(f"split must be given for this backbone, one of {', '.join(cut_points(backbone))}")
         stem, head = cut_backbone(backbone, split)
@@ -194,6 +199,7 @@ class AttentionEnsemble(ModuleWithRecords):
         """Stem and head: what was there before the ensemble."""
         return nn.ModuleList([self.stem, self.head])
 
+    @leaves_no_trace_where_refused
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings, learner by learner; ``pml_ext.learners.split_learners`` parts them."""
         features = self.stem(images)
@@ -207,6 +213,7 @@ class AttentionEnsemble(ModuleWithRecords):
             self.learner_similarity = learner_similarity(embeddings, self.num_learners)
         return embeddings
 
+    @leaves_no_trace_where_refused
     def masks(self, images: Tensor) -> Tensor:
         """Return each learner's mask, ``(B, M, C, H, W)``, in 0 to 1."""
         return self._masks(self.stem(images))
@@ -231,6 +238,12 @@ class AttentionEnsemble(ModuleWithRecords):
         return pooled
 
 
+def _an_eighth(backbone: nn.Module) -> list[str]:
+    """Return the first stage of a timm model whose map has an eighth of the resolution of the image."""
+    info: Any = getattr(backbone, "feature_info", ())
+    return [stage["module"] for stage in info if isinstance(stage, dict) and stage.get("reduction") == 8][:1]
+
+
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     """Run a module on copies of its buffers: running statistics do not see a batch twice."""
@@ -244,14 +257,13 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
             m._buffers.update(buffers)
 
 
-def _create(name: str, pretrained: bool, channels: int, timm_kwargs: dict[str, Any]) -> nn.Module:
+def _create(name: str, pretrained: bool, weights: Weights, channels: int, timm_kwargs: dict[str, Any]) -> nn.Module:
     """Return a network that ends after pooling."""
     check_model_name(name, others=("googlenet",))
     if name != "googlenet":
-        model: nn.Module = timm.create_model(
-            name, pretrained=pretrained, num_classes=0, **({"in_chans": channels} | timm_kwargs)
-        )
-        return model
+        return timm_model(name, pretrained, weights, num_classes=0, **({"in_chans": channels} | timm_kwargs))
+    if weights is not None:
+        raise ValueError(f"weights must be None for 'googlenet' (pass the network as backbone), got {weights!r:.80}")
     from torchvision.models import GoogLeNet_Weights, googlenet  # on use: only this network is torchvision's
 
     if channels != 3:

@@ -42,6 +42,11 @@ def freeze_batch_norm(module: T) -> T:
     return module
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether a module contains a batch norm."""
+    return any(isinstance(m, _BatchNorm) for m in module.modules())
+
+
 def _train_but_norms(module: nn.Module, mode: bool = True) -> nn.Module:
     type(module).train(module, mode)
     for m in module.modules():

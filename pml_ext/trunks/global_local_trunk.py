@@ -2,12 +2,13 @@
 
 from typing import Any, Literal
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.precision import full_precision, upcast_half
+from pml_ext.refused import leaves_no_trace_where_refused
+from pml_ext.trunks.backbone_weights import Weights, load_weights, timm_model
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
 from pml_ext.trunks.model_names import check_model_name, count_levels, refuse_timm_options
 from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style, attention_of_level, check_attention
@@ -32,6 +33,8 @@ class GlobalLocalTrunk(ModuleWithRecords):
         pool_type: Of ``GlobalPool2d``.
         feature_channels: Channels of the two maps; needed for a module without timm's ``feature_info``.
         collect_stats: As in PML.
+        weights: Of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state dict, or
+            "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``.
         **timm_kwargs: Passed to ``timm.create_model``: ``in_chans=1`` for grayscale; ``output_stride=8`` for small
             images, which keeps the maps of a 32 x 32 image at 4 x 4 instead of 2 x 2 and 1 x 1 (ResNets and others with
             dilation); ``img_size`` and ``patch_size`` for vision transformers, whose levels have all the same size.
@@ -71,6 +74,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
         pool_type: PoolType = "avg+max",
         feature_channels: tuple[int, int] | None = None,
         collect_stats: bool | None = None,
+        weights: Weights = None,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__(collect_stats=collect_stats)
@@ -78,9 +82,10 @@ class GlobalLocalTrunk(ModuleWithRecords):
             raise ValueError(f"embedding_size must be even and >= 2, got {embedding_size}")
         check_attention(attention)
         if isinstance(backbone, str):
-            backbone = _create(backbone, pretrained, (local_level, global_level), timm_kwargs)
+            backbone = _create(backbone, pretrained, weights, (local_level, global_level), timm_kwargs)
         else:
             refuse_timm_options(pretrained, timm_kwargs)
+            load_weights(backbone, weights)
         if feature_channels is None:
             if not hasattr(backbone, "feature_info"):
                 raise ValueError("feature_channels must be given for a backbone without feature_info, got None")
@@ -99,6 +104,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
         self.local_level, self.global_level = local_level, global_level
         self.record("out_features", "local_level", "global_level")
 
+    @leaves_no_trace_where_refused
     def forward(self, images: Tensor, return_branches: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return the embeddings.
 
@@ -116,6 +122,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
             return local, glob
         return embeddings
 
+    @leaves_no_trace_where_refused
     def feature_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the backbone's local and global feature map, ``(B, C, H, W)`` each.
 
@@ -133,6 +140,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
                 )
         return local, glob
 
+    @leaves_no_trace_where_refused
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return how much each position of the two levels is looked at, ``(B, H, W)`` each, the mean over lookers.
@@ -149,7 +157,9 @@ class GlobalLocalTrunk(ModuleWithRecords):
         return maps[0], maps[1]
 
 
-def _create(name: str, pretrained: bool, levels: tuple[int, int], timm_kwargs: dict[str, Any]) -> nn.Module:
+def _create(
+    name: str, pretrained: bool, weights: Weights, levels: tuple[int, int], timm_kwargs: dict[str, Any]
+) -> nn.Module:
     check_model_name(name)
     num_levels = count_levels(name, timm_kwargs)
     for argument, level in zip(("local_level", "global_level"), levels, strict=True):
@@ -157,11 +167,5 @@ def _create(name: str, pretrained: bool, levels: tuple[int, int], timm_kwargs: d
             raise ValueError(f"{argument} must lie in {-num_levels} to -1 for {name}, got {level}")
     if levels[0] >= levels[1]:
         raise ValueError(f"local_level must come before global_level, got {levels[0]} and {levels[1]}")
-    module: nn.Module = timm.create_model(
-        name,
-        pretrained=pretrained,
-        features_only=True,
-        out_indices=[num_levels + level for level in levels],
-        **timm_kwargs,
-    )
-    return module
+    indices = [num_levels + level for level in levels]
+    return timm_model(name, pretrained, weights, features_only=True, out_indices=indices, **timm_kwargs)

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from pml_ext.modes import in_mode
 from pml_ext.pml_internals import ModuleWithRecords
+from pml_ext.refused import leaves_no_trace_where_refused
 from pml_ext.trunks.attention_layer import AttentionLayer
-from pml_ext.validation import check_count, check_edge_index, check_embeddings, check_mini_batches
+from pml_ext.validation import as_number, check_count, check_edge_index, check_embeddings, check_mini_batches
 
 Output = Literal["last", "cat"]
 
@@ -61,7 +62,8 @@ class IntraBatchRefiner(ModuleWithRecords):
         - output: ``(B, D)``, or ``(B, L * D)`` with "cat".
 
     Raises:
-        TypeError: If embeddings are no floating point tensor, or ``edge_index`` or ``batch`` no integers.
+        TypeError: If embeddings are no floating point tensor, ``edge_index`` or ``batch`` no integers, or ``dropout``
+            no number or one that requires a gradient.
         ValueError: If an argument or a shape breaks a rule; the message names it.
 
     Examples:
@@ -97,6 +99,7 @@ class IntraBatchRefiner(ModuleWithRecords):
             check_count(name, number)
         if embedding_size % heads:
             raise ValueError(f"heads must divide embedding_size = {embedding_size}, got {heads}")
+        dropout = as_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in 0 to 1, 1 excluded, got {dropout}")
         self.in_features = embedding_size
@@ -117,6 +120,7 @@ class IntraBatchRefiner(ModuleWithRecords):
             if not isinstance(module, nn.Identity):
                 module.reset_parameters()
 
+    @leaves_no_trace_where_refused
     def forward(self, embeddings: Tensor, edge_index: Tensor | None = None, batch: Tensor | None = None) -> Tensor:
         """Return the refined embeddings.
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import nn
 
 from pml_ext.trunks.wrappers import backbone_of, unwrapped
@@ -25,7 +26,8 @@ def param_groups(
         trunk: Its attribute ``backbone``, if it has one, is the backbone; the rest are new layers. Without such an
             attribute all of it is backbone. ``torch.compile``, ``DistributedDataParallel``, ``AveragedModel`` and
             ``nn.Sequential`` are looked through.
-        loss_func: Its parameters are the proxies, also where it is a part of ``trunk``.
+        loss_func: Its parameters are the proxies, also where it is a part of ``trunk`` or shares parameters with it. So
+            are those of PML's and our losses that are parts of ``trunk``, given or not.
         lr: Of the backbone, > 0.
         head_lr: Of the new layers, which ``trunk`` must then have. None: ``lr``.
         proxy_lr: Of the loss's parameters.
@@ -59,25 +61,32 @@ def param_groups(
             f"head_lr must be None for a trunk whose new layers are not known, got {head_lr} for a {kind} without the "
             "attribute backbone"
         )
-    parts: list[tuple[str, float, nn.Module]] = [("backbone", lr, trunk if backbone is None else backbone)]
-    parts.append(("new layers", lr if head_lr is None else head_lr, trunk))
+    losses = nn.ModuleList(m for m in trunk.modules() if isinstance(m, BaseMetricLossFunction))
+    parts = [("proxies", losses), ("backbone", trunk if backbone is None else backbone), ("new layers", trunk)]
     if loss_func is not None:
-        # First where the trunk contains the loss: whoever is first gets a parameter that two of them have.
-        inside = {id(p) for p in loss_func.parameters()} < {id(p) for p in trunk.parameters()}
-        parts.insert(0 if inside else len(parts), ("proxies", proxy_lr, loss_func))
-    groups, seen = [], set()
-    for name, rate, module in parts:
-        members: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        # Whoever is first gets a parameter that two of them have: the loss, unless the trunk is a part of it.
+        contains_trunk = {id(p) for p in trunk.parameters()} < {id(p) for p in loss_func.parameters()}
+        parts.insert(len(parts) if contains_trunk else 0, ("proxies", loss_func))
+    rates = {"backbone": lr, "new layers": lr if head_lr is None else head_lr, "proxies": proxy_lr}
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {
+        (name, decays): [] for name in rates for decays in (True, False)
+    }
+    seen = set()
+    for name, module in parts:
         for parameter in module.parameters():
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                members[parameter.ndim > 1].append(parameter)
-        for decays, params in members.items():
-            if params:
-                title = name if decays else f"{name}, no decay"
-                groups.append(
-                    {"name": title, "params": params, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
-                )
+                members[name, parameter.ndim > 1].append(parameter)
+    groups = [
+        {
+            "name": name if decays else f"{name}, no decay",
+            "params": params,
+            "lr": rates[name],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (name, decays), params in members.items()
+        if params
+    ]
     if not groups:
         raise ValueError("trunk must have a parameter that requires a gradient, got none")
     return groups

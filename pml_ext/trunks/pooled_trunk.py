@@ -2,11 +2,13 @@
 
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
+from pml_ext.learners import split_learners
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.precision import full_precision, upcast_half
+from pml_ext.refused import leaves_no_trace_where_refused
+from pml_ext.trunks.backbone_weights import Weights, load_weights, timm_model
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
 from pml_ext.trunks.model_names import check_model_name, count_levels, refuse_timm_options
 from pml_ext.trunks.second_order_attention import Style, attention_of_level, check_attention
@@ -33,6 +35,8 @@ class PooledTrunk(ModuleWithRecords):
             embedding is not normalised.
         feature_channels: C; needed for a module without timm's ``num_features``.
         collect_stats: As in PML.
+        weights: Of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state dict, or
+            "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``.
         **timm_kwargs: Passed to ``timm.create_model``: ``in_chans=1`` for grayscale, ``output_stride=8`` for small
             images, as in ``GlobalLocalTrunk``.
 
@@ -73,6 +77,7 @@ class PooledTrunk(ModuleWithRecords):
         num_learners: int = 1,
         feature_channels: int | None = None,
         collect_stats: bool | None = None,
+        weights: Weights = None,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__(collect_stats=collect_stats)
@@ -85,9 +90,10 @@ class PooledTrunk(ModuleWithRecords):
             raise TypeError(f"backbone must be a name or a torch.nn.Module, got {type(backbone).__name__}")
         if isinstance(backbone, str):
             check_model_name(backbone)
-            backbone = _LastMap(backbone, pretrained, timm_kwargs)
+            backbone = _LastMap(backbone, pretrained, weights, timm_kwargs)
         else:
             refuse_timm_options(pretrained, timm_kwargs)
+            load_weights(backbone, weights)
         if feature_channels is None:
             if not isinstance(getattr(backbone, "num_features", None), int):
                 raise ValueError("feature_channels must be given for a backbone without num_features, got None")
@@ -100,15 +106,17 @@ class PooledTrunk(ModuleWithRecords):
         self.num_learners = num_learners
         self.record("out_features", "num_learners")
 
+    @leaves_no_trace_where_refused
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings."""
         embeddings: Tensor = self.linear(self.pool(self.attention(self.feature_map(images))))
         if self.num_learners == 1:
             return embeddings
         with full_precision(images.device):  # in float16 the norm of a row of zeros would give NaN
-            slices = upcast_half(embeddings).reshape(len(embeddings), self.num_learners, -1)
+            slices = split_learners(upcast_half(embeddings), self.num_learners)
             return nn.functional.normalize(slices, dim=2).flatten(1).to(embeddings.dtype)
 
+    @leaves_no_trace_where_refused
     def feature_map(self, images: Tensor) -> Tensor:
         """Return the backbone's last feature map, ``(B, C, H, W)``.
 
@@ -130,10 +138,10 @@ class PooledTrunk(ModuleWithRecords):
 class _LastMap(nn.Module):
     """The last feature map of a timm model, ``(B, C, H, W)``."""
 
-    def __init__(self, name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> None:
+    def __init__(self, name: str, pretrained: bool, weights: Weights, timm_kwargs: dict[str, Any]) -> None:
         super().__init__()
         last = count_levels(name, timm_kwargs) - 1
-        model: Any = timm.create_model(name, pretrained, features_only=True, out_indices=[last], **timm_kwargs)
+        model: Any = timm_model(name, pretrained, weights, features_only=True, out_indices=[last], **timm_kwargs)
         self.model = model
         self.num_features: int = model.feature_info.channels()[-1]
         self.channels_last = getattr(model, "output_fmt", None) == "NHWC"

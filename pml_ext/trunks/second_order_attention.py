@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pml_ext.pml_internals import ModuleWithRecords
-from pml_ext.validation import check_settings
+from pml_ext.refused import leaves_no_trace_where_refused
+from pml_ext.validation import as_number, check_settings
 
 Style = Literal["printed", "solar", "normalized"]
 
@@ -51,6 +52,7 @@ class SecondOrderAttention(ModuleWithRecords):
         - features: ``(B, C, H, W)``, floating point. Output: the same.
 
     Raises:
+        TypeError: If ``attention_scale`` is no number, or requires a gradient, which it would not get.
         ValueError: If an argument or the shape of the features breaks a rule.
 
     Examples:
@@ -83,6 +85,7 @@ class SecondOrderAttention(ModuleWithRecords):
         width = in_features // reduction
         if attention_scale is None:
             attention_scale = 1.0 if style == "printed" else width**-0.5
+        attention_scale = as_number("attention_scale", attention_scale)
         check_settings({"attention_scale": attention_scale})
         self.in_features = in_features
         self.reduction = reduction
@@ -102,6 +105,7 @@ class SecondOrderAttention(ModuleWithRecords):
             self.norm = norm
         self.record("in_features", "reduction", "attention_scale", statistics=["attention_entropy"])
 
+    @leaves_no_trace_where_refused
     def forward(self, features: Tensor) -> Tensor:
         self._check(features)
         query, key, value = (_tokens(m(features)) for m in (self.query, self.key, self.value))
@@ -113,6 +117,7 @@ class SecondOrderAttention(ModuleWithRecords):
             self.attention_entropy = self._entropy(query, key)
         return features + self.norm(self.out(gathered))
 
+    @leaves_no_trace_where_refused
     def attention_map(self, features: Tensor) -> Tensor:
         """Return $A$, ``(B, HW, HW)``, float32: row i tells where position i looks, and sums to 1."""
         self._check(features)

@@ -108,7 +108,7 @@ def retrieval_report(
     """
     check_together("gallery", gallery, "gallery_labels", gallery_labels)
     embeddings = as_embeddings("embeddings", embeddings)
-    searched = embeddings if gallery is None else as_embeddings("gallery", gallery, like=embeddings)
+    searched = embeddings if gallery is None else as_embeddings("gallery", gallery, width=embeddings.shape[1])
     codes = class_codes(labels, len(embeddings), gallery_labels, len(searched))
     if images is not None:
         check_images("images", images, len(embeddings))
@@ -217,19 +217,27 @@ def _search(unit: Tensor, gallery: Tensor, codes: ClassCodes, num_neighbors: int
             metrics[rows, i] = query_values(name, of_neighbor == of_query, others)  # 0 / 0 where there is no other
         pairs = of_query * num_classes + of_neighbor  # (n, k)
         within = torch.arange(pairs.shape[1]) < others[:, None]
-        first.append(pairs[:, 0])
-        among_r.append(torch.stack(torch.unique(pairs[within], return_counts=True)))
+        first.append(pairs[:, 0].clone())  # a view would keep all pairs
+        among_r.append(_counted(pairs[within], num_classes**2))
     metrics[num_right == 0] = torch.nan
     similarity = (unit * gallery[nearest[:, 0]]).sum(1)
-    firsts = torch.stack(torch.unique(torch.cat(first), return_counts=True))
     return _Search(
         metrics,
         num_right,
         nearest,
         similarity,
-        _as_pairs(firsts, num_classes),
+        _as_pairs(_counted(torch.cat(first), num_classes**2), num_classes),
         _as_pairs(torch.cat(among_r, 1), num_classes),
     )
+
+
+def _counted(codes: Tensor, num_codes: int) -> Tensor:
+    """Return the codes that occur, from 0 to ``num_codes - 1``, and how often, ``(2, n)``."""
+    if num_codes > len(codes):
+        return torch.stack(torch.unique(codes, return_counts=True))
+    counts = torch.bincount(codes)  # needs no sort
+    (occurring,) = counts.nonzero(as_tuple=True)
+    return torch.stack([occurring, counts[occurring]])
 
 
 def _as_pairs(codes: Tensor, num_classes: int) -> dict[tuple[int, int], int]:

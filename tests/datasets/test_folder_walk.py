@@ -48,6 +48,8 @@ EIGHT = [f"c{c}/{i}.png" for c in range(4) for i in range(2)]
         ({"c9": "c1"}, ["c9"]),  # one folder, one class
         ({"c9": "."}, ["c9"]),
         ({"c9": ".."}, ["c9"]),
+        ({"c0/x.png": "../c1/0.png"}, ["c0/x.png"]),  # an image has one class
+        ({"c0/x.png": "0.png", "c0/y.png": "x.png"}, ["c0/x.png", "c0/y.png"]),
     ],
 )
 def test_links_do_not_repeat_images(root, links, left_out):
@@ -67,9 +69,12 @@ def test_linked_folders_and_files_count(root):
     (root / "c4").symlink_to(elsewhere / "c4")
     (root / "c3" / "more").symlink_to(elsewhere / "more")
     (root / "c2" / "2.jpg").symlink_to(elsewhere / "one.jpg")
+    (root / "c3" / "again.jpg").symlink_to(elsewhere / "one.jpg")  # which has its class
+    touch(root / "c1" / "image.bin")
+    (root / "c1" / "named.jpg").symlink_to("image.bin")
     (root / "c2" / "lost.jpg").symlink_to(elsewhere / "nothing.jpg")  # reading tells that it is lost
-    expected = sorted([*EIGHT, "c4/0.png", "c3/more/9.png", "c2/2.jpg", "c2/lost.jpg"])
-    check_classes(root, expected, ["c4/up"])
+    expected = sorted([*EIGHT, "c4/0.png", "c3/more/9.png", "c2/2.jpg", "c2/lost.jpg", "c1/named.jpg"])
+    check_classes(root, expected, ["c1/image.bin", "c3/again.jpg", "c4/up"])
 
 
 def test_images_are_found_where_they_lie(root):

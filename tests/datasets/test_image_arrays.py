@@ -48,6 +48,12 @@ def test_the_data_stays_as_it_is():
     [
         (GRAY.astype(np.float32), [0, 1, 2], TypeError, "images must have dtype uint8, got float32"),
         (torch.zeros(3, 4, 4), [0, 1, 2], TypeError, r"images must have dtype uint8, got torch\.float32"),
+        (
+            torch.empty(3, 4, 5, dtype=torch.uint8, device="meta"),
+            [0, 1, 2],
+            ValueError,
+            "images must hold numbers, got",
+        ),
         (GRAY[0], [0] * 4, ValueError, r"images must have shape \(N, H, W\) or \(N, H, W, 3\), got \(4, 5\)"),
         (COLOR[..., :1], [0, 1, 2], ValueError, r"\(N, H, W, 3\), got \(3, 4, 5, 1\)"),
         (GRAY[:0], [], ValueError, r"images must not be empty, got shape \(0, 4, 5\)"),

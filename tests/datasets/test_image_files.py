@@ -4,12 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pml_ext.datasets import ClassSubset, ImageReader
 from pml_ext.datasets.image_files import ImageFiles, broken_images
-from pml_ext.datasets.readable import Readable
 from tests.datasets.test_image_reader import write_png
 
 LABELS = [0, 1, 0, 1, 0, 2]
@@ -95,19 +93,21 @@ def test_skip_broken_is_checked_and_kept(files):
     assert kept.skip_broken and kept.reader == ImageReader(white=9) and kept.paths == files.paths
 
 
-def test_readable(files):
-    files.transform = lambda image: torch.from_numpy(np.array(image))[0, :2, 0].float()
-    readable = Readable(files, torch.zeros(2))
-    images, labels = next(iter(torch.utils.data.DataLoader(readable, batch_size=6)))
-    assert labels.tolist() == [0, 1, -1, -1, 0, 2]
-    assert images[:, 0].tolist() == [0, 10, 0, 0, 40, 50]
-    files.transform = lambda image: 1 / 0  # no fault of the file
-    with pytest.raises(ZeroDivisionError):
-        readable[0]
-
-
 def test_the_reader_is_used(tmp_path):
     Image.new("RGBA", (2, 2)).save(tmp_path / "a.png")
     files = ImageFiles([tmp_path / "a.png"], [0], reader=ImageReader(background="black"))
     assert np.asarray(files[0][0]).max() == 0
     assert np.asarray(ImageFiles([tmp_path / "a.png"], [0])[0][0]).min() == 255
+
+
+def test_the_largest_value_of_all_files_becomes_white(tmp_path):
+    for name, largest in (("a", 400), ("b", 1600), ("c", 800)):
+        Image.fromarray(np.array([[0, largest]], dtype=np.uint16)).save(tmp_path / f"{name}.png")
+    (tmp_path / "d.png").write_text("no image")
+    Image.new("L", (2, 1), 77).save(tmp_path / "e.png")
+    paths = [tmp_path / f"{name}.png" for name in "abcde"]
+    files = ImageFiles(paths, [0, 1, 1, 1, 1], reader=ImageReader("black", white="largest"))
+    assert files.reader == ImageReader("black", white=1600)
+    assert [np.asarray(files[i][0]).max() for i in (0, 1, 2, 4)] == [64, 255, 128, 77]
+    without = ImageFiles(paths[3:], [0, 1], reader=ImageReader(white="largest"))  # nothing to scale
+    assert without.reader.white == 65535

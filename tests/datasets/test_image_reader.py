@@ -231,3 +231,18 @@ def test_bad_settings(settings, error, message):
 
 def test_pictures_of_reports_lie_on_white():
     assert as_image(Image.new("RGBA", (1, 1)), "images[0]").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_gray_of_16_bits_with_a_transparent_value(tmp_path):
+    """Black is transparent, as in the chunk that a PNG of gray values has for it."""
+    image = Image.fromarray(np.array([[0, 30000]], dtype=np.uint16))
+    image.save(tmp_path / "a.png", transparency=0)
+    assert pixels(tmp_path / "a.png")[0].tolist() == [[255, 255, 255], [117, 117, 117]]
+    values = pixels(tmp_path / "a.png", background="#010203", white=30000)[0]
+    assert values.tolist() == [[1, 2, 3], [255, 255, 255]]
+
+
+def test_dark_colours_of_16_bits_are_told_where_some_are_transparent(tmp_path):
+    write_png(tmp_path / "a.png", 16, 4, [[0, 0, 1000, 65535]] * 2)  # two pixels: gray, alpha
+    with pytest.warns(UserWarning, match="16 bits and no value above 1023"):
+        read_image(tmp_path / "a.png")

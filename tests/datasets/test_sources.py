@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pml_ext.datasets import Glyphs, open_data
+from pml_ext.datasets import Glyphs, ImageReader, open_data
 from tests.datasets.test_in_shop import ROWS, make_in_shop
 
 LABELS = np.array([4, 0, 1, 4, 3, 1, 3, 0])  # 2 is missing
@@ -132,6 +132,8 @@ def test_class_embeddings_follow_the_classes(tmp_path):
         assert data.class_embeddings.tolist() == [[-2, -3], [-8, -9]]
         assert data.class_embeddings.dtype == torch.float32
         assert not data.class_embeddings.requires_grad
+    for rows in (ROWS_OF[::-1].copy()[::-1], ROWS_OF.astype(">f4")):  # negative strides, another byte order
+        assert open_data(path, class_embeddings=rows).class_embeddings.tolist() == [[2, 3], [8, 9]]
     assert open_data(path, class_embeddings=ROWS_OF[2:4]).class_embeddings.tolist() == [[4, 5], [6, 7]]  # of training
     unfit = write_npz(tmp_path / "unfit.npz", class_embeddings=ROWS_OF[:3])
     assert open_data(unfit, class_embeddings=ROWS_OF).class_embeddings.tolist() == [[0, 1], [2, 3]]  # not looked at
@@ -153,6 +155,11 @@ def test_class_embeddings_follow_the_classes(tmp_path):
         (np.ones((5, 2), int), TypeError, "class_embeddings must have a floating point dtype, got int64"),
         (np.array(["a", "b"]), TypeError, "class_embeddings must have a floating point dtype"),
         (np.ones(5), ValueError, r"class_embeddings must have shape \(C, E\), got \(5,\)"),
+        (
+            torch.ones(5, 2, device="meta"),
+            ValueError,
+            "class_embeddings must hold numbers, got a tensor on the meta dev",
+        ),
         (np.ones((5, 0)), ValueError, r"class_embeddings must have shape \(C, E\), got \(5, 0\)"),
         ("nowhere.npy", FileNotFoundError, "class_embeddings must be an existing file, got nowhere.npy"),
         ("text.csv", ValueError, r"class_embeddings must be a \.npy or \.npz file, got .*text\.csv"),
@@ -396,3 +403,17 @@ def test_a_folder_with_a_known_name(tmp_path, monkeypatch):
         assert open_data(source).train.class_names == ["a", "b"]
     with pytest.raises(ValueError, match="root must be the folder of cub, got None"):
         open_data("cub")
+
+
+@pytest.mark.parametrize("layout", ["classes", "splits"])
+def test_the_largest_value_of_the_training_images_becomes_white(layout, tmp_path):
+    """Of the whole data, whose test images may have larger ones."""
+    for i, name in enumerate(("ant", "bee", "cat", "dog")):
+        folder = tmp_path / ("train" if i < 2 else "test") / name if layout == "splits" else tmp_path / name
+        folder.mkdir(parents=True)
+        Image.fromarray(np.array([[0, 500 * (i + 1)]], dtype=np.uint16)).save(folder / "0.png")
+    data = open_data(tmp_path, reader=ImageReader(turn=False, white="largest"))
+    for view in (data.train, data.test):
+        assert view.dataset.reader == ImageReader(turn=False, white=1000)
+    assert [np.asarray(image).max() for image, _ in data.train] == [128, 255]
+    assert [np.asarray(image).max() for image, _ in data.test] == [255, 255]

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from pml_ext.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from pml_ext.losses import CrossBatchMemory, MultiSimilarityLoss, ProxyAnchorLoss
+from tests.contract.battery import cloned
 from tests.contract.cases import CASES, LABELS, SIZE, make
 from tests.distributed.test_sharding import DATA, MAKERS, build, proxy_anchor
 
@@ -69,3 +70,17 @@ def test_one_rank(tmp_path):
 def test_without_ranks():
     with pytest.raises(ValueError, match=r"process_group must be given after torch\.distributed\.init_process_group"):
         ProxyAnchorLoss(5, SIZE, process_group="all")
+
+
+def test_a_miner_with_hooks_and_one_that_refuses():
+    mining = DistributedMinerWrapper(miners.PairMarginMiner(pos_margin=-1.0, neg_margin=3.0, collect_stats=True))
+    mining.register_forward_pre_hook(cloned, with_kwargs=True)
+    expected = mining(DATA, LABELS)
+    assert len(expected[0])
+    for found, pairs in zip(mining(DATA, LABELS, DATA, LABELS), expected, strict=True):
+        assert torch.equal(found, pairs)
+    statistics = mining.miner.num_pos_pairs, mining.miner.pos_pair_dist
+    assert all(statistics)
+    with pytest.raises(ValueError, match="Number of embeddings must equal number of labels"):
+        mining(DATA, LABELS[:5])
+    assert (mining.miner.num_pos_pairs, mining.miner.pos_pair_dist) == statistics

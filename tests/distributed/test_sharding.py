@@ -1,8 +1,10 @@
 """Losses whose classes are split over two and three gloo processes, against one process that has them all."""
 
+import contextlib
 import copy
 import gc
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pml_ext.distributed import DistributedLossWrapper
 from pml_ext.losses import AdaptiveAdditiveMarginLoss, EnsembleLoss, HybridLoss, ProxyAnchorLoss
+from pml_ext.streaming import margin_softmax
 from tests.contract.cases import LABELS, SIZE, embeddings
 from tests.processes import start
 
@@ -46,6 +49,7 @@ MAKERS = {
     "AdaptiveAdditiveMarginLoss, cosine": margin(class_embeddings=NAMES),
     "AdaptiveAdditiveMarginLoss, euclidean": margin(class_embeddings=NAMES, class_metric="euclidean", chunk_size=2),
     "AdaptiveAdditiveMarginLoss, table": margin(class_distances=DISTANCES, direction="similarity", chunk_size=1),
+    "AdaptiveAdditiveMarginLoss, memory": margin(class_embeddings=NAMES, chunk_size=1, memory=10**4),
     "HybridLoss": lambda group: HybridLoss(5, SIZE, proxy_weight=1.0, process_group=group),
     "EnsembleLoss": lambda group: EnsembleLoss(lambda: ProxyAnchorLoss(5, SIZE // 2, process_group=group), 2),
 }
@@ -101,6 +105,16 @@ def together(make, group, rows, labels, mined=None):
         "rows": [len(p.to_local()) for p in loss_func.parameters() if isinstance(p, DTensor)],
         "buffers": {name: tuple(x.to_local().shape) for name, x in loss_func.named_buffers() if isinstance(x, DTensor)},
     }
+
+
+FAILING = [
+    ("ProxyAnchorLoss", "", "compute_loss"),
+    ("ProxyAnchorLoss", "", "reduce_terms"),
+    ("AdaptiveAdditiveMarginLoss, cosine", "", "_class_margins"),
+    ("AdaptiveAdditiveMarginLoss, cosine", "", "reduce_terms"),
+    ("HybridLoss", "pair_loss", "compute_loss"),
+    ("HybridLoss", "", "reduce_terms"),
+]
 
 
 def error_of(call):
@@ -205,6 +219,18 @@ def others(rank, world, group, rows, folder):
     observed["logits"] = error_of(lambda: wrapped.loss.get_logits(DATA))
     observed["distance"] = error_of(lambda: proxy_anchor(distance=distances.LpDistance())(group))
     observed["group"] = error_of(lambda: proxy_anchor()("all"))
+    # a rank that fails at different points of a loss
+    for name, part, method in FAILING:
+        wrapped = DistributedLossWrapper(MAKERS[name](group).double())
+        wrapped(DATA[rows], LABELS[rows])
+        broken = mock.patch.object(wrapped.loss.get_submodule(part), method, side_effect=RuntimeError("out of memory"))
+        with broken if rank == 1 else contextlib.nullcontext():
+            observed["fails", name, part, method] = error_of(lambda w=wrapped: w(DATA[rows], LABELS[rows]))
+        observed["goes on", name, part, method] = error_of(lambda w=wrapped: w(DATA[rows], LABELS[rows]))
+    wrapped = DistributedLossWrapper(MAKERS["AdaptiveAdditiveMarginLoss, cosine"](group).double())
+    broken = mock.patch.object(margin_softmax, "_losses", side_effect=RuntimeError("out of memory"))
+    with broken if rank == 1 else contextlib.nullcontext():  # between two exchanges
+        observed["fails", "walk"] = error_of(lambda: wrapped(DATA[rows], LABELS[rows]))
     copied = copy.deepcopy(wrapped.loss)
     observed["copy"] = torch.equal(whole(copied.proxies), whole(wrapped.loss.proxies)) and (
         copied.proxies.to_local().data_ptr() != wrapped.loss.proxies.to_local().data_ptr()
@@ -305,6 +331,15 @@ def test_proxies_start_as_those_of_an_unsplit_loss(observed):
         part = -(-900 // len(observed[0]))
         assert not torch.equal(one["mesh"][:part], one["mesh"][part : 2 * part])
         assert torch.equal(one["mesh"], observed[0][0]["mesh"])
+
+
+def test_a_rank_that_fails_is_an_error_on_all(observed):
+    for rank, one in enumerate(observed[0]):
+        expected = "RuntimeError: out of memory" if rank == 1 else "ValueError: all ranks must be given a valid batch"
+        for key in (("walk",), *FAILING):
+            assert one[("fails", *key)].startswith(expected), key
+        for key in FAILING:
+            assert one[("goes on", *key)] == "no error"
 
 
 def test_errors_and_copies(observed):

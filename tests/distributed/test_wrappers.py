@@ -14,6 +14,7 @@ from pytorch_metric_learning import losses, miners, reducers
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from pml_ext import set_validation
 from pml_ext.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from pml_ext.distributed.collectives import shared_random_state
 from pml_ext.losses import CrossBatchMemory, HybridLoss, IntraBatchLoss, MultiSimilarityLoss, ProxyAnchorLoss
@@ -140,6 +141,13 @@ def differ(wrapped, key):
     elif key == "parameters":
         with torch.no_grad():
             loss_func.proxy_loss.proxies[0, 0] += 1
+    elif key == "order":
+        with torch.no_grad():
+            loss_func.proxy_loss.proxies.copy_(loss_func.proxy_loss.proxies.flip(0))
+    elif key == "frozen":
+        loss_func.proxy_loss.proxies.requires_grad_(False)
+    elif key == "tensor":
+        loss_func.pair_loss.alpha = torch.tensor(3.0)
     else:
         wrapped.efficient = True
 
@@ -308,6 +316,7 @@ def others(rank, world, rows, splits):
     own = DATA[rows], LABELS[rows]
     observed["itself, hooks"] = copying(*own, None, *own), MultiSimilarityLoss()(DATA, LABELS)
     mining = DistributedMinerWrapper(miners.PairMarginMiner(pos_margin=-1.0, neg_margin=3.0))
+    mining.register_forward_pre_hook(cloned, with_kwargs=True)
     observed["itself, mined"] = mining(*own, *own), mining(*own)
 
     # a rank that fails inside of the loss, after it has changed
@@ -325,8 +334,9 @@ def others(rank, world, rows, splits):
     def weighted():
         return DistributedLossWrapper(HybridLoss(NUM_CLASSES, SIZE, proxy_weight=0.03).double())
 
-    for key in ("weight", "mode", "reducer", "parameters", "efficient"):
+    for key in ("weight", "mode", "reducer", "parameters", "order", "frozen", "tensor", "efficient"):
         wrapped = weighted()
+        wrapped.loss.pair_loss.alpha = torch.tensor(2.0)
         if rank == 1:
             differ(wrapped, key)
         observed["differs", key] = error_of(lambda w=wrapped: w(DATA[rows], LABELS[rows]))
@@ -336,6 +346,23 @@ def others(rank, world, rows, splits):
     observed["differs", "later"] = error_of(lambda: wrapped(DATA[rows], LABELS[rows]))
     miner = DistributedMinerWrapper(miners.MultiSimilarityMiner(epsilon=0.1 + rank))
     observed["differs", "miner"] = error_of(lambda: miner(DATA[rows], LABELS[rows]))
+
+    memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=30))
+    memory.loss.has_been_filled = rank == 1
+    observed["differs", "filled"] = error_of(lambda: memory(DATA[rows], LABELS[rows]))
+
+    # a miner that fails on one rank, or gives what cannot be
+    for efficient in (False, True):
+        mining = DistributedMinerWrapper(miners.BatchHardMiner(collect_stats=True), efficient=efficient)
+        mining(DATA[rows], LABELS[rows])
+        statistics = mining.miner.hardest_pos_pair
+        found = mining.miner.mine
+        for key, broken in (("fails", out_of_memory), ("far", lambda *_: (torch.tensor([99]),) * 3)):
+            mining.miner.mine = broken if rank == 1 and not (efficient and key == "far") else found
+            observed["miner", key, efficient] = error_of(lambda m=mining: m(DATA[rows] * 2, LABELS[rows]))
+        observed["miner", "statistics", efficient] = mining.miner.hardest_pos_pair, statistics
+        mining.miner.mine = found
+        observed["miner", "goes on", efficient] = error_of(lambda m=mining: m(DATA[rows], LABELS[rows]))
 
     # bad input on one rank
     wrapped = DistributedLossWrapper(ProxyAnchorLoss(NUM_CLASSES, SIZE).double())
@@ -367,6 +394,15 @@ def others(rank, world, rows, splits):
     observed["negative labels"] = error_of(
         lambda: DistributedLossWrapper(losses.ContrastiveLoss())(DATA[rows], LABELS[rows] - 1)
     )
+    observed["uint64"] = error_of(lambda: pairs(DATA[rows], LABELS[rows].to(torch.uint64)))
+    observed["complex"] = error_of(lambda: pairs(DATA[rows], LABELS[rows] * (1j if rank == 1 else 1)))
+    refs = DATA[rows] + 1, LABELS[rows]
+    observed["one object"] = error_of(
+        lambda: pairs(DATA[rows], refs[1], None, refs[0], refs[1].clone() if rank == 1 else refs[1])
+    )
+    set_validation(False)
+    observed["shape"] = error_of(lambda: pairs(DATA[rows][0] if rank == 1 else DATA[rows], LABELS[rows]))
+    set_validation(True)
     differing = tuple(torch.tensor([0, 1 + rank]) for _ in range(3))
     observed["tuples differ"] = error_of(lambda: pairs(DATA[rows], LABELS[rows], differing))
     return observed
@@ -510,6 +546,8 @@ def test_bad_input_raises_on_all_ranks(observed):
             "mask too long": "ValueError: enqueue_mask must be a bool tensor of shape",
             "memory, refs": "ValueError: ref_emb must not be given with CrossBatchMemory",
             "miner": "ValueError: embeddings must have shape",
+            "complex": "TypeError: labels must have an integer dtype",
+            "shape": "ValueError: not enough values",
         }
         for key, message in told.items():
             expected = (
@@ -520,6 +558,8 @@ def test_bad_input_raises_on_all_ranks(observed):
             assert one[key].startswith("ValueError: embeddings must have one width and dtype on all ranks"), one[key]
         assert "indices_tuple must be given on all ranks or on none" in one["tuple on one"]
         assert "indices_tuple must be the same on all ranks" in one["tuples differ"]
+        assert "ref_labels must be the object labels on all ranks or on none" in one["one object"]
+        assert one["uint64"] == "no error"
 
 
 def test_the_batch_itself(observed):
@@ -541,12 +581,28 @@ def test_a_rank_that_fails_inside_of_the_loss_is_an_error_on_all(observed):
         assert one["memory goes on"] == "no error"
 
 
+@pytest.mark.parametrize("efficient", [False, True])
+def test_a_rank_whose_miner_fails_is_an_error_on_all(observed, efficient):
+    for rank, one in enumerate(observed):
+        told = "ValueError: all ranks must be given a valid batch"
+        assert one["miner", "fails", efficient].startswith("RuntimeError: out of memory" if rank == 1 else told)
+        if not efficient:
+            assert one["miner", "far", efficient].startswith("IndexError" if rank == 1 else told)
+            after, before = one["miner", "statistics", efficient]
+            assert after == before != 0
+        assert one["miner", "goes on", efficient] == "no error"
+
+
 def test_settings_that_differ_are_noticed_at_the_first_call(observed):
     names = {
         "weight": "loss.proxy_weight",
         "mode": "loss.proxy_loss.training",
         "reducer": "loss.pair_loss.reducer",
         "parameters": "loss.proxy_loss.proxies",
+        "order": "loss.proxy_loss.proxies",
+        "frozen": "loss.proxy_loss.proxies",
+        "tensor": "loss.pair_loss.alpha",
+        "filled": "loss.extra state",
         "efficient": "efficient",
         "miner": "miner.epsilon",
     }

@@ -62,6 +62,14 @@ def test_large_labels_stay_apart():
     assert calculator.get_accuracy(X, Y + 2**31) == right
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_clusters_of_any_dtype(dtype):
+    """k-means gets float32, as PML gives it; NumPy has no bfloat16."""
+    calculator = AccuracyCalculator(include=("NMI",), device="cpu")
+    x = X.bfloat16().to(dtype)
+    assert calculator.get_accuracy(x, Y) == pytest.approx(calculator.get_accuracy(x.float(), Y), abs=1e-9)
+
+
 class _Data(torch.utils.data.Dataset):
     def __init__(self, rows):
         self.rows = rows
@@ -97,6 +105,14 @@ def test_bad_arguments():
         calculator.get_accuracy(X[:5], Y[:5], X[5:], Y[5:], ref_includes_query=True)
     with pytest.raises(ValueError, match="reference must begin with the rows of query"):
         calculator.get_accuracy(X, Y, X[:5], Y[:5], ref_includes_query=True)
+    with pytest.raises(ValueError, match="reference_labels must come with reference, got reference alone"):
+        calculator.get_accuracy(X, Y, X)  # would be compared with the labels of queries
+    with pytest.raises(ValueError, match="reference must come with reference_labels"):
+        calculator.get_accuracy(X, Y, None, Y)
+    with pytest.raises(ValueError, match=r"query_labels must have shape \(90,\), one for each row, got \(90, 1\)"):
+        calculator.get_accuracy(X, Y[:, None])
+    with pytest.raises(ValueError, match="chunk_size must be an integer >= 1, got 0"):
+        AccuracyCalculator(chunk_size=0)
     with pytest.raises(ValueError, match="Primary metrics"):
         AccuracyCalculator(include=("recall",))
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,7 @@ def test_types_may_differ_between_queries_and_gallery():
         [True, False, True, 7],
         ["1", 1, "1", 2],
         [torch.tensor(3), 4, np.int8(3), 5],
+        [np.array(3), 4, np.array(3), 5],
         "pandas",
         "categories",
         "nullable",
@@ -83,6 +86,9 @@ def test_ignored():
         ([[1], [2]], TypeError, r"got \[1\] at position 0"),
         ("ab", TypeError, "labels must be a tensor, an array or a sequence, one for each row, got 'ab'"),
         (5, TypeError, "labels must be a tensor, an array or a sequence, one for each row, got 5"),
+        ({0: "a", 1: "a"}, TypeError, "labels must be a tensor, an array or a sequence, .*got {0: 'a', 1: 'a'}"),
+        ({4, 7}, TypeError, "labels must be a tensor, an array or a sequence, .*got {4, 7}"),  # without an order
+        (np.ma.masked_array([1, 2], mask=[False, True]), TypeError, "got None at position 1"),
         (np.array([[1], [2]]), ValueError, r"labels must have shape \(2,\), one for each row, got \(2, 1\)"),
         ([1], ValueError, "labels must have one entry for each of 2 rows, got 1"),
         (np.array(["2020-01-01"] * 2, dtype="datetime64[D]"), TypeError, "got datetime64"),
@@ -91,6 +97,14 @@ def test_ignored():
 def test_bad_labels(labels, error, message):
     with pytest.raises(error, match=message):
         class_codes(labels, 2)
+
+
+@pytest.mark.parametrize("ignore_label", [[-1, 3], (-1,), torch.tensor([-1, 3]), np.array([-1]), math.nan, -1.0, {-1}])
+def test_one_label_is_ignored(ignore_label):
+    """Several would be equal to no label: nothing would be ignored."""
+    with pytest.raises(TypeError, match="ignore_label must be one integer, string or bool, got"):
+        class_codes([3, -1], 2, ignore_label=ignore_label)
+    assert class_codes([3, -1], 2, ignore_label=np.array(-1)).classes == [3]
 
 
 def test_missing_values_of_pandas():

@@ -8,12 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning.utils import accuracy_calculator
 
-from pml_ext.evaluation import METRICS, retrieval_metrics
+from pml_ext.evaluation import METRICS, AccuracyCalculator, retrieval_metrics
 from pml_ext.evaluation.ranking import RANKED
 from tests.evaluation.reference import values_of_queries
 
 ALL = (*RANKED, "precision_at_k", "recall_at_k", "hit_rate_at_k")
 KS = (1, 2, 4, 8)
+
+
+X, Y = torch.randn(6, 3), [0, 0, 1, 1, 2, 2]
+BAD = X.clone()
+BAD[4] = math.nan
+HUGE = X.clone()
+HUGE[2] *= 1e20
 
 
 def expected(values, average):
@@ -163,6 +170,38 @@ def test_float64_is_not_rounded():
     assert rounded["precision_at_1"] == 0.5  # a tie: by index
 
 
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_gallery_is_not_rounded_to_the_dtype_of_queries(narrow):
+    """Its last row is the nearest, by a difference that only the gallery's dtype holds."""
+    wide = torch.float64 if narrow == torch.float32 else torch.float32
+    step = 1e-9 if narrow == torch.float32 else 1e-4
+    gallery = torch.tensor([[1.0], [1.0 + step], [1.0 + 2 * step]], dtype=wide)
+    queries = torch.tensor([[2.0]], dtype=narrow)
+    assert retrieval_metrics(queries, [1], gallery, [0, 0, 1])["precision_at_1"] == 1.0
+    calculator = AccuracyCalculator(include=("precision_at_1",), device="cpu")
+    assert calculator.get_accuracy(queries, [1], gallery, [0, 0, 1]) == {"precision_at_1": 1.0}
+
+
+def test_distances_that_would_overflow_are_refused():
+    """Else an infinite distance would be as far as the query itself, which is left out by one: MAP was 1.25."""
+    x = torch.tensor([[1.8e19], [-1.8e19], [1.0], [-1.8e19]])
+    with pytest.raises(ValueError, match=r"got 1.8e\+19, distances of which torch.float32 cannot hold, in row 0"):
+        retrieval_metrics(x, [0, 1, 0, 1])
+    metrics = retrieval_metrics(x / 2, [0, 1, 1, 0], metrics=("mean_average_precision",))
+    assert metrics["mean_average_precision"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 3) / 4)
+
+
+@pytest.mark.parametrize("k", [np.int64(3), torch.tensor(3), np.array([3]), torch.tensor([3]), range(3, 4)], ids=repr)
+def test_kinds_of_k(k):
+    names = list(retrieval_metrics(X, Y, metrics=iter(["recall_at_k"]), k=k))
+    assert names[0] == "recall_at_3" and len(names) == 3
+
+
+def test_k_may_be_huge():
+    metrics = retrieval_metrics(X, Y, metrics=("precision_at_k", "recall_at_k"), k=10**20)
+    assert metrics[f"recall_at_{10**20}"] == 1.0 and metrics[f"precision_at_{10**20}"] == pytest.approx(1e-20)
+
+
 @pytest.mark.parametrize(
     "form", ["reversed", "other byte order", "read only", "columns of a larger one", "with a graph"]
 )
@@ -196,11 +235,6 @@ def test_progress(capsys):
     assert "searching" in capsys.readouterr().err
 
 
-X, Y = torch.randn(6, 3), [0, 0, 1, 1, 2, 2]
-BAD = X.clone()
-BAD[4] = math.nan
-HUGE = X.clone()
-HUGE[2] *= 1e20
 OTHERS = {"gallery": X, "gallery_labels": Y}
 
 
@@ -209,7 +243,10 @@ OTHERS = {"gallery": X, "gallery_labels": Y}
     [
         ((BAD, Y), {}, ValueError, "embeddings must be finite, got nan in row 4; 1 of 6 rows: 4"),
         ((X / 0, Y), {}, ValueError, r"finite, got -?inf in row 0; 6 of 6 rows: 0, 1, 2, 3, 4, \.\.\."),
-        ((HUGE, Y), {}, ValueError, r"got .*e\+\d\d, the square of which torch.float32 cannot hold"),
+        ((HUGE, Y), {}, ValueError, r"got .*e\+\d\d, distances of which torch.float32 cannot hold"),
+        ((np.ma.masked_array(X, X[3, 1] == X), Y), {}, ValueError, "embeddings must be finite, got nan in row 3"),
+        ((X.to_sparse(), Y), {}, ValueError, "embeddings must hold a number at each place, .* torch.sparse_coo"),
+        ((X.to("meta"), Y), {}, ValueError, "embeddings must hold a number at each place, .* on meta"),
         ((X, Y, BAD, Y), {}, ValueError, "gallery must be finite, got nan in row 4"),
         ((X, Y, X[:, :2], Y), {}, ValueError, r"gallery must have shape \(N, 3\), got \(6, 2\)"),
         ((X[0], Y), {}, ValueError, r"embeddings must have shape \(N, D\), got \(3,\)"),
@@ -226,8 +263,10 @@ OTHERS = {"gallery": X, "gallery_labels": Y}
         ((X, Y), {"metrics": ("map",)}, ValueError, "metrics must be precision_at_k, .*, got 'map'"),
         ((X, Y), {"metrics": ("recall_at_0",)}, ValueError, "metrics must be"),
         ((X, Y), {"metrics": "r_precision"}, ValueError, "metrics must be a sequence of names, .*'r_precision'"),
-        ((X, Y), {"metrics": ()}, ValueError, r"metrics must be a sequence of names, at least one, got \(\)"),
+        ((X, Y), {"metrics": ()}, ValueError, r"metrics must be a sequence of names, at least one, got \[\]"),
         ((X, Y), {"k": 0}, ValueError, "k must be an integer >= 1, got 0"),
+        ((X, Y), {"k": 3.0}, ValueError, "k must be an integer >= 1, got 3.0"),
+        ((X, Y), {"metrics": None}, ValueError, "metrics must be a sequence of names, at least one, got None"),
         ((X, Y), {"k": ()}, ValueError, r"k must be an integer or a sequence .*got \(\)"),
         ((X, Y), {"average": "weighted"}, ValueError, "average must be 'micro', 'macro' or None, got 'weighted'"),
         ((X, Y), {"average": None, "metrics": ("NMI",)}, ValueError, "average must be 'micro' or 'macro' for NMI"),

@@ -191,6 +191,18 @@ def test_dense_and_streamed_agree(monkeypatch):
     torch.testing.assert_close(streamed(EMB, LABELS), value, rtol=1e-12, atol=0)
 
 
+def test_memory_reaches_the_walk_and_changes_no_state():
+    plain, keeping = (make(class_embeddings=TEXT, chunk_size=2, memory=memory) for memory in (0, 10**4))
+    assert keeping.state_dict().keys() == plain.state_dict().keys()
+    losses = []
+    for loss_func, expected in ((plain, 1), (keeping, 3)):  # 9 samples of width 5: one chunk of three fits unasked
+        loss_func.set_reducer(DoNothingReducer())
+        losses.append(loss_func(EMB, LABELS)["loss"]["losses"])
+        assert sum(x is not None for x in losses[-1].grad_fn.kept) == expected
+    grads = [torch.autograd.grad(x.sum(), f.proxies)[0] for x, f in zip(losses, (plain, keeping), strict=True)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
+
+
 def test_class_descriptions_are_buffers_and_not_trained():
     loss_func = make(torch.float32, class_embeddings=TEXT)
     assert [name for name, _ in loss_func.named_parameters()] == ["proxies"]
@@ -350,6 +362,7 @@ def test_compiles(num_classes):
         ({"margin_scale": math.inf}, ValueError, "margin_scale must be finite, got inf"),
         ({"base_margin": math.nan}, ValueError, "base_margin must be finite, got nan"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be None or an integer >= 1, got 0"),
+        ({"memory": -1}, ValueError, "memory must be an integer >= 0, in bytes, got -1"),
         ({"direction": "far"}, ValueError, "direction must be one of distance, similarity, got 'far'"),
         ({"class_metric": "l1"}, ValueError, "class_metric must be one of cosine, euclidean, squared_euclidean, got"),
         (

@@ -182,3 +182,10 @@ def test_what_is_no_embedding():
         split_learners([[1.0, 2.0]], 2, "refs")
     with pytest.raises(ValueError, match="embeddings must hold numbers, got a tensor on the meta device"):
         learner_similarity(torch.ones(2, 4, device="meta"), 2)
+
+
+@pytest.mark.parametrize("emb", [torch.ones(3, 4).long(), torch.full((3, 4), torch.nan), torch.ones(3, 4).to_sparse()])
+def test_the_regularizer_checks_too(emb):
+    """Integers would be cut to zeros and give no divergence."""
+    with pytest.raises((TypeError, ValueError), match="embeddings must"):
+        DivergenceRegularizer(2)(emb)

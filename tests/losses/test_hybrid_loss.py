@@ -5,7 +5,7 @@ import pytest
 import torch
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import DotProductSimilarity
-from pytorch_metric_learning.reducers import DoNothingReducer, SumReducer
+from pytorch_metric_learning.reducers import DoNothingReducer, MeanReducer, MultipleReducers, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 
 from benchmarks import hybrid_defaults
@@ -202,6 +202,40 @@ def test_sub_losses_stats_and_repr():
     for setting in ("pair_weight=0.5", "proxy_weight=0.25", "beta=50", "num_classes=6", "margin=0.1"):
         assert setting in text
     assert "negative_sign='printed'" in repr(HybridLoss.paper(NUM_CLASSES, SIZE, negative_sign="printed"))
+
+
+class HalvingReducer(MeanReducer):
+    def already_reduced_reduction(self, losses, *args):
+        return losses / 2
+
+
+def test_plain_reducers_are_left_out_where_they_only_add(monkeypatch):
+    """PML's reducers give the same digits by four times the calls; any other one is called."""
+    weights = {"embedding_regularizer": LpRegularizer(), "proxy_weight": 0.7}
+    loss_func = make(weight_regularizer=LpRegularizer(), **weights)
+    halved = make(reducer=HalvingReducer(), **weights)
+    halved.load_state_dict(loss_func.state_dict())
+    recording = make(reducer=MeanReducer(collect_stats=True))
+    recording(EMB, LABELS)
+    assert recording.reducer.reducers["pair_loss"].losses_size == 1
+    grads, calls = [], []
+    called = MultipleReducers.forward
+    monkeypatch.setattr(MultipleReducers, "forward", lambda *args: calls.append(args) or called(*args))
+    for expected_calls in (0, 2):  # the hybrid's own and the proxy loss's
+        emb = EMB.clone().requires_grad_()
+        value = loss_func(emb, LABELS)
+        assert len(calls) == expected_calls
+        grads.append((value.detach(), *torch.autograd.grad(value, (emb, loss_func.proxy_loss.proxies))))
+        monkeypatch.setattr(HybridLoss, "_sum_of_reduced", lambda *_: None)
+        monkeypatch.setattr(ProxyAnchorLoss, "_sum_of_reduced", lambda *_: None)
+    for actual, expected in zip(*grads, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-16)
+    monkeypatch.undo()
+    terms = make(reducer=DoNothingReducer(), **weights)
+    terms.load_state_dict(loss_func.state_dict())
+    total = sum(x["losses"] for x in terms(EMB, LABELS).values())
+    torch.testing.assert_close(halved(EMB, LABELS), total / 2)
 
 
 def test_get_logits():

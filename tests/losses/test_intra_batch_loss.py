@@ -364,3 +364,14 @@ def test_bad_arguments(kwargs, error, message):
 def test_device_must_be_that_of_the_embeddings():
     with pytest.raises(ValueError, match=r"call loss_func\.to\(device\)"):
         make()(EMB.cuda(), LABELS)
+
+
+def test_backward_of_refine_inside_of_autocast():
+    loss_func = make().float().eval()
+    emb = EMB.float().requires_grad_()
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            grads += torch.autograd.grad(loss_func.refine(emb).pow(3).sum(), emb)
+    assert grads[0].any()
+    assert torch.equal(*grads)

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -108,3 +109,24 @@ def test_bad_labels():
         make()(EMB, LABELS + 2)
     with pytest.raises(ValueError, match="labels must be >= 0, got -100"):
         make()(EMB, torch.full((9,), -100))
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_all_logits_have_in_common_costs_no_digits(part, smoothing):
+    """Logits near 3e6 in float32, whose own steps are a quarter there."""
+    loss_func, emb = make(label_smoothing=smoothing).float(), EMB.float()
+    with torch.no_grad():
+        if part == "bias":
+            loss_func.bias += 3e6
+        else:
+            loss_func.weight[:, 0], emb[:, 0] = 1.0, 3e6
+    emb.requires_grad_()
+    exact = copy.deepcopy(loss_func).double()
+    assert exact.get_logits(emb.double()).min() > 2.9e6
+    loss, expected = loss_func(emb, LABELS), exact(emb.double(), LABELS)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    grads, exact_grads = (
+        torch.autograd.grad(x, f.weight)[0].double() for x, f in ((loss, loss_func), (expected, exact))
+    )
+    torch.testing.assert_close(grads, exact_grads, rtol=1e-5, atol=1e-5 * exact_grads.abs().max().item())

@@ -19,7 +19,14 @@ from pml_ext.losses import (
 )
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
-MESSAGE = r"has parameters that 100 batches have not changed: give loss_func.parameters\(\) to an optimizer"
+MESSAGE = r"has parameters that 10 batches have not changed: give loss_func.parameters\(\) to an optimizer"
+BATCHES = optimizer_watch._BATCHES
+
+
+@pytest.fixture(autouse=True)
+def ten_batches(monkeypatch):
+    """Wait for 10 batches, not 100: what is counted is the same."""
+    monkeypatch.setattr(optimizer_watch, "_BATCHES", 10)
 
 
 def train(loss_func, batches, optimizer=None, zero_first=True):
@@ -43,34 +50,42 @@ def train(loss_func, batches, optimizer=None, zero_first=True):
     ids=lambda loss_func: type(loss_func).__name__,
 )
 def test_parameters_without_optimizer_are_noticed_once(loss_func):
-    assert not train(loss_func, 100)
-    (message,) = train(loss_func, 200)
+    assert not train(loss_func, 10)
+    (message,) = train(loss_func, 20)
     assert message.startswith(type(loss_func).__name__) and 'optimizers["metric_loss_optimizer"]' in message
+
+
+def test_a_hundred_batches(monkeypatch):
+    monkeypatch.setattr(optimizer_watch, "_BATCHES", BATCHES)
+    loss_func = ProxyAnchorLoss(3, 4)
+    assert not train(loss_func, 100)
+    (message,) = train(loss_func, 1)
+    assert "that 100 batches have not changed" in message
 
 
 @pytest.mark.parametrize("zero_first", [True, False])
 def test_silence_with_an_optimizer(zero_first):
     loss_func = ProxyAnchorLoss(3, 4)
-    assert not train(loss_func, 130, torch.optim.SGD(loss_func.parameters(), lr=0.1), zero_first)
-    assert not train(loss_func, 130)  # whoever stops to train them later knows it
+    assert not train(loss_func, 13, torch.optim.SGD(loss_func.parameters(), lr=0.1), zero_first)
+    assert not train(loss_func, 13)  # whoever stops to train them later knows it
 
 
 def test_silence_where_nothing_can_be_trained():
-    assert not train(MultiSimilarityLoss(), 130)
+    assert not train(MultiSimilarityLoss(), 13)
     frozen = ProxyAnchorLoss(3, 4).requires_grad_(False)
-    assert not train(frozen, 130)
+    assert not train(frozen, 13)
     in_evaluation = ProxyAnchorLoss(3, 4)
     train(in_evaluation, 2)
-    assert not train(in_evaluation.eval(), 130)
+    assert not train(in_evaluation.eval(), 13)
 
 
 def test_within_other_losses():
-    assert train(losses.MultipleLosses([ProxyAnchorLoss(3, 4)]), 130)
-    assert train(DistributedLossWrapper(ProxyAnchorLoss(3, 4)), 130)
-    (message,) = train(CrossBatchMemory(HybridLoss(3, 4), 4), 130)
+    assert train(losses.MultipleLosses([ProxyAnchorLoss(3, 4)]), 13)
+    assert train(DistributedLossWrapper(ProxyAnchorLoss(3, 4)), 13)
+    (message,) = train(CrossBatchMemory(HybridLoss(3, 4), 4), 13)
     assert message.startswith("CrossBatchMemory has parameters")
     both = copy.deepcopy(pickle.loads(pickle.dumps(HybridLoss(3, 4))))
-    assert len(train(both, 130)) == 1
+    assert len(train(both, 13)) == 1
 
 
 class Scaled(CosineSimilarity):
@@ -86,7 +101,7 @@ class Scaled(CosineSimilarity):
 
 def test_two_views():
     loss_func = SelfSupervisedLoss(MultiSimilarityLoss(distance=Scaled()))
-    assert len(train(lambda x, _: loss_func(x, X + 1), 130)) == 1
+    assert len(train(lambda x, _: loss_func(x, X + 1), 13)) == 1
 
 
 def test_in_a_trainer_of_pml():
@@ -98,7 +113,7 @@ def test_in_a_trainer_of_pml():
         12,
         {"metric_loss": loss_func},
         torch.utils.data.TensorDataset(X, Y),
-        iterations_per_epoch=130,
+        iterations_per_epoch=13,
         dataloader_num_workers=0,
         data_device=torch.device("cpu"),
     )
@@ -110,15 +125,15 @@ def test_in_a_trainer_of_pml():
 def test_silence_with_a_fused_optimizer(make):
     """Fused steps do not raise the version of a tensor."""
     loss_func = ProxyAnchorLoss(3, 4)
-    assert not train(loss_func, 230, make(loss_func.parameters(), lr=0.1, fused=True), zero_first=False)
+    assert not train(loss_func, 23, make(loss_func.parameters(), lr=0.1, fused=True), zero_first=False)
 
 
 def test_silence_while_gradients_are_accumulated():
     loss_func = ProxyAnchorLoss(3, 4)
     optimizer = torch.optim.SGD(loss_func.parameters(), lr=0.1)
-    assert not train(loss_func, 230)  # 230 backward passes, then the first step
+    assert not train(loss_func, 23)  # 23 backward passes, then the first step
     optimizer.step()
-    assert not train(loss_func, 130)
+    assert not train(loss_func, 13)
 
 
 def test_each_parameter_counts():
@@ -127,7 +142,7 @@ def test_each_parameter_counts():
     loss_func.distance = Scaled()
     loss_func.unused = torch.nn.Parameter(torch.ones(2))
     assert [name for name, _ in loss_func.named_parameters()] == ["proxies", "unused", "distance.scale"]
-    (message,) = train(loss_func, 130, torch.optim.SGD([loss_func.proxies], lr=0.1))
+    (message,) = train(loss_func, 13, torch.optim.SGD([loss_func.proxies], lr=0.1))
     assert message.endswith("; unchanged: distance.scale")
 
 
@@ -135,8 +150,8 @@ def test_rows_without_gradients_are_no_proof():
     """Proxies of classes that do not occur get no gradients here; they stay as they are though they are trained."""
     loss_func = Rows()
     optimizer = torch.optim.SGD(loss_func.parameters(), lr=0.1)
-    assert not train(loss_func, 230, optimizer, zero_first=False)
-    (message,) = train(Rows(), 230)
+    assert not train(loss_func, 23, optimizer, zero_first=False)
+    (message,) = train(Rows(), 23)
     assert message.endswith("; unchanged: rows")
 
 

@@ -18,7 +18,8 @@ from pytorch_metric_learning.reducers import (
 )
 from pytorch_metric_learning.regularizers import LpRegularizer
 
-from pml_ext.losses import EnsembleLoss, ProxyAnchorLoss
+from pml_ext.losses import EnsembleLoss, HybridLoss, ProxyAnchorLoss
+from tests.graphs import graphs_of_batches
 
 NUM_CLASSES, SIZE = 6, 5
 EMB = torch.randn(9, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -366,3 +367,9 @@ def test_learned_scale_is_not_drawn_afresh_for_each_learner():
     ensemble = EnsembleLoss(loss, 2)
     assert [child.alpha.item() for child in ensemble.losses.values()] == [20.0, 20.0]
     assert not torch.equal(*(child.proxies for child in ensemble.losses.values()))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("make", [ProxyAnchorLoss, HybridLoss])
+def test_one_graph_for_all_batch_sizes(make):
+    assert graphs_of_batches(make(8, 8), (12, 16, 9)) == [1, 1, 1]

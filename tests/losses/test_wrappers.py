@@ -298,9 +298,15 @@ def test_hooks_inside_do_not_change_the_value(make):
 
 
 @pytest.mark.compiles
-def test_graphs_of_the_first_batch_are_those_of_all():
-    first, *later = graphs_of_batches(CrossBatchMemory(MultiSimilarityLoss(), 8, memory_size=48), (12, 16, 12, 9, 20))
-    assert set(later) == {first}
+@pytest.mark.parametrize(
+    "make",
+    [MultiSimilarityLoss, lambda: HybridLoss(8, 8), lambda: EnsembleLoss(lambda: HybridLoss(8, 4), 2)],
+    ids=["pairs", "hybrid", "ensemble"],
+)
+def test_graphs_of_the_first_batch_are_those_of_all(make):
+    """One ahead of the queue, which is not compiled, and one behind it."""
+    counts = graphs_of_batches(CrossBatchMemory(make(), 8, memory_size=48), (12, 16, 12, 9, 20))
+    assert set(counts) == {2}
 
 
 def test_indices_tuple_beside_a_mask_without_validation(without_validation):
@@ -317,3 +323,43 @@ def test_views_of_a_kind_that_has_no_arithmetic():
         loss_func(emb, emb.to(torch.float8_e5m2))
     with pytest.raises(ValueError, match="embeddings must hold numbers, got a tensor on the meta device"):
         loss_func(emb.to("meta"), emb)
+
+
+class Counting(losses.ContrastiveLoss):
+    """Keeps something between batches in a plain attribute, in place and as a new tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.last = torch.zeros(1), torch.zeros(())
+
+    def compute_loss(self, embeddings, *args):
+        self.seen += len(embeddings)
+        self.last = embeddings.sum()
+        return super().compute_loss(embeddings, *args)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: HybridLoss(4, SIZE, pair_loss=Counting()), lambda: EnsembleLoss(Counting(), 1)]
+)
+def test_refused_calls_leave_what_losses_of_others_keep(make):
+    loss_func = make().eval()
+    counting = next(part for part in loss_func.modules() if isinstance(part, Counting))
+    emb, labels = next(batches(1))
+    emb.requires_grad_()
+    loss_func(emb, labels)
+    before = counting.seen.clone(), counting.last
+    with (
+        mock.patch.object(counting.reducer, "forward", side_effect=RuntimeError("out of memory")),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        loss_func(emb * 2, labels)
+    assert torch.equal(counting.seen, before[0]) and before[0] == len(emb)
+    assert counting.last is before[1]
+
+
+def test_indices_without_numbers():
+    memory = CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=20)
+    emb, labels = next(batches(1))
+    with pytest.raises(ValueError, match=r"indices_tuple\[0\] must hold numbers, got a tensor on the meta device"):
+        memory(emb, labels, (torch.arange(2, device="meta"),) * 3)
+    assert memory.queue_idx == 0

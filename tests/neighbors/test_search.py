@@ -36,6 +36,7 @@ def few_at_once(monkeypatch):
     """Tiles of 7 rows and blocks of 2, so that 50 rows have all cases."""
     monkeypatch.setattr(module, "_TILE", 7)
     monkeypatch.setattr(module, "_BLOCK", 2)
+    monkeypatch.setattr(module, "_ALIKE", 1)
     monkeypatch.setattr(module, "_KEYS_AT_ONCE", 16)
 
 
@@ -76,17 +77,18 @@ def test_equal_rows_come_by_index(num_rows, num_different, seed):
         assert row[: len(alike)] == alike
 
 
-@pytest.mark.parametrize("num_rows", [33, 34, 35, 70_001])
+@pytest.mark.parametrize("num_rows", [33, 34, 35, 1000, 70_001])
 @pytest.mark.parametrize("num_queries", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rows_come_by_index_for_any_number_of_queries(num_rows, num_queries, dtype, device):
-    """Products with a single vector round equal rows differently; so might tiles of other sizes."""
+    """Products with a single vector round equal rows differently, and so do remainders of rows on some processors."""
     for seed in range(1 if num_rows > 100 else 20):
         generator = torch.Generator().manual_seed(seed)
         gallery = torch.randn(1, 5, dtype=dtype, generator=generator).repeat(num_rows, 1).to(device)
         queries = torch.randn(num_queries, 5, dtype=dtype, generator=generator).to(device)
-        ((_, neighbors),) = search(queries, gallery, 3)
-        assert neighbors.tolist() == [[0, 1, 2]] * num_queries
+        for k in (3, num_rows // 8):
+            ((_, neighbors),) = search(queries, gallery, k)
+            assert neighbors.tolist() == [list(range(k))] * num_queries
 
 
 def test_a_number_for_each_query():
@@ -132,10 +134,28 @@ def test_threads_change_nothing(threads, monkeypatch):
 
 
 def test_order_of_floats():
-    """Keys are in the order of floats, infinities and tiny numbers included."""
+    """Keys and radix sorts are in the order of floats, infinities and tiny numbers included."""
     values = np.array([np.inf, 3e38, 1.5, 1.0, 1e-45, 0.0, -1e-45, -1.0, -3e38, -np.inf], dtype=np.float32)
     keys = module._keys(torch.from_numpy(values)[None], torch.zeros(1, dtype=torch.long))[0]
     assert (keys[1:] < keys[:-1]).all()
+    values[-2] = -0.0  # beside 0.0, which comes first
+    columns = np.empty((1, 9), dtype=np.int64)
+    module._sort_columns(values[None], columns)
+    assert columns[0].tolist() == [9, 7, 6, 5, 8, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("k", [1, 40, 299])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sorted_columns(k, threads, monkeypatch):
+    """Of random numbers with ties, by which 16 bits they differ."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(-3, 4, (5, 300), generator=generator)
+    distance = coarse * torch.where(torch.rand(5, 300, generator=generator) < 0.5, 1.0, 1 + 2**-20)
+    with module._Smallest(torch.device("cpu")) as smallest:
+        columns = smallest.sorted_columns(distance, k)
+        keys = smallest.of_keys(module._keys(distance, torch.arange(300)), k, in_order=True)
+    assert torch.equal(columns, keys & module._INDEX)
 
 
 def test_progress(capsys):

@@ -9,7 +9,8 @@ from torch import nn
 
 from pml_ext.learners import split_learners
 from pml_ext.losses import EnsembleLoss, IntraBatchLoss
-from pml_ext.recipes import PRESETS, RECIPES, recipe
+from pml_ext.recipes import RECIPES, recipe
+from pml_ext.recipes.settings import PAPER_PRESETS
 from pml_ext.samplers import ShuffledPassSampler
 from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, PooledTrunk
 
@@ -65,7 +66,7 @@ METHODS = ("mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "prox
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS[1:])
+@pytest.mark.parametrize("preset", PAPER_PRESETS)
 @pytest.mark.parametrize("name", METHODS)
 def test_paper_presets_build(name, preset):
     made = recipe(name, CLASSES, preset=preset, class_embeddings=DESCRIPTIONS, pretrained=False)
@@ -78,7 +79,7 @@ def test_paper_presets_build(name, preset):
 
 
 def test_each_number_is_of_a_preset_that_is_built():
-    assert set(NUMBERS) <= set(itertools.product(METHODS, PRESETS[1:]))
+    assert set(NUMBERS) <= set(itertools.product(METHODS, PAPER_PRESETS))
 
 
 def test_methods_have_names():
@@ -224,7 +225,7 @@ def test_sampler(kind):
     ("arguments", "message"),
     [
         ({"name": "mhg"}, "name must be one of mhgl, intra_batch, .*, got 'mhg'"),
-        ({"preset": "paper"}, "preset must be one of small, paper:cub, .* got 'paper'"),
+        ({"preset": "paper"}, "preset must be one of small, finetune, paper:cub, .* got 'paper'"),
         ({"num_classes": 0}, "num_classes must be an integer >= 1, got 0"),
         ({"proxy_weigth": 1}, "a setting must be one of the recipe's, such as proxy_weight.*, got 'proxy_weigth'"),
         ({"backbone": "resnet19"}, "backbone must be a timm model such as .*resnet18.*, got 'resnet19'"),
@@ -250,6 +251,9 @@ def test_sampler(kind):
         ({"lr": -1.0}, "lr must be a number > 0, got -1.0"),
         ({"clip_value": "much"}, "clip_value must be a number > 0, got 'much'"),
         ({"flip": "yes"}, "flip must be True, False or None, got 'yes'"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be an integer >= 0, got -1"),
+        ({"warmup_epochs": 1.5}, "warmup_epochs must be an integer >= 0, got 1.5"),
+        ({"gamma": -1.0}, "gamma must be a number > 0, got -1.0"),
         ({"milestones": 5}, "milestones must be a list of epochs, got 5"),
         ({"name": "triplet", "type_of_triplets": "most"}, "type_of_triplets must be all, hard, semihard or easy"),
         (

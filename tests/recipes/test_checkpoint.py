@@ -58,6 +58,21 @@ def test_what_is_no_checkpoint(state, missing, tmp_path):
         read_checkpoint(tmp_path / "y.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("trunk", [1], "trunk must be a state dict, got a list"),
+        ("loss", None, "loss must be a state dict, got a NoneType"),
+        ("history", {"epoch": 1}, "history must be a list of epochs, got "),
+        ("history", [3], "history must be a list of epochs, got "),
+    ],
+)
+def test_parts_of_a_checkpoint_that_are_something_else(name, value, message, tmp_path):
+    write_checkpoint(tmp_path / "a.pt", {"trunk": {}, "loss": {}, "history": [{"epoch": 1}]} | {name: value})
+    with pytest.raises(ValueError, match=rf"cannot read {tmp_path / 'a.pt'}: {message}"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
 def test_a_full_disk(tmp_path):
     import resource
 

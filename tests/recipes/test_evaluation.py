@@ -1,8 +1,12 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.recipes import embed, retrieval_metrics
+from pml_ext.recipes.evaluation import embed_readable
 
 
 def test_embed():
@@ -129,3 +133,26 @@ def test_rows_of_zeros_and_large_numbers_stay_usable():
 def test_data_that_cannot_be_embedded(dataset, kind, message):
     with pytest.raises(kind, match=message):
         embed(nn.Identity(), dataset)
+
+
+def test_placeholders_are_not_embedded(tmp_path):
+    """Nor counted: the network would refuse them, as it refuses black."""
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for i in (0, 3, 4):
+        Image.new("RGB", (4, 4), (40 * i + 1, 9, 9)).save(paths[i])
+    files = ImageFiles(paths, [5, 1, 2, 3, 4, 0], lambda image: torch.from_numpy(np.array(image)).float().flatten())
+    trunk = NanForZeros()
+    embeddings, labels, readable = embed_readable(trunk, files, batch_size=2)  # the last batch is lost as a whole
+    assert readable.tolist() == [True, False, False, True, True, False]
+    assert labels.tolist() == [5, 3, 4] and embeddings.isfinite().all()
+    np.testing.assert_allclose(embeddings, embed(trunk, torch.utils.data.Subset(files, [0, 3, 4]))[0])
+    with pytest.raises(ValueError, match="dataset must have an image that can be read, got 3 that cannot"):
+        embed_readable(trunk, torch.utils.data.Subset(files, [1, 2, 5]))
+    files.transform = lambda image: int("a fault of the transform")
+    with pytest.raises(ValueError, match="invalid literal"):
+        embed_readable(trunk, files)
+
+
+class NanForZeros(nn.Module):
+    def forward(self, x):
+        return x / x.abs().amax(1, keepdim=True)

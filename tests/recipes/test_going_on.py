@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pml_ext.recipes import Trainer, load_run, recipe
-from pml_ext.recipes.run_config import read_config
+from pml_ext.recipes.run_config import read_config, write_config
 from pml_ext.samplers import ShuffledPassSampler
 
 LABELS = torch.arange(24) % 4
@@ -197,6 +197,10 @@ def test_a_folder_that_holds_another_run(tmp_path):
         warnings.simplefilter("error")
         trainer.train(2)
         trainer.train(3)
+    write_config(tmp_path, read_config(tmp_path) | {"data": {"source": "of that run"}})
+    with pytest.warns(UserWarning, match="held another run"):
+        trainer_of(made(), tmp_path).train(1)
+    assert "data" not in read_config(tmp_path) and "data" in read_config(tmp_path / "replaced-2")
     trainer_of(made(), tmp_path / "elsewhere").train(1)
     trainer = trainer_of(made(epochs=4, **STEPS), tmp_path / "elsewhere")  # goes on in a folder of others
     trainer_of(made(**STEPS), tmp_path / "here").train(1)
@@ -218,13 +222,36 @@ def test_files_of_two_runs_that_former_versions_have_mixed(tmp_path):
 @pytest.mark.parametrize("kind", [np.float32, np.array, torch.tensor, float])
 def test_metrics_of_any_kind_of_number(kind, tmp_path):
     name = "mean_average_precision_at_r"
-    trainer = trainer_of(made(), tmp_path, validate=lambda trunk: {name: kind(0.25), "count": np.int64(3)})
+    metrics = {np.str_(name): kind(0.25), "count": np.int64(3)}  # a name of NumPy is a string, which no file knows
+    trainer = trainer_of(made(), tmp_path, validate=lambda trunk: metrics)
     trainer.train(1)
     assert load_run(tmp_path).epoch == 1
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["count"] == 3
     again = trainer_of(made(), tmp_path)
     again.resume()
     assert again.best[name] == 0.25 and type(again.best[name]) is float
+
+
+@pytest.mark.parametrize("name", ["epoch", "loss", "seconds", "lr"])
+def test_metrics_do_not_take_the_place_of_what_history_has(name, tmp_path):
+    trainer = trainer_of(made(), tmp_path, validate=lambda trunk: score(trunk) | {name: 77.0})
+    with pytest.raises(ValueError, match=f"validate must not return '{name}', which history has of each epoch"):
+        trainer.train(1)
+    assert trainer.history[0][name] != 77 and load_run(tmp_path).epoch == 1
+
+
+def test_metrics_that_are_no_dictionary():
+    with pytest.raises(TypeError, match=r"validate must return a dictionary of numbers, got \[0\.5\]"):
+        trainer_of(made(), validate=lambda trunk: [0.5]).train(1)
+
+
+def test_going_on_with_another_metric(tmp_path):
+    """The best epoch by the former one counts no longer."""
+    trainer_of(made(), tmp_path, validate=score).train(1)
+    trainer = trainer_of(made(), tmp_path, validate=lambda trunk: {"p1": 0.1}, metric="p1")
+    trainer.resume()
+    trainer.train(2)
+    assert trainer.best["epoch"] == 2 == load_run(tmp_path).epoch
 
 
 def test_metrics_that_json_does_not_know(tmp_path):
@@ -263,6 +290,9 @@ def test_numbers_of_numpy_as_settings(tmp_path):
     run = made(**numbers | {"milestones": (np.int64(2),)})
     trainer_of(run, tmp_path).train()
     assert read_config(tmp_path)["settings"]["milestones"] == [2]
+    steps = {"schedule": "step", "milestones": (np.int64(1),)}  # a scheduler keeps them as they are
+    trainer_of(made(**numbers | steps), tmp_path / "steps").train()
+    assert trainer_of(made(**numbers | steps | {"milestones": [1]}), tmp_path / "steps").resume() == 1
     assert type(load_run(tmp_path).recipe.settings.lr) is type(run.settings.width) is float or run.settings.width == 4
     assert trainer_of(made(**numbers | {"milestones": (2,)}), tmp_path).resume() == 1
 
@@ -368,7 +398,7 @@ def test_two_trainings_in_one_folder(tmp_path):
         import threading
 
         def train():
-            with pytest.raises(ValueError, match=r"a run's folder must be free, got .*, where another training runs"):
+            with pytest.raises(ValueError, match=r"a run's folder must be free, got .*, which another process writes"):
                 trainer_of(made(), tmp_path).train()
             refused.append(1)
 
@@ -380,11 +410,21 @@ def test_two_trainings_in_one_folder(tmp_path):
     first.train(1)
     assert refused == [1]
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "last.pt", "metrics.jsonl"}
+    saved = (tmp_path / "last.pt").read_bytes()
+
+    def deletes_the_lock(trainer):
+        (tmp_path / "lock.json").unlink(missing_ok=True)
+
+    first._users_hooks = deletes_the_lock, None
+    with pytest.raises(ValueError, match=r"a run's folder must stay this process's, got .*, which another"):
+        first.train(2)
+    assert (tmp_path / "last.pt").read_bytes() == saved
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"autocast": ["bfloat16"]}, r"autocast must be one of bfloat16, float16 or null, got \['bfloat16'\]"),
         ({"autocast": "bogus"}, "autocast must be one of bfloat16, float16 or null, got 'bogus'"),
         ({"settings": {}}, "settings must have 'augmentation', got none"),
         ({"settings": None}, "settings must have 'augmentation', got none"),

@@ -5,6 +5,7 @@ import torch
 
 from pml_ext.recipes import Trainer, load_run, recipe
 from pml_ext.recipes.run_config import read_config, write_config
+from pml_ext.recipes.run_lock import RunLock
 
 IMAGES = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(2))
 LABELS = torch.arange(12) // 4
@@ -31,12 +32,12 @@ def test_what_a_trainer_keeps_is_loaded(name, tmp_path):
 
 
 def test_a_config_that_knows_more_is_kept(tmp_path):
-    trained(tmp_path)
-    config = read_config(tmp_path) | {"seed": 3}
+    trained(tmp_path / "first")
+    config = read_config(tmp_path / "first") | {"seed": 3}
     config["versions"]["torch"] = "of then"
-    write_config(tmp_path, config)
-    trained(tmp_path)
-    assert read_config(tmp_path) == config
+    write_config(tmp_path / "second", config)  # as train.py does
+    trained(tmp_path / "second")
+    assert read_config(tmp_path / "second") == config
 
 
 def test_the_config_of_another_run_is_not(tmp_path):
@@ -68,7 +69,8 @@ def test_a_run_of_a_former_version(tmp_path):
     again = recipe("intra_batch", 3, **TINY)
     trainer = Trainer(again, torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS, folder=tmp_path)
     assert trainer.resume() == 2
-    trainer._save(better=False)
+    with RunLock(tmp_path):
+        trainer._save(better=False)
     assert read_config(tmp_path)["seed"] == 3
 
 

@@ -267,6 +267,21 @@ def test_a_transform_of_the_users_is_kept():
     assert dataset.transform is own
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda labels: labels.numpy().astype(np.uint64),
+        lambda labels: labels.to(torch.uint64),
+        lambda labels: labels.numpy().astype(">i2"),
+        lambda labels: labels.flip(0).numpy()[::-1],
+        lambda labels: tuple(labels.tolist()),
+    ],
+)
+def test_labels_of_any_kind_of_integer(kind):
+    trainer = Trainer(tiny(), torch.utils.data.TensorDataset(IMAGES, LABELS), kind(LABELS))
+    assert trainer._labels.dtype == torch.int64 and torch.equal(trainer._labels, LABELS)
+
+
 def test_errors(tmp_path):
     made = tiny()
     with pytest.raises(ValueError, match="labels must be given for a dataset without the attribute"):
@@ -275,6 +290,12 @@ def test_errors(tmp_path):
         Trainer(made, torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS + 1)
     with pytest.raises(ValueError, match="labels must lie in 0 to num_classes - 1 = 5, got none"):
         Trainer(made, torch.utils.data.TensorDataset(IMAGES[:0], LABELS[:0]), LABELS[:0])
+    for labels in (LABELS[:-1], torch.cat([LABELS, LABELS]), LABELS[:, None]):
+        with pytest.raises(ValueError, match=f"labels must have one entry for each of {len(LABELS)} images, got shape"):
+            Trainer(made, torch.utils.data.TensorDataset(IMAGES, LABELS), labels)
+    for labels in (LABELS + 0.5, LABELS > 1, [str(label) for label in LABELS.tolist()]):
+        with pytest.raises(TypeError, match="labels must have an integer dtype"):
+            Trainer(made, torch.utils.data.TensorDataset(IMAGES, LABELS), labels)
     with pytest.raises(ValueError, match="device must be there, got 'nowhere'"):
         Trainer(made, Images(), device="nowhere")
     with pytest.raises(ValueError, match="path must be given for a trainer without folder"):

@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pml_ext.recipes import recipe
+from pml_ext.recipes.settings import HALVES, IMAGENET
 from pml_ext.recipes.transforms import make_transforms
 
 
@@ -86,6 +87,8 @@ def test_images_are_padded_to_squares():
 def of_a_paper(**settings):
     """Return transforms like those of a paper's preset, without its network."""
     usual = {"image_size": 224, "resize": 256, "in_channels": 3, "preset": "paper:cub", "flip": None}
+    mean, std = IMAGENET if "preset" not in settings else [x[: settings.get("in_channels", 3)] for x in HALVES]
+    usual |= {"crop_scale": 0.08, "pixel_mean": mean, "pixel_std": std}
     return make_transforms(SimpleNamespace(**(usual | settings)))
 
 

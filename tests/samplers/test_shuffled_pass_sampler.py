@@ -128,6 +128,29 @@ def test_errors(changes, message):
         ShuffledPassSampler(**({"labels": LABELS, "m": 4, "batch_size": 12} | changes))
 
 
+def test_seeds():
+    drawn = {tuple(ShuffledPassSampler(LABELS, 4, 12, seed=seed)) for seed in (5, np.int64(5), np.uint8(5))}
+    assert len(drawn) == 1
+    for seed in (1.5, True, "5"):
+        with pytest.raises(TypeError, match=f"seed must be an integer or None, got {seed!r}"):
+            ShuffledPassSampler(LABELS, 4, 12, seed=seed)
+
+
+def test_the_state_of_other_numbers():
+    sampler = ShuffledPassSampler(LABELS, 4, 12)
+    batch = iter(sampler)
+    for _ in range(24):
+        next(batch)
+    state = sampler.state_dict()
+    for numbers, message in (
+        ((2, 12), "with m=2, got 4"),
+        ((4, 8), "with batch_size=8, got 12"),
+        ((4, 12, 24), "of an epoch of up to 24 images, got 24 used"),
+    ):
+        with pytest.raises(ValueError, match=f"state must be .*{message}"):
+            ShuffledPassSampler(LABELS, *numbers).load_state_dict(state)
+
+
 def test_the_state_of_other_labels():
     state = ShuffledPassSampler(LABELS, 4, 12).state_dict()
     for labels in (LABELS[1:], LABELS.flip(0).sort().values):

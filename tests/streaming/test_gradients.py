@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize, softplus
 
 from pml_ext.streaming import margin_softmax_loss, proxy_anchor_loss
+from pml_ext.streaming.gradients import quick_apply
 
 LENGTHS = [0.0, 1e-20, 3e-13, 9e-13, 2e-12, 1.0]
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 0, 2])
@@ -53,3 +54,34 @@ def test_rows_shorter_than_the_smallest_norm(streamed, dense, chunk_size, dtype)
     for actual, by_autograd in grads:  # row by row: their gradients are of other orders of magnitude
         scale = by_autograd.abs().amax(1, keepdim=True)
         torch.testing.assert_close(actual / scale, by_autograd / scale, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x**3, 3 * x**2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx, grad, none):
+        assert none is None
+        x, derivative = ctx.saved_tensors
+        return grad * (3 * x**2 if torch.is_grad_enabled() else derivative)
+
+
+def test_a_quick_function_is_the_same_function(monkeypatch):
+    cube = quick_apply(Cube)
+    x = torch.tensor([2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: cube(x)[0], x)
+    assert torch.equal(torch.func.grad(lambda x: cube(x)[0].sum())(x.detach()), torch.tensor([12.0, 27.0]).double())
+    assert not cube(x)[1].requires_grad
+    monkeypatch.setattr("torch.autograd.function._bind_default_args", None)  # what takes long
+    (grad,) = torch.autograd.grad(cube(x)[0].sum(), x)
+    assert torch.equal(grad, torch.tensor([12.0, 27.0]).double())
+    with pytest.raises(TypeError, match="not callable"):
+        Cube.apply(x)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pml_ext.streaming import ClassMargins, margin_softmax_loss
 from tests.largest_tensor import LargestTensor
@@ -246,3 +247,132 @@ def test_extreme_settings_in_float32(settings, sign):
     for actual, expected in zip(*results, strict=True):
         scale = expected.abs().max().clamp_min(1e-30)
         torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=2e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"kind": "cosine"}, ValueError, "class_margins.kind must be one of squared, euclidean, table, got 'cosine'"),
+        ({"constant": float("nan")}, ValueError, "class_margins.constant must be finite, got nan"),
+        ({"slope": float("inf")}, ValueError, "class_margins.slope must be finite, got inf"),
+        ({"slope": "3"}, TypeError, "class_margins.slope must be a number"),
+        ({"table": torch.full((4, 3), torch.nan)}, ValueError, "class_margins.table must be finite"),
+        ({"table": torch.ones(4)}, ValueError, "class_margins.table must have shape"),
+        ({"table": torch.ones(4, 3).long()}, TypeError, "class_margins.table must have a floating point dtype"),
+        ({"table": np.ones((4, 3))}, TypeError, r"class_margins.table must be a torch\.Tensor, got ndarray"),
+        (
+            {"described": torch.full((4,), 0.5)},
+            TypeError,
+            r"class_margins.described must be a bool tensor, got .*float32",
+        ),
+    ],
+)
+def test_bad_class_margins(change, error, message):
+    good = ClassMargins(torch.eye(4)[:, :3], torch.ones(4, dtype=torch.bool), "squared", 0.0, 0.3)
+    emb, labels = torch.eye(4), torch.arange(4)
+    assert margin_softmax_loss(emb, emb, labels, class_margins=good).isfinite().all()
+    with pytest.raises(error, match=message):
+        margin_softmax_loss(emb, emb, labels, class_margins=good._replace(**change))
+    with pytest.raises(TypeError, match="class_margins must be a ClassMargins, got tuple"):
+        margin_softmax_loss(emb, emb, labels, class_margins=tuple(good))
+
+
+def kept_problem(batch_size, dtype=torch.float64, width=6):
+    """Return embeddings and proxies of 29 classes, leaves, and labels: in chunks of 4 the last one is short."""
+    rng = torch.Generator().manual_seed(batch_size)
+    emb, proxies = (torch.randn(n, width, generator=rng, dtype=torch.float64) for n in (batch_size, 29))
+    return leaf(emb.to(dtype)), leaf(proxies.to(dtype)), torch.randint(29, (batch_size,), generator=rng)
+
+
+def kept_by(losses):
+    """Return for each chunk 1 if its exponentials wait for backward, else 0."""
+    return [int(x is not None and x.exponentials is not None) for x in losses.grad_fn.kept]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "memory", "expected"),
+    [
+        (3, 0, [1] * 8),  # batch < width: all fit where the gradient will be
+        (6, 0, [1] * 8),
+        (14, 0, [1, 1, 1, 0, 0, 0, 0, 0]),  # 12 of 29 classes
+        (14, 8 * 14 * 5, [1, 1, 1, 1, 0, 0, 0, 0]),  # the numbers of a chunk, and one a sample
+        (14, 8 * 14 * 5 - 1, [1, 1, 1, 0, 0, 0, 0, 1]),  # one byte less: the last chunk alone is short enough
+        (14, 10**6, [1] * 8),
+    ],
+)
+def test_exponentials_are_kept(batch_size, memory, expected, kind):
+    emb, proxies, labels = kept_problem(batch_size)
+    margins, matrix = both_margins(kind, 29)
+    losses = margin_softmax_loss(emb, proxies, labels, 6.0, 0.15, margins, chunk_size=4, memory=memory)
+    assert kept_by(losses) == expected
+    values, gradients = reference(emb.detach(), proxies.detach(), labels, 6.0, 0.15, matrix)
+    assert distance(losses, values) < 1e-12
+    upstream = torch.linspace(0.5, 1.0, batch_size, dtype=torch.float64)
+    for _ in range(2):  # the second time nothing is kept any more
+        grads = torch.autograd.grad(losses, (emb, proxies), upstream, retain_graph=True)
+        for x, y in zip(grads, gradients(upstream.numpy()), strict=True):
+            assert distance(x, y) < 1e-12
+        assert not any(kept_by(losses))
+    assert all(map(torch.equal, grads, torch.autograd.grad(losses, (emb, proxies), upstream)))
+
+
+@pytest.mark.parametrize("memory", [1000, 2000, 10**5])
+@pytest.mark.parametrize("frozen", [0, 1, None], ids=["embeddings frozen", "proxies frozen", "none frozen"])
+def test_memory_is_a_limit_and_given_back(memory, frozen):
+    inputs = [*kept_problem(14, torch.float32)]
+    if frozen is not None:
+        inputs[frozen].requires_grad_(False)
+    losses = margin_softmax_loss(*inputs, chunk_size=4, memory=memory)
+    node = losses.grad_fn
+    gradient = node.proxy_grad
+    assert (gradient is None) == (frozen == 1)
+    waiting = [x.exponentials for x in node.kept if x is not None]
+    beside = [x for x in waiting if gradient is None or x.untyped_storage().data_ptr() != gradient.data_ptr()]
+    taken = sum(x.untyped_storage().nbytes() + 4 * len(x) for x in beside)
+    all_ = 4 * 14 * (29 + 8) if frozen == 1 else 4 * 14 * (17 + 5)
+    assert (memory - 4 * 14 * 5 < taken <= memory) if memory < all_ else taken == all_
+    storages = [StorageWeakRef(x.untyped_storage()) for x in beside]
+    del waiting, beside, gradient
+    assert storages and not any(x.expired() for x in storages)
+    losses.sum().backward(retain_graph=True)
+    assert all(x.expired() for x in storages)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gradient_is_where_exponentials_were_and_no_copy(dtype):
+    emb, proxies, labels = kept_problem(3, dtype)
+    losses = margin_softmax_loss(emb, proxies, labels)
+    place = losses.grad_fn.proxy_grad.data_ptr()
+    losses.sum().backward()
+    assert (proxies.grad.data_ptr() == place) == (dtype == torch.float32)
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
+    monkeypatch.setattr("pml_ext.streaming.margin_softmax._Kept", None)
+    emb, proxies, labels = kept_problem(3)
+    with torch.no_grad():
+        margin_softmax_loss(emb, proxies, labels, memory=10**6)
+    margin_softmax_loss(emb.detach(), proxies.detach(), labels, memory=10**6)
+    with pytest.raises(TypeError, match="not callable"):
+        margin_softmax_loss(emb, proxies, labels)
+
+
+def test_kept_exponentials_hold_a_logit_that_grows(device):
+    """Chunk by chunk the largest logit rises by 50: what was kept before counts nothing, what comes last all."""
+    proxies = torch.arange(8.0, dtype=torch.float64, device=device)[:, None] * 50
+    emb = torch.ones(3, 1, dtype=torch.float64, device=device)
+    labels = torch.tensor([0, 3, 7], device=device)
+    expected, gradients = reference(emb.cpu(), proxies.cpu(), labels.cpu(), 1.0, 0.0, np.zeros((8, 8)), False)
+    emb, proxies = leaf(emb), leaf(proxies)
+    losses = margin_softmax_loss(emb, proxies, labels, 1.0, normalize=False, chunk_size=1, memory=10**4)
+    assert all(kept_by(losses))
+    losses.sum().backward()
+    np.testing.assert_allclose(losses.detach().cpu().numpy(), expected, atol=1e-12)
+    for x, y in zip((emb, proxies), gradients(np.ones(3)), strict=True):
+        np.testing.assert_allclose(x.grad.cpu().numpy(), y, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", [-1, 6e8, True, None])
+def test_bad_memory(memory):
+    with pytest.raises(ValueError, match=f"memory must be an integer >= 0, in bytes, got {memory}"):
+        margin_softmax_loss(*kept_problem(3), memory=memory)

@@ -288,3 +288,32 @@ def test_large_shifts_do_not_overflow(problem):
     actual = proxy_anchor_loss(emb.float(), proxies.float(), labels, 6.0, 0.1, shift)
     assert actual[0].item() == pytest.approx(pos.sum() / len(labels.unique()), rel=1e-6)
     assert actual[1].item() == pytest.approx(neg.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shift", "error", "message"),
+    [
+        (torch.zeros(8, 1), ValueError, r"sample_shift must have shape \(batch_size,\) = \(8,\) on cpu, got \(8, 1\)"),
+        (torch.zeros(()), ValueError, r"sample_shift must have shape .* got \(\) on cpu"),
+        (torch.zeros(8, device="meta"), ValueError, "sample_shift must have shape .* on meta"),
+        (torch.full((8,), torch.nan), ValueError, "sample_shift must be finite or -inf, got NaN or inf"),
+        (torch.full((8,), torch.inf), ValueError, "sample_shift must be finite or -inf, got NaN or inf"),
+        (
+            torch.zeros(8, dtype=torch.long),
+            TypeError,
+            r"sample_shift must be a floating point tensor, got torch\.int64",
+        ),
+        ([0.0] * 8, TypeError, "sample_shift must be a floating point tensor, got list"),
+    ],
+)
+def test_bad_shifts(shift, error, message):
+    emb, proxies, labels = torch.eye(8), torch.eye(8)[:4], torch.arange(8) % 4
+    with pytest.raises(error, match=message):
+        proxy_anchor_loss(emb, proxies, labels, sample_shift=shift)
+
+
+def test_a_shift_of_minus_infinity_leaves_samples_out():
+    emb, proxies, labels = torch.eye(8) + 0.1, torch.eye(8)[:4], torch.arange(8) % 4
+    shift = torch.zeros(8).index_fill(0, torch.tensor([6, 7]), -torch.inf)
+    left = proxy_anchor_loss(emb[:6], proxies, labels[:6])
+    torch.testing.assert_close(proxy_anchor_loss(emb, proxies, labels, sample_shift=shift), left)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pytorch_metric_learning.losses import MultipleLosses
 from torch import nn
 
 from pml_ext.losses import HybridLoss
@@ -110,6 +111,22 @@ def test_a_loss_inside_of_the_network():
     groups = param_groups(nn.DataParallel(net), net.criterion, 0.1, 0.2, 0.3)
     assert (rates(groups, net.backbone), rates(groups, net.head), rates(groups, net.criterion)) == ({0.1}, {0.2}, {0.3})
     assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize(
+    "loss_func_of",
+    [lambda net: None, lambda net: MultipleLosses([net.criterion, HybridLoss(3, 2)]), lambda net: net.criterion],
+)
+def test_a_loss_inside_of_the_network_counts_as_proxies_however_it_is_given(loss_func_of):
+    net = Trunk()
+    net.criterion = HybridLoss(3, 2)
+    groups = param_groups(net, loss_func_of(net), 0.1, 0.2, 0.3)
+    assert (rates(groups, net.backbone), rates(groups, net.head), rates(groups, net.criterion)) == ({0.1}, {0.2}, {0.3})
+
+
+def test_a_network_of_a_loss_alone():
+    loss_func = HybridLoss(3, 2)
+    assert rates(param_groups(nn.Sequential(nn.Flatten(), loss_func), loss_func, 0.1), loss_func) == {1e-2}
 
 
 def test_a_network_inside_of_the_loss():

@@ -192,3 +192,9 @@ def test_backbones_without_a_map():
         ValueError, match=r"large enough for the backbone, got \(2, 3, 3, 3\), which leaves features of"
     ):
         shrinking(IMAGES[:, :, :3, :3])
+
+
+@pytest.mark.parametrize("num_learners", [1, 4])
+def test_no_image(num_learners):
+    trunk = PooledTrunk(nn.Conv2d(3, 8, 3), 16, feature_channels=8, num_learners=num_learners)
+    assert trunk(torch.empty(0, 3, 9, 9)).shape == (0, 16)

@@ -262,3 +262,17 @@ def test_bad_features():
     for shape in ((2, 8, 5), (2, 7, 4, 4)):
         with pytest.raises(ValueError, match=r"features must have shape \(B, 8, H, W\), got"):
             SecondOrderAttention(8)(torch.zeros(shape))
+
+
+def test_a_scale_that_would_learn_is_refused():
+    with pytest.raises(TypeError, match="attention_scale must be a number here, got a tensor that requires a gradient"):
+        SecondOrderAttention(8, attention_scale=torch.nn.Parameter(torch.tensor(1.0)))
+    features = torch.randn(2, 8, 3, 3)
+    block = SecondOrderAttention(8, attention_scale=torch.tensor([0.5]))
+    torch.testing.assert_close(block(features), with_number(block, 0.5)(features))
+
+
+def with_number(block, scale):
+    other = SecondOrderAttention(8, attention_scale=scale)
+    other.load_state_dict(block.state_dict())
+    return other

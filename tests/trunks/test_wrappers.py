@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -9,7 +10,7 @@ from pml_ext.trunks.wrappers import backbone_of, plain_name, unwrapped
 def test_unwrapped():
     linear, loss_func = nn.Linear(2, 2), ProxyAnchorLoss(3, 2)
     assert unwrapped(linear) is linear
-    assert unwrapped(nn.DataParallel(torch.compile(linear))) is linear
+    assert unwrapped(nn.DataParallel(linear)) is linear
     assert unwrapped(DistributedLossWrapper(loss_func)) is loss_func
     memory = CrossBatchMemory(HybridLoss(3, 2), 2)  # no mere wrapper
     assert unwrapped(memory) is memory
@@ -26,7 +27,10 @@ def test_a_network_with_a_part_of_that_name_is_no_wrapper():
     assert unwrapped(averaged) is averaged.module
 
 
-def test_names_without_what_compiling_adds():
+@pytest.mark.compiles  # that is imported, which takes seconds
+def test_what_compiling_wraps_and_adds():
+    linear = nn.Linear(2, 2)
+    assert unwrapped(nn.DataParallel(torch.compile(linear))) is linear
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     plain = list(net.state_dict())
     net[0] = torch.compile(net[0])

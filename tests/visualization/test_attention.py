@@ -17,7 +17,7 @@ from pml_ext.visualization import attention_overlay
         "pil L",
         "pil RGB",
     ],
-    ids=str,
+    ids=lambda image: image if isinstance(image, str) else f"{type(image).__name__} {image.dtype} {tuple(image.shape)}",
 )
 def test_image_forms(image):
     if isinstance(image, str):

@@ -65,7 +65,7 @@ def test_kinds_of_embeddings():
 def test_random_queries_are_of_different_classes():
     labels = torch.arange(40) // 4
     figure = retrieval_gallery(
-        torch.randn(40, 3), labels, torch.arange(40, dtype=torch.uint8)[:, None, None].expand(40, 2, 2), num_queries=8
+        torch.randn(40, 3), labels, torch.arange(40, dtype=torch.uint8)[:, None, None].expand(40, 2, 2), num_neighbors=1
     )
     queries = [int(ax.images[0].get_array().flat[0]) for ax in figure.axes if ax.get_title() == "query"]
     assert len({q // 4 for q in queries}) == len(queries) == 8

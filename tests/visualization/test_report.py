@@ -15,6 +15,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from pml_ext.datasets import ImageArrays
 from pml_ext.visualization import retrieval_report
+from pml_ext.visualization.report import _counted
 from pml_ext.visualization.thumbnails import encode_thumbnails, load_thumbnails
 from tests.needs import needs
 
@@ -304,15 +305,15 @@ def test_structure(report):
 
 
 def test_deterministic(report, tmp_path):
-    embeddings, labels = clusters(120, 6)
-    images = torch.rand(120, 3, 9, 9)
+    embeddings, labels = clusters(60, 6)
+    images = torch.rand(60, 3, 9, 9)
     one, two, other = (
-        report(embeddings, labels, images, num_points=100, seed=seed, path=tmp_path / name).text
+        report(embeddings, labels, images, num_points=50, seed=seed, path=tmp_path / name).text
         for seed, name in ((0, "a.html"), (0, "b.html"), (1, "c.html"))
     )
     assert one == two != other
     with torch.autocast("cpu", torch.bfloat16):
-        assert report(embeddings.numpy(), labels.numpy(), images, num_points=100).text == one
+        assert report(embeddings.numpy(), labels.numpy(), images, num_points=50).text == one
 
 
 def images_of_kind(kind, tmp_path):
@@ -422,6 +423,13 @@ def test_many_classes_and_left_out_names_are_cut(report):
     assert "The 2,000 worst of 2,100 classes" in page.text
     assert len(page.tables["class-table"]) == 2001
     assert "300 classes with one image each" in page.text and "and 100 more" in page.text
+
+
+@pytest.mark.parametrize("num_codes", [7, 5000])
+def test_counted(num_codes):
+    """Few codes are counted, many are sorted."""
+    codes = torch.tensor([5, 0, 5, 6, 5, 0, 6, 5])
+    assert _counted(codes, num_codes).tolist() == [[0, 5, 6], [2, 4, 2]]
 
 
 def test_bad_arguments(report, tmp_path):

@@ -1,0 +1,172 @@
+"""What is each method worth behind a pretrained network, on photographs? Zero-shot retrieval, all else the same.
+
+python benchmarks/finetuning.py --data data/cars196 --tune --jobs 2      four trials a row, on validation classes
+python benchmarks/finetuning.py --data data/cars196 --seeds 0 1 2 --jobs 2      the runs on test classes
+python benchmarks/finetuning.py --data data/cars196 --validation --seeds 0 --rows proxy_anchor:lr=1e-3      a trial
+python benchmarks/finetuning.py --show      the tables alone
+
+Preset "finetune": EfficientNet-Lite0 with the weights of the extra ``pretrained``. A finished run is not repeated: each
+is a line of DATA-KIND.jsonl under --out. The metrics of the last epoch count; those of each epoch are kept, to tell how
+fast a row learns. "frozen" is the network without any training.
+"""
+
+import platform
+import random
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import run_files
+import torch
+from finetuning_rows import ROWS, row_of
+from harness import in_processes, make_parser, markdown_table
+from retrieval_rows import value_of
+
+from pml_ext import class_embeddings
+from pml_ext.datasets import open_data
+from pml_ext.neighbors import refine_with_neighbors
+from pml_ext.recipes import Trainer, embed, recipe, retrieval_metrics
+
+VALIDATION_CLASSES = 0.25
+EACH_EPOCH = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+METRICS = (*EACH_EPOCH, "NMI")
+TUNED_FOR = "mean_average_precision_at_r"
+
+
+def load(job):
+    """Return the data, with embeddings of classes if the row asks for them."""
+    data = open_data(job["data"])
+    if row_of(job["row"]).class_embeddings:
+        rows = job["class_embeddings"]
+        rows = class_embeddings.from_text(data.train.class_names, model="tfidf") if rows is None else rows
+        data = open_data(job["data"], class_embeddings=rows)
+    return data.hold_out(VALIDATION_CLASSES, job["seed"]) if job["validation"] else data
+
+
+def run(job):
+    """Train and evaluate once; return the line of the file."""
+    row, seed = row_of(job["row"]), job["seed"]
+    torch.set_num_threads(1)
+    data = load(job)
+    for seeded in (torch.manual_seed, np.random.seed, random.seed):  # before the network is made
+        seeded(seed)
+    rows = data.class_embeddings
+    if row.class_embeddings == "shuffled":
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        rows = rows[order[order.argsort().add(1) % len(rows)]]  # a cycle in random order: no class keeps its own
+    settings = {"preset": "finetune", "in_channels": data.in_channels} | row.settings | job["settings"]
+    frozen = row.recipe == "frozen"
+    made = recipe("proxy_anchor" if frozen else row.recipe, data.num_classes, class_embeddings=rows, **settings)
+    data.train.transform, data.test.transform = made.transforms.train, made.transforms.test
+    network = torch.nn.Sequential(made.trunk.backbone, made.trunk.pool) if frozen else made.trunk
+    started = time.perf_counter()
+    evaluating = 0.0
+
+    def evaluate(trunk, metrics=EACH_EPOCH):
+        nonlocal evaluating
+        before = time.perf_counter()
+        embeddings, labels = embed(trunk, data.test, autocast=torch.bfloat16)
+        values = {name: float(value) for name, value in retrieval_metrics(embeddings, labels, metrics=metrics).items()}
+        evaluating += time.perf_counter() - before
+        return values, embeddings, labels
+
+    history = []
+    if not frozen:
+        trainer = Trainer(made, data.train, validate=lambda trunk: evaluate(trunk)[0])
+        history = trainer.train()
+    last, embeddings, labels = evaluate(network, METRICS)
+    found = {"": last}
+    if getattr(made.loss, "refiner", None) is not None:
+        refined = refine_with_neighbors(made.loss.refiner, embeddings, k1=30, size=8)
+        found[" + refinement at test time"] = retrieval_metrics(
+            torch.nn.functional.normalize(refined), labels, metrics=METRICS
+        )
+    return job | {
+        "data": Path(job["data"]).stem,
+        "settings": dict(made.settings.items()),
+        "metrics": {name: {metric: percent(values[metric]) for metric in METRICS} for name, values in found.items()},
+        "epochs": {metric: [percent(entry[metric]) for entry in history] for metric in EACH_EPOCH},
+        "loss": [round(entry["loss"], 4) for entry in history],
+        "seconds": round(time.perf_counter() - started - evaluating, 1),
+        "versions": {name: version(name) for name in ("torch", "pytorch-metric-learning", "timm", "pml-ext")},
+        "device": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def percent(value):
+    return round(100 * float(value), 3)
+
+
+def jobs_of(data, rows, seeds, out, kind, embeddings, settings):
+    """Return what is to be run."""
+    jobs = []
+    for name in rows:
+        row = row_of(name)
+        shared = {"row": name, "data": data, "class_embeddings": embeddings, "validation": kind != "test"}
+        if kind == "tuning":
+            trials = row.trials()
+            jobs += [shared | {"seed": seeds[0], "settings": settings | trial, "trial": trial} for trial in trials]
+        else:
+            jobs += [shared | {"seed": seed, "settings": settings} for seed in seeds]
+    return sorted(jobs, key=lambda job: job["seed"])  # all rows of one seed first: what is stopped can be compared
+
+
+def show(out):
+    """Print the means over seeds."""
+    for kind in ("validation", "test"):
+        for name, path in run_files.paths_of(out, kind).items():
+            runs = run_files.read(path)
+            lines = []
+            for row in dict.fromkeys(run["row"] for run in runs):
+                own = [run for run in runs if run["row"] == row]
+                for searched in own[0]["metrics"]:
+                    means = [np.mean([run["metrics"][searched][metric] for run in own]) for metric in METRICS]
+                    lines.append([row + searched, str(len(own)), *(f"{mean:.1f}" for mean in means)])
+            print(f"\n{name}, {kind} classes\n")
+            print(markdown_table(["row", "seeds", "P@1", "R-precision", "MAP@R", "NMI"], lines, numbers=5))
+
+
+def main(
+    data=None,
+    rows=None,
+    seeds=(0, 1, 2),
+    jobs=1,
+    out="benchmarks/results/finetuning",
+    tune=False,
+    validation=False,
+    class_embeddings=None,
+    settings=(),
+    show_only=False,
+):
+    """Run what has not been run, and print the tables of all that has."""
+    out = Path(out)
+    if not show_only:
+        if data is None:
+            raise SystemExit("--data must be given, got none")
+        given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
+        kind = "tuning" if tune else "validation" if validation else "test"
+        path = run_files.path_of(out, Path(data).stem, kind)
+        finished = run_files.read(path)
+        which = ("row", "trial") if tune else ("row", "seed")
+        wanted = jobs_of(data, list(ROWS) if rows is None else rows, seeds, out, kind, class_embeddings, given)
+        todo = [job for job in wanted if run_files.find(finished, **{name: job[name] for name in which}) is None]
+        for line in in_processes(run, todo, jobs, lambda done: f"{done['row']}: {done['metrics'][''][TUNED_FOR]:.1f}"):
+            run_files.append(path, line)
+    show(out)
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", help="a folder with train/ and test/, or what pml_ext.datasets.open_data takes")
+    parser.add_argument("--rows", nargs="+", help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--out", default="benchmarks/results/finetuning")
+    parser.add_argument("--tune", action="store_true", help="run the trials on validation classes instead")
+    parser.add_argument("--validation", action="store_true", help="runs, but on validation classes")
+    parser.add_argument("--class-embeddings", help="a file; default: the names of the classes")
+    parser.add_argument("--settings", nargs="+", default=(), help="of all rows: image_size=96 ...")
+    parser.add_argument("--show", action="store_true", dest="show_only", help="train nothing")
+    main(**vars(parser.parse_args()))

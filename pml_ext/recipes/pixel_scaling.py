@@ -1,0 +1,33 @@
+"""Mean and standard deviation that pixels are scaled by: those that a backbone's weights were trained with."""
+
+from pathlib import Path
+
+import timm
+
+from pml_ext.recipes.run_config import read_config
+from pml_ext.recipes.settings import HALVES, IMAGENET, Settings
+
+
+def with_pixel_scaling(settings: Settings, run: Path | None = None) -> Settings:
+    """Return settings whose ``pixel_mean`` and ``pixel_std`` are numbers, one for each channel.
+
+    Weights that were trained before want the scaling that they were trained with. Without, images of colour are scaled
+    as for ImageNet in the presets of papers; all else to -1 to 1.
+
+    Args:
+        settings: Of a recipe.
+        run: Folder of a run that the weights come from.
+    """
+    mean, std = IMAGENET if settings.preset.startswith("paper:") and settings.in_channels == 3 else HALVES
+    config = timm.get_pretrained_cfg(settings.backbone) if timm.is_model(settings.backbone) else None
+    if config is not None and (settings.pretrained or settings.weights is not None):
+        mean, std = list(config.mean), list(config.std)
+    if run is not None:
+        config = read_config(run)["settings"]
+        mean, std = config["pixel_mean"], config["pixel_std"]
+    elif settings.in_channels == 1:
+        mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+    for name, numbers in (("pixel_mean", mean), ("pixel_std", std)):
+        if settings[name] is None:
+            settings = settings.replaced(name, numbers, "as the backbone's weights want it")
+    return settings

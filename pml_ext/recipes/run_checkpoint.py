@@ -1,0 +1,33 @@
+"""The checkpoint of a run that is tested, embedded with, or gone on from."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pml_ext.recipes.checkpoint import read_checkpoint
+from pml_ext.strict_json import strict_json
+
+
+def chosen_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the best epoch, unless it is one of another run than the last epoch; else the last."""
+    best, last = folder / "best.pt", folder / "last.pt"
+    paths = [path for path in (best, last) if path.is_file()]
+    if not paths:
+        raise FileNotFoundError(f"a run's folder must hold best.pt or last.pt, got {folder} without; is it trained?")
+    states = [read_checkpoint(path) for path in paths]
+    if len(states) == 2 and not _one_run(*states):
+        warnings.warn(f"{best} is of another run than {last}, which is taken: delete or move it", stacklevel=3)
+        return last, states[1]
+    return paths[0], states[0]
+
+
+def _one_run(*states: dict[str, Any]) -> bool:
+    """Whether the history of one checkpoint goes on with that of the other."""
+    first, second = (
+        [strict_json({n: x for n, x in entry.items() if n != "seconds"}) for entry in state["history"]]
+        for state in states
+    )
+    common = min(len(first), len(second))
+    if not states[1].get("validated", True):  # killed before the metrics of this epoch were known
+        common = min(common, len(second) - 1)
+    return first[:common] == second[:common]
