@@ -561,7 +561,7 @@ def bad_data(kind, folder):
         ("no rows", "", "error: --class-embeddings must have 8 rows"),
         ("plain", "--recipe proxy", "error: --recipe must be one of mhgl, "),
         ("plain", "--backbone resnet1", "error: --backbone must be a timm model such as resnet1"),
-        ("plain", "--preset big", "error: --preset must be one of small, paper:cub, "),
+        ("plain", "--preset big", "error: --preset must be one of small, finetune, paper:cub, "),
         ("plain", "--set widths=3", "error: --set must be one of the recipe's, such as width"),
         ("plain", "--set lr=fast", "lr must be of the kind of 0.002, got 'fast'"),
         ("plain", "--set width", "must be name=value, got 'width'"),
