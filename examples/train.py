@@ -84,6 +84,7 @@ def main(
     preset="small",
     embedding_size=None,
     image_size=None,
+    chunk_size=None,
     settings=(),
     test_classes=0.5,
     validation_classes=None,
@@ -125,7 +126,7 @@ def main(
     if skip_broken:
         fitted = replace(fitted, train=replacing_broken(fitted.train))
     given = {"epochs": epochs, "backbone": backbone, "weights": weights}
-    given |= {"embedding_size": embedding_size, "image_size": image_size}
+    given |= {"embedding_size": embedding_size, "image_size": image_size, "chunk_size": chunk_size}
     given = merge({name: value for name, value in given.items() if value is not None}, dict(settings))
     given.setdefault("in_channels", opened.in_channels)
     if old is not None:  # a run of a former version goes on with PML's sampler
@@ -457,6 +458,7 @@ if __name__ == "__main__":
     command.add_argument("--preset", default="small", help=", ".join(recipes.PRESETS))
     command.add_argument("--embedding-size", type=int, help="default: the preset's")
     command.add_argument("--image-size", type=int, help="default: the preset's; small: of the first image, at most 64")
+    command.add_argument("--chunk-size", type=int, help="images that the network gets at a time; default: a batch")
     command.add_argument(
         "--set", dest="settings", type=setting, nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="settings of the recipe",

@@ -22,6 +22,7 @@ from benchmarks import (
     evaluation,
     glyph_classes,
     hybrid_defaults,
+    large_batches,
     losses,
     pair_scaling,
     proxy_scaling,
@@ -692,3 +693,58 @@ def test_evaluation(tmp_path, monkeypatch, capsys):
         ("large", "product"),
     }
     assert evaluation.table(kept["rows"]) in capsys.readouterr().out
+
+
+def test_the_tables_of_large_batches_are_those_of_their_results():
+    page = (FOLDER.parent / "docs" / "large_batches.md").read_text()
+    kept = json.loads((FOLDER / "results" / "large_batches-cpu.json").read_text())
+    assert large_batches.table(kept) in page
+    assert {row["batch_size"] for row in kept["results"]} == set(large_batches.BATCH_SIZES)
+    runs = run_files.read(FOLDER / "results" / "large_batches-omniglot.jsonl")
+    assert large_batches.training_table(runs) in page
+    for size, (_, rates) in large_batches.TRAININGS.items():
+        own = [run for run in runs if run["batch_size"] == size]
+        assert {run["lr"] for run in own if run["seed"] == 0} == set(rates)
+        assert all(run["settings"]["chunk_size"] == large_batches.TRAINED_CHUNK for run in own)
+
+
+@linux_only
+def test_large_batches(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(large_batches, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(large_batches, "CHUNK_SIZE", 16)
+    kept = large_batches.measure((256,), repeats=2, out=tmp_path / "out.json")
+    rows = {row["way"]: row for row in kept["results"]}
+    assert set(rows) == set(large_batches.WAYS) and "seconds" not in rows["loss"]
+    assert rows["chunks"]["peak_mb"] < rows["plain"]["peak_mb"] / 2
+    assert rows["plain"]["ratio"] == 1 and rows["chunks"]["ratio"] > 1
+    assert large_batches.table(kept) in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text()) == kept
+
+
+def test_trainings_with_large_batches(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(large_batches, "TRAININGS", {8: (2, (1e-3, 4e-3)), 12: (2, (2e-3,))})
+    for name, value in {"IMAGES_SEEN": 72, "TRAINED_CHUNK": 5, "WIDTH": 4}.items():
+        monkeypatch.setattr(large_batches, name, value)
+    path = tmp_path / "toy.jsonl"
+    large_batches.train_all(toy, path, seeds=(1, 2))
+    runs, printed = run_files.read(path), capsys.readouterr().out
+    assert [(run["batch_size"], run["seed"]) for run in runs] == [
+        (8, 0),
+        (8, 0),
+        (12, 0),
+        (8, 1),
+        (12, 1),
+        (8, 2),
+        (12, 2),
+    ]
+    best = max(runs[:2], key=large_batches.map_at_r)
+    assert {run["lr"] for run in runs if run["batch_size"] == 8 and run["seed"]} == {best["lr"]}
+    assert [(run["steps"], run["images_seen"]) for run in runs[1:3]] == [(8, 64), (6, 72)]
+    values = [run["metrics"]["precision_at_1"] for run in runs if run["batch_size"] == 12 and run["seed"]]
+    cells = cells_of(printed)[-1]
+    assert cells[:5] == ["12", "2", "0.002", "6", "72"]
+    assert cells[5] == f"{np.mean(values):.1f} ({np.std(values, ddof=1):.1f})"
+    written = path.read_bytes()
+    large_batches.main(train=toy, out=path)  # seed 3 is new, nothing else is repeated
+    assert path.read_bytes().startswith(written)
+    assert [run["seed"] for run in run_files.read(path)[len(runs) :]] == [3, 3]

@@ -342,10 +342,12 @@ def test_every_recipe(name, data, tmp_path):
 @pytest.mark.trains
 def test_options(data, tmp_path):
     settings = TINY | dict([train.setting("warmup_epochs=1"), train.setting("clip_value=0.5")])
-    result = run(data, tmp_path, backbone="resnet10t", image_size=16, autocast="bfloat16", workers=1, settings=settings)
+    given = {"backbone": "resnet10t", "image_size": 16, "chunk_size": 6, "autocast": "bfloat16", "workers": 1}
+    result = run(data, tmp_path, **given, settings=settings)
     loaded = load_run(tmp_path, "cpu")
     assert (loaded.autocast, loaded.recipe.settings.image_size) == (torch.bfloat16, 16)
-    assert (loaded.recipe.settings.backbone, loaded.recipe.settings.clip_value) == ("resnet10t", 0.5)
+    set_ = loaded.recipe.settings
+    assert (set_.backbone, set_.clip_value, set_.chunk_size) == ("resnet10t", 0.5, 6)
     opened = open_data(data)
     opened.test.transform = loaded.recipe.transforms.test
     metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test, autocast=torch.bfloat16))
@@ -559,11 +561,12 @@ def bad_data(kind, folder):
         ("no rows", "", "error: --class-embeddings must have 8 rows"),
         ("plain", "--recipe proxy", "error: --recipe must be one of mhgl, "),
         ("plain", "--backbone resnet1", "error: --backbone must be a timm model such as resnet1"),
-        ("plain", "--preset big", "error: --preset must be one of small, paper:cub, "),
+        ("plain", "--preset big", "error: --preset must be one of small, finetune, paper:cub, "),
         ("plain", "--set widths=3", "error: --set must be one of the recipe's, such as width"),
         ("plain", "--set lr=fast", "lr must be of the kind of 0.002, got 'fast'"),
         ("plain", "--set width", "must be name=value, got 'width'"),
         ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),
+        ("plain", "--chunk-size 0", "error: --chunk-size must be an integer >= 1, got 0"),
         ("plain", "--white bright", "argument --white: must be an integer or largest, got 'bright'"),
         ("plain", "--white 0", "error: --white must be 1 to 65535 or 'largest', got 0"),
         (

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "pml_ext"
 LAYERS = [  # lowest first; a module imports from its own sub-package and from the layers below it
     {"types", "version", "extras", "precision", "modes", "validation", "strict_json"},
     {"pml_internals"},
-    {"learners", "pairs", "reducers", "refused", "samplers", "class_embeddings"},
+    {"learners", "pairs", "reducers", "refused", "samplers", "class_embeddings", "gradient_cache"},
     {"streaming", "regularizers"},
     {"trunks", "neighbors", "distributed", "datasets"},
     {"losses", "evaluation"},

@@ -143,6 +143,8 @@ def _check(s: Settings) -> None:
         raise ValueError(f"warmup_epochs must be an integer >= 0, got {s.warmup_epochs!r}")
     for name in ("embedding_size", "in_channels", "image_size", "batch_size", "samples_per_class", "epochs", "width"):
         check_count(name, s[name])
+    if s.chunk_size is not None:
+        check_count("chunk_size", s.chunk_size)
     for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr", "gamma"):
         value = s.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):

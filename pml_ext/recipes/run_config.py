@@ -20,6 +20,7 @@ _GONE = {"depth": 1}  # settings of former versions, and where they changed noth
 _ONLY_AT_THE_START = ("similarity_gain",)  # settings of former versions that weights were drawn with
 _ADDED = {  # settings that former versions had not, and what they did
     "sampler": "MPerClassSampler",
+    "chunk_size": None,
     "weights": None,
     "frozen_stages": 0,
     "channels_last": False,

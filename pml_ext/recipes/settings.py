@@ -55,6 +55,7 @@ _SMALL: Numbers = {
     "clip_value": (None, OURS),
     "freeze_batch_norm": (False, OURS),
     "sampler": ("ShuffledPassSampler", OURS),
+    "chunk_size": (None, OURS),
 }
 COMMON = tuple(_SMALL)
 """Names of the settings that all recipes have."""

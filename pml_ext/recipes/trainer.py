@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pml_ext.datasets.content import fingerprint_of, reader_of
 from pml_ext.datasets.labels import as_labels
+from pml_ext.gradient_cache import cached_backward
 from pml_ext.recipes.checkpoint import read_checkpoint, try_checkpoint, write_checkpoint, write_text
 from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.networks import matched_state, network_state
@@ -346,7 +347,9 @@ class Trainer(MetricLossOnly):
         super().initialize_dataloader()
 
     def backward(self) -> None:
-        """Compute the gradients, scaled for float16."""
+        """Compute the gradients, scaled for float16, unless ``calculate_loss`` has."""
+        if self.recipe.settings.chunk_size is not None:
+            return
         loss = self.losses["total_loss"]
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
@@ -373,6 +376,25 @@ class Trainer(MetricLossOnly):
             if name.removesuffix("_optimizer") not in self.freeze_these
             and any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
         ]
+
+    def calculate_loss(self, curr_batch: tuple[Tensor, Tensor]) -> None:
+        """Compute the loss of a batch; with the setting ``chunk_size`` the gradients too."""
+        chunk_size = self.recipe.settings.chunk_size
+        if chunk_size is None:
+            super().calculate_loss(curr_batch)
+            return
+        data, labels = curr_batch
+        data = data.to(dtype=self.dtype)
+        if self.channels_last:
+            data = data.contiguous(memory_format=torch.channels_last)
+
+        def weighted_loss(embeddings: Tensor, labels: Tensor) -> Any:
+            loss = self.maybe_get_metric_loss(embeddings, labels, self.maybe_mine_embeddings(embeddings, labels))
+            self.losses["metric_loss"] = loss.detach()
+            return self.loss_weights["metric_loss"] * loss
+
+        trunk = self.models["trunk"]
+        cached_backward(trunk, weighted_loss, data, labels, chunk_size, autocast=self.autocast, scaler=self._scaler)
 
     def get_trunk_output(self, data: Tensor) -> Tensor:
         """Return the embeddings; PML calls it."""

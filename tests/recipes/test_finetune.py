@@ -212,3 +212,20 @@ def test_runs_of_former_versions_scale_pixels_as_they_did(tmp_path):
     config["settings"]["in_channels"] = 1
     path.write_text(json.dumps(config | {"preset": "paper:cub"}))
     assert read_config(tmp_path)["settings"]["pixel_mean"] == [0.5]
+
+
+def test_matrices_beside_the_weights():
+    """LoRA by peft, as the page on pretrained networks has it."""
+    peft = needs("peft")
+    made = finetune(backbone="test_vit", pretrained=False, epochs=2)
+    made.trunk.backbone = peft.get_peft_model(made.trunk.backbone, peft.LoraConfig(r=4, target_modules=["qkv"]))
+    before = {n: p.clone() for n, p in made.trunk.named_parameters()}
+    Trainer(made, photographs(), LABELS).train()
+    moved = {n for n, p in made.trunk.named_parameters() if not torch.equal(p, before[n])}
+    assert {n for n in moved if "lora_" not in n} == {"linear.weight", "linear.bias"}
+    assert {n for n in before if "lora_B" in n} <= moved  # behind the warm-up
+    images = torch.randn(2, 3, 32, 32)
+    expected = made.trunk.eval()(images)
+    made.trunk.backbone = made.trunk.backbone.merge_and_unload()
+    torch.testing.assert_close(made.trunk(images), expected)
+    finetune(backbone="test_vit", pretrained=False).trunk.load_state_dict(made.trunk.state_dict())

@@ -362,11 +362,12 @@ def test_fewer_gpus(tmp_path, monkeypatch):
     assert given == {0: 0}
 
 
-def test_float16_scales_its_gradients(tmp_path):
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_float16_scales_its_gradients(chunk_size, tmp_path):
     """Scaled or not, the step is the same; one that overflows is left out and halves the scale."""
     grads = []
     for scale in (1.0, 256.0):
-        run = made(clip_value=1e-3)
+        run = made(clip_value=1e-3, chunk_size=chunk_size)
         trainer = trainer_of(run, autocast=torch.float16, iterations_per_epoch=1)
         trainer._scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         trainer.train(1)
@@ -374,13 +375,13 @@ def test_float16_scales_its_gradients(tmp_path):
     torch.testing.assert_close(grads[0], grads[1], rtol=2e-2, atol=1e-5)
     assert 0 < grads[1].abs().max() <= 1e-3
 
-    run = made()
+    run = made(chunk_size=chunk_size)
     start, trainer = copy.deepcopy(run), trainer_of(run, tmp_path, autocast=torch.float16)
     trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     trainer.train(1)
     assert trainer._scaler.get_scale() == 2.0**37  # three batches
     assert all(torch.equal(x, y) for x, y in zip(run.trunk.parameters(), start.trunk.parameters(), strict=True))
-    again = trainer_of(made(), tmp_path, autocast=torch.float16)
+    again = trainer_of(made(chunk_size=chunk_size), tmp_path, autocast=torch.float16)
     again.resume()
     assert again._scaler.get_scale() == 2.0**37
     assert load_run(tmp_path).autocast == torch.float16

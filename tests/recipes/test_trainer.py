@@ -84,15 +84,17 @@ def test_validation_chooses_the_epoch(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "config.json", "last.pt", "metrics.jsonl"}
 
 
-@pytest.mark.parametrize("name", ["proxy_anchor", "intra_batch"])  # one that draws nothing, one with dropout
-def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
-    whole, parts = tiny(name), tmp_path / "parts"
+@pytest.mark.parametrize(  # one that draws nothing, one with dropout, also in chunks
+    ("name", "settings"), [("proxy_anchor", {}), ("intra_batch", {}), ("intra_batch", {"chunk_size": 5})]
+)
+def test_a_resumed_run_is_the_uninterrupted_one(name, settings, tmp_path):
+    whole, parts = tiny(name, **settings), tmp_path / "parts"
     _seed()
     expected = Trainer(whole, Images()).train()
-    first = tiny(name)
+    first = tiny(name, **settings)
     _seed()
     Trainer(first, Images(), folder=parts).train(1)
-    second = tiny(name)
+    second = tiny(name, **settings)
     torch.manual_seed(99)  # another process knows nothing of the first one's generators
     trainer = Trainer(second, Images(), folder=parts)
     assert trainer.resume() == 1
@@ -200,8 +202,45 @@ def test_frozen_batch_norms_keep_their_statistics():
     assert not norm.running_mean.any() and norm.weight.ne(1).any()
 
 
-def test_autocast_and_channels_last():
-    made = tiny(width=8)
+def trained(name, chunk_size, **settings):
+    """Return what is trained in an epoch, its losses, and the largest number of images that the network has seen."""
+    made, seen = tiny(name, chunk_size=chunk_size, freeze_batch_norm=True, optimizer="SGD", **settings), []
+    made.trunk.register_forward_hook(lambda module, images, embeddings: seen.append(len(images[0])))
+    losses = []
+    trainer = Trainer(
+        made,
+        Images(),
+        loss_weights={"metric_loss": 0.5},
+        end_of_iteration_hook=lambda t: losses.append((t.losses["metric_loss"].item(), t.losses["total_loss"].item())),
+    )
+    _seed()
+    trainer.train(1)
+    return state_of(made), losses, max(seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("triplet", {}), ("intra_batch", {}), ("proxy_anchor", {"warmup_epochs": 1, "clip_value": 1e-3})],
+)
+def test_batches_in_chunks(name, settings):
+    """The training is that of whole batches: with miner, dropout in the loss, a frozen backbone, clipped gradients."""
+    start, (whole, losses, largest) = state_of(tiny(name)), trained(name, None, **settings)
+    chunked, losses_in_chunks, largest_chunk = trained(name, 5, **settings)
+    assert (largest, largest_chunk, len(losses)) == (12, 5, 3) and min(min(losses)) > 0
+    torch.testing.assert_close(losses_in_chunks, losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(chunked, whole, rtol=1e-3, atol=1e-5)
+    assert any((whole[key] - x).abs().max() > 1e-4 for key, x in start.items() if x.is_floating_point())
+
+
+def test_a_chunk_is_counted_once():
+    made = tiny(chunk_size=5)
+    Trainer(made, Images()).train(1)
+    assert made.trunk.backbone.stage1[1].num_batches_tracked == 3 * 3  # batches of 5 + 5 + 2
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_autocast_and_channels_last(chunk_size):
+    made = tiny(width=8, chunk_size=chunk_size)
     dtypes = []
     trainer = Trainer(
         made,
