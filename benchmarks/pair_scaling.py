@@ -22,11 +22,19 @@ METHODS = {
     "PML SupCon": "PML SupConLoss",
     "SupCon": "SupConLoss",
     "NTXent": "NTXentLoss",
+    "PML contrastive": "PML ContrastiveLoss",
+    "contrastive": "ContrastiveLoss",
 }
-BESIDE = {"dense": "PML", "tiles": "PML", "mined": "PML, mined", "SupCon": "PML SupCon"}
+BESIDE = {
+    "dense": "PML",
+    "tiles": "PML",
+    "mined": "PML, mined",
+    "SupCon": "PML SupCon",
+    "contrastive": "PML contrastive",
+}
 WIDTH, TILE = 128, 512
 SIZES = ((1024, 0), (2048, 0), (8192, 0), (65_536, 0), (128, 500_000), (128, 1_000_000))
-IN_TILES = ("floor", "tiles", "mined", "SupCon", "NTXent")
+IN_TILES = ("floor", "tiles", "mined", "SupCon", "NTXent", "contrastive")
 
 
 def methods_of(batch_size, num_refs):
@@ -44,7 +52,7 @@ def make(method):
     """Return a function of embeddings, labels and references."""
     from pytorch_metric_learning import losses, miners
 
-    from pml_ext.losses import MultiSimilarityLoss, NTXentLoss, SupConLoss
+    from pml_ext.losses import ContrastiveLoss, MultiSimilarityLoss, NTXentLoss, SupConLoss
 
     if method == "PML, mined":
         miner, loss_func = miners.MultiSimilarityMiner(0.1), losses.MultiSimilarityLoss()
@@ -60,6 +68,8 @@ def make(method):
         "mined": lambda: MultiSimilarityLoss(epsilon=0.1),
         "SupCon": SupConLoss,
         "NTXent": NTXentLoss,
+        "PML contrastive": losses.ContrastiveLoss,
+        "contrastive": ContrastiveLoss,
     }
     return classes[method]()
 

@@ -25,8 +25,9 @@ class CrossBatchMemory(PmlCrossBatchMemory):
     part sees the memory, the proxy part the batch; and ``EnsembleLoss`` of such losses, whose divergence sees the
     batch. The state dict holds the position in the queue; without it, as in PML's, a loaded memory counts as empty. No
     sample is compared with itself, in a batch of one row neither. Bad input is refused before it enters the memory,
-    which stays float32 or better. Without a miner, ``MultiSimilarityLoss``, ``SupConLoss`` and ``NTXentLoss`` of this
-    package, also inside of composites, need no list of all pairs, nor a matrix of them: a memory may hold millions.
+    which stays float32 or better. Without a miner, ``MultiSimilarityLoss``, ``SupConLoss``, ``NTXentLoss`` and
+    ``ContrastiveLoss`` of this package, also inside of composites, need no list of all pairs, nor a matrix of them: a
+    memory may hold millions.
     Where ``enqueue_mask`` lets nothing in, the memory stays as it is (PML's counts as full from then on).
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 from pytorch_metric_learning import losses, miners
 from torch import Tensor
 
-from pml_ext.losses import LabelSmoothingCrossEntropyLoss, MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.losses import ContrastiveLoss, LabelSmoothingCrossEntropyLoss, MultiSimilarityLoss, ProxyAnchorLoss
 from pml_ext.recipes.backbones import pooled_trunk
 from pml_ext.recipes.parts import Method, Parts
 from pml_ext.recipes.settings import OURS, PROXY_ANCHOR, Numbers, Settings
@@ -22,7 +22,7 @@ def _plain(numbers: Numbers, make: Callable[[Settings, int], tuple[Any, Any]], *
 
 
 def _contrastive(s: Settings, num_classes: int) -> tuple[Any, Any]:
-    return losses.ContrastiveLoss(pos_margin=s.pos_margin, neg_margin=s.neg_margin), None
+    return ContrastiveLoss(pos_margin=s.pos_margin, neg_margin=s.neg_margin), None
 
 
 def _triplet(s: Settings, num_classes: int) -> tuple[Any, Any]:

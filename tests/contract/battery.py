@@ -619,13 +619,14 @@ def weight_regularizer(case):
 
 @shown("Regularizers, distances and references", {"other distances": None})
 def other_distance(case):
-    """`LpDistance` gives another value; `DotProductSimilarity` of unit vectors gives the cosine's."""
+    """`LpDistance` or `CosineSimilarity` gives another value; `DotProductSimilarity` of unit vectors the cosine's."""
     emb = embeddings()
-    loss = evaluate(make(case, distance=distances.LpDistance()), emb)
-    check_trains(loss, emb)
-    if torch.equal(loss, plain(case, emb)):
+    values = [evaluate(make(case, distance=x), emb) for x in (distances.LpDistance(), distances.CosineSimilarity())]
+    for loss in values:
+        check_trains(loss, emb)
+    if torch.equal(*values):
         return NO_DISTANCE
-    dot, cosine = make(case, distance=distances.DotProductSimilarity()), make(case)
+    dot, cosine = (make(case, distance=x) for x in (distances.DotProductSimilarity(), distances.CosineSimilarity()))
     with torch.no_grad():
         for loss_func in (dot, cosine):
             for p in trained(loss_func).values():

@@ -32,12 +32,14 @@ whole = dict(
     mined=lambda: MultiSimilarityLoss(epsilon=0.1)(x, labels),
     supcon=lambda: SupConLoss()(x, labels),
     ntxent=lambda: NTXentLoss()(x, labels),
+    contrastive=lambda: ContrastiveLoss()(x, labels),
     hybrid=lambda: HybridLoss(2000, 16)(x, labels),
     ensemble=lambda: EnsembleLoss(pair, 2)(x, labels),
     two_views=lambda: SelfSupervisedLoss(pair)(x[: {BATCH} // 2], x[{BATCH} // 2 :]),
     one_rank=lambda: DistributedLossWrapper(pair, efficient=True)(x, labels),
     references=lambda: pair(x[:128], labels[:128], None, refs, ref_labels),
     supcon_references=lambda: SupConLoss()(x[:128], labels[:128], None, refs, ref_labels),
+    contrastive_references=lambda: ContrastiveLoss()(x[:128], labels[:128], None, refs, ref_labels),
     memory=lambda: memory(x[:128], labels[:128]),
 )
 small = torch.randn(600, 16)
@@ -63,6 +65,6 @@ def test_no_matrix_of_all_pairs():
     assert all(float(loss) > 0 and float(norm) > 0 for *_, loss, norm in lines)
     peaks = {name: float(peak) for name, peak, *_ in lines}
     assert peaks.pop("dense") > 250  # or the measurement sees nothing
-    assert len(peaks) == 11
+    assert len(peaks) == 13
     assert max(peaks.values()) < 34, peaks
     assert min(peaks.values()) > 0.5, peaks

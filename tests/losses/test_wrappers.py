@@ -9,6 +9,7 @@ import torch
 from pytorch_metric_learning import losses, miners
 
 from pml_ext.losses import (
+    ContrastiveLoss,
     CrossBatchMemory,
     EnsembleLoss,
     HybridLoss,
@@ -40,7 +41,7 @@ def test_memory_is_pml_memory(miner):
     assert ours.has_been_filled
 
 
-@pytest.mark.parametrize("loss_class", [MultiSimilarityLoss, SupConLoss, NTXentLoss])
+@pytest.mark.parametrize("loss_class", [MultiSimilarityLoss, SupConLoss, NTXentLoss, ContrastiveLoss])
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_memory_without_a_list_of_pairs(loss_class, chunk_size):
     """No sample is compared with itself, nor with what it has overwritten, and nobody lists all other pairs."""

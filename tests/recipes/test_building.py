@@ -183,6 +183,18 @@ def test_resize_follows_the_image_size():
     assert recipe("proxy_anchor", 3, preset="paper:sop", pretrained=False, backbone="resnet18").settings.resize == 256
 
 
+def test_contrastive_is_pml_loss():
+    """In batches of recipes to the last bit."""
+    ours, theirs = tiny("contrastive").loss, losses.ContrastiveLoss(pos_margin=0.0, neg_margin=1.0)
+    rng = torch.Generator().manual_seed(0)
+    for size in (16, 64, 400):
+        emb, labels = torch.randn(size, 32, generator=rng).requires_grad_(), torch.randint(8, (size,), generator=rng)
+        values = ours(emb, labels), theirs(emb, labels)
+        assert values[1] > 0
+        assert torch.equal(*values)
+        assert torch.equal(*(torch.autograd.grad(value, emb)[0] for value in values))
+
+
 def test_numbers_that_no_paper_has_do_not_claim_one():
     for name in ("contrastive", "adaptive_margin"):
         made = recipe(name, 3, preset="paper:cub", pretrained=False, class_embeddings=DESCRIPTIONS[:3])
