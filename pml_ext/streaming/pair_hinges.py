@@ -181,7 +181,7 @@ class _Walk:
         if bool(kind) == self.is_distance:
             hinges.neg_()
         active = hinges > 0
-        self.active[kind] += active.sum() * times
+        self.active[kind] += active.count_nonzero() * times
         self.sums[kind].append(hinges.clamp_min_(0).sum() * times)
         scale = times if kind else -times
         if self.settings.power != 1:
