@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pml_ext.precision import full_precision, narrow
+from pml_ext.precision import full_precision
 from pml_ext.streaming.gradients import first_derivative_only
 from pml_ext.streaming.pair_tiles import Columns, Pairs, PairTiles, Tile, through_unit
 from pml_ext.streaming.proxy_chunks import auto_block
@@ -53,12 +53,12 @@ def pair_hinges(
     r"""Return sums of $\max(0, d - m_+)$ over positive pairs and of $\max(0, m_- - d)$ over negative ones.
 
     One walk over the pairs takes the sums and, where they are wanted, their gradients, which are kept until backward:
-    two of each of ``embeddings`` and ``refs``. Distances of positives, and of negatives with $|x - y|^2$ below a 1024th
-    of $|x|^2 + |y|^2$, are those of $x - y$, exact to rounding; others come from products. A pair of distance 0 has no
-    gradient.
+    two of each of ``embeddings`` and ``refs``. Distances of positives, and (``power=1``) of negatives with
+    $|x - y|^2$ below a 1024th of $|x|^2 + |y|^2$, are those of $x - y$, exact to rounding; others come from products. A
+    pair of distance 0 has no gradient.
 
     Args:
-        pairs: What is compared, in float32 or float64; ``embeddings`` not empty. They and ``refs`` get gradients.
+        pairs: What is compared, all in float32 or all in float64, not empty. ``embeddings`` and ``refs`` get gradients.
         pos_margin: $m_+$.
         neg_margin: $m_-$.
         power: $d$ is the Euclidean distance (1), between unit vectors where ``pairs`` normalise, or its square (2).
@@ -91,7 +91,7 @@ class _Walk:
         self.grads = [torch.zeros_like(unit) for _ in range(2)] if needs[0] else None
         self.ref_grads = None
         if needs[1] and pairs.refs is not None:
-            self.ref_grads = [torch.empty_like(pairs.refs, dtype=unit.dtype) for _ in range(2)]
+            self.ref_grads = [torch.empty_like(pairs.refs) for _ in range(2)]
         for columns in self.tiles.columns():
             self._walk_columns(columns)
         if self.grads is not None:
@@ -207,12 +207,10 @@ class _PairHinges(torch.autograd.Function):
     def backward(ctx: Any, positive: Tensor, negative: Tensor, *_: Tensor) -> tuple[Any, ...]:
         embeddings, refs, *grads = ctx.saved_tensors
         with torch.no_grad():
-            found = [
+            found = tuple(
                 None if by_positives is None else torch.addcmul(by_positives * positive, by_negatives, negative)
                 for by_positives, by_negatives in (grads[:2], grads[2:])
-            ]
-            if refs is not None and found[1] is not None:
-                found[1] = narrow(found[1], refs)
+            )
         inputs = tuple(x for x in (embeddings, refs, positive, negative) if x is not None)
-        by_embeddings, by_refs = first_derivative_only(ctx.settings.name, tuple(found), inputs)
+        by_embeddings, by_refs = first_derivative_only(ctx.settings.name, found, inputs)
         return by_embeddings, None, by_refs, None, None, None, None
