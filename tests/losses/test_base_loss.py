@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, embeddings, grads_of, make
 
 WITH_NETWORK = {name: case for name, case in CASES.items() if name.startswith("IntraBatchLoss")}
-BY_VALUES = {"MultiSimilarityLoss in tiles", "SupConLoss", "NTXentLoss"}  # shapes that fake tensors do not know
+# shapes that fake tensors do not know
+BY_VALUES = {"MultiSimilarityLoss in tiles", "SupConLoss", "NTXentLoss", "ContrastiveLoss", "ContrastiveLoss in tiles"}
 MOVED = {name: case for name, case in CASES.items() if name not in WITH_NETWORK | dict.fromkeys(BY_VALUES)}
 PAIRS = torch.tensor([0, 2]), torch.tensor([1, 3]), torch.tensor([0, 2]), torch.tensor([5, 5])
 
