@@ -75,7 +75,8 @@ def _conv_net(settings: Settings) -> ConvNet:
     if settings.pretrained:
         raise ValueError("pretrained must be False for the backbone 'convnet', which has no weights, got True")
     if settings.weights is not None:
-        raise ValueError(f"weights must be None for the backbone 'convnet', got {settings.weights!r:.80}")
+        got = settings.weights if isinstance(settings.weights, str) else "a state dict"
+        raise ValueError(f"weights must be None or a run's folder for the backbone 'convnet', got {got}")
     return ConvNet(settings.in_channels, settings.width)
 
 

@@ -133,8 +133,8 @@ def _dry_run(trunk: nn.Module, s: Settings) -> None:
 
 
 def _check(s: Settings) -> None:
-    if s.frozen_stages != 0:
-        check_count("frozen_stages", s.frozen_stages)
+    if isinstance(s.frozen_stages, bool) or not isinstance(s.frozen_stages, Integral) or s.frozen_stages < 0:
+        raise ValueError(f"frozen_stages must be an integer >= 0, got {s.frozen_stages!r}")
     if not isinstance(s.channels_last, bool):
         raise ValueError(f"channels_last must be True or False, got {s.channels_last!r}")
     if isinstance(s.crop_scale, bool) or not isinstance(s.crop_scale, int | float) or not 0 < s.crop_scale <= 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 import timm
 
 from pml_ext.recipes.run_config import read_config
-from pml_ext.recipes.settings import HALVES, IMAGENET, Settings
+from pml_ext.recipes.settings import HALVES, IMAGENET, OURS, WANTED, Settings
 
 
 def with_pixel_scaling(settings: Settings, run: Path | None = None) -> Settings:
@@ -19,15 +19,19 @@ def with_pixel_scaling(settings: Settings, run: Path | None = None) -> Settings:
         run: Folder of a run that the weights come from.
     """
     mean, std = IMAGENET if settings.preset.startswith("paper:") and settings.in_channels == 3 else HALVES
-    config = timm.get_pretrained_cfg(settings.backbone) if timm.is_model(settings.backbone) else None
-    if config is not None and (settings.pretrained or settings.weights is not None):
-        mean, std = list(config.mean), list(config.std)
+    source = "usual in the field" if mean is IMAGENET[0] else OURS
+    if settings.pretrained or settings.weights is not None:
+        config = timm.get_pretrained_cfg(settings.backbone) if timm.is_model(settings.backbone) else None
+        if config is not None:
+            (mean, std), source = (list(config.mean), list(config.std)), WANTED
+        elif settings.backbone == "googlenet":  # torchvision's
+            (mean, std), source = IMAGENET, WANTED
     if run is not None:
         config = read_config(run)["settings"]
-        mean, std = config["pixel_mean"], config["pixel_std"]
+        (mean, std), source = (config["pixel_mean"], config["pixel_std"]), "as in the run of the weights"
     elif settings.in_channels == 1:
         mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
     for name, numbers in (("pixel_mean", mean), ("pixel_std", std)):
         if settings[name] is None:
-            settings = settings.replaced(name, numbers, "as the backbone's weights want it")
+            settings = settings.replaced(name, numbers, source)
     return settings

@@ -17,6 +17,7 @@ PAPER_PRESETS = ("paper:cub", "paper:cars", "paper:sop", "paper:inshop")
 PRESETS = ("small", "finetune", *PAPER_PRESETS)
 """Names of the presets."""
 
+WANTED = "as the backbone's weights want it"
 OURS, PAPER, CODE, PROXY_ANCHOR = "our choice", "paper", "authors' code", "Proxy-Anchor's code"
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 HALVES = [0.5] * 3, [0.5] * 3
@@ -29,8 +30,8 @@ _SMALL: Numbers = {
     "weights": (None, OURS),
     "frozen_stages": (0, OURS),
     "channels_last": (False, OURS),
-    "pixel_mean": (None, "as the backbone's weights want it"),
-    "pixel_std": (None, "as the backbone's weights want it"),
+    "pixel_mean": (None, WANTED),
+    "pixel_std": (None, WANTED),
     "width": (32, OURS),
     "embedding_size": (64, OURS),
     "pool_type": ("avg", OURS),
@@ -118,7 +119,7 @@ class Settings(Mapping[str, Any]):
         self.preset = preset
         self.module: nn.Module | None = None
         self._values = {name: value for name, (value, _) in numbers.items()}
-        self.notes = {name: f"{value}: {source}" for name, (value, source) in numbers.items()}
+        self.notes = {name: f"{_named(value)}: {source}" for name, (value, source) in numbers.items()}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._values:
@@ -136,7 +137,7 @@ class Settings(Mapping[str, Any]):
 
     def replaced(self, name: str, value: Any, source: str) -> "Settings":
         """Return the settings with another value of one."""
-        numbers = {key: (x, self.notes[key].removeprefix(f"{x}: ")) for key, x in self.items()}
+        numbers = {key: (x, self.notes[key].removeprefix(f"{_named(x)}: ")) for key, x in self.items()}
         settings = Settings(self.preset, numbers | {name: (value, source)})
         settings.module = self.module
         return settings
@@ -147,6 +148,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple | range):
         return [_plain(x) for x in value]
     return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+
+
+def _named(value: Any) -> Any:
+    """Return a value as notes have it: weights are too long."""
+    return "a state dict" if isinstance(value, Mapping) else value
 
 
 def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) -> Settings:

@@ -33,8 +33,9 @@ def make_transforms(settings: Settings) -> Transforms:
         raise ValueError(f"in_channels must be 1 or 3, got {channels}")
     image = [partial(_with_channels, channels=channels)]
     for name, numbers in (("pixel_mean", settings.pixel_mean), ("pixel_std", settings.pixel_std)):
-        if len(numbers) != channels or not all(math.isfinite(x) for x in numbers):
-            raise ValueError(f"{name} must have {channels} finite numbers, got {numbers}")
+        are_numbers = isinstance(numbers, list | tuple) and all(isinstance(x, int | float) for x in numbers)
+        if not are_numbers or len(numbers) != channels or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{name} must be a list of {channels} finite numbers, got {numbers!r}")
     if not min(settings.pixel_std) > 0:
         raise ValueError(f"pixel_std must be > 0, got {settings.pixel_std}")
     number = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(settings.pixel_mean, settings.pixel_std)]

@@ -263,7 +263,7 @@ def _create(name: str, pretrained: bool, weights: Weights, channels: int, timm_k
     if name != "googlenet":
         return timm_model(name, pretrained, weights, num_classes=0, **({"in_chans": channels} | timm_kwargs))
     if weights is not None:
-        raise ValueError(f"weights must be None for 'googlenet' (pass the network as backbone), got {weights!r:.80}")
+        raise ValueError(f"weights must be None for 'googlenet' (pass the network as backbone), got {weights!r:.40}")
     from torchvision.models import GoogLeNet_Weights, googlenet  # on use: only this network is torchvision's
 
     if channels != 3:

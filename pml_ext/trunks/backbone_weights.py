@@ -30,9 +30,10 @@ def timm_model(name: str, pretrained: bool, weights: Weights = None, **kwargs: A
     Args:
         name: Of the model.
         pretrained: Whether timm downloads its weights, or takes them from where it has put them before.
-        weights: A file (``.pth``, ``.safetensors``: timm's or torchvision's), "installed" (those of the extra
-            ``pretrained``), or a state dict. All of the network's weights must be there; a classifier may be, and is
-            left out where the model that is asked for has none. timm adapts them to ``in_chans`` and ``img_size``.
+        weights: A file (``.pth``, ``.safetensors``: timm's or torchvision's; averaged weights are taken where it has
+            some), "installed" (those of the extra ``pretrained``), or a state dict. All of the network's weights must
+            be there; a classifier may be, and is left out where the model that is asked for has none. timm adapts them
+            to ``in_chans`` and ``img_size``.
         **kwargs: Passed to ``timm.create_model``.
 
     Raises:
@@ -89,6 +90,7 @@ def read_weights(weights: Weights, name: str) -> tuple[dict[str, Tensor], str]:
     """
     if isinstance(weights, Mapping):
         state: Any = clean_state_dict(dict(weights))
+        state.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
         source = "a state dict"
     elif isinstance(weights, str | os.PathLike):
         if weights == "installed":
@@ -100,15 +102,21 @@ def read_weights(weights: Weights, name: str) -> tuple[dict[str, Tensor], str]:
             raise FileNotFoundError(f"weights must be a file, 'installed' or a state dict, got {source} ({kind})")
         try:
             state = load_state_dict(str(path))  # the averaged weights of a training of timm's, where it has some
+            state.pop("n_averaged", None)
         except Exception as error:  # of files, archives, pickles
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"weights must be a file with a state dict, cannot read {source}: {reason}") from error
+        if {"trunk", "history"} <= state.keys():
+            raise ValueError(f"weights must be the folder of a run instead of its checkpoint, got {source}")
     else:
         raise TypeError(f"weights must be a file, 'installed' or a state dict, got {type(weights).__name__}")
     wrong = next((key for key, x in state.items() if not isinstance(x, Tensor)), None)
     if wrong is not None or not state:
         got = "nothing" if wrong is None else f"{wrong!r}: {type(state[wrong]).__name__}"
         raise ValueError(f"weights must hold tensors by their names, got {source} with {got}")
+    wrong = next((key for key, x in state.items() if x.is_floating_point() and not x.isfinite().all()), None)
+    if wrong is not None:
+        raise ValueError(f"weights must be finite, got NaN or infinity in {wrong!r} of {source}")
     return dict(state), source
 
 

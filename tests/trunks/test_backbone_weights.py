@@ -109,6 +109,24 @@ def test_names_that_do_not_fit_are_listed(kind, message, donor):
         PooledTrunk("test_resnet", 8, weights=changed(donor.state_dict(), kind))
 
 
+def test_averaged_networks(donor):
+    averaged = torch.optim.swa_utils.AveragedModel(donor)
+    trunk = PooledTrunk("test_resnet", 8, weights=averaged.state_dict())
+    assert torch.equal(trunk.backbone.model.conv1[0].weight, donor.conv1[0].weight)
+
+
+def test_weights_that_are_not_finite(donor):
+    state = donor.state_dict() | {"bn1.bias": torch.full((32,), torch.nan)}
+    with pytest.raises(ValueError, match=r"weights must be finite, got NaN or infinity in 'bn1\.bias' of a state"):
+        PooledTrunk("test_resnet", 8, weights=state)
+
+
+def test_unknown_tags():
+    assert PooledTrunk("test_resnet.r160_in1k", 8).out_features == 8
+    with pytest.raises(ValueError, match=r"backbone must be a timm model such as .* got 'test_resnet.nonsense'"):
+        PooledTrunk("test_resnet.nonsense", 8)
+
+
 def test_another_network(donor):
     with pytest.raises(ValueError, match=r"must fit test_byobnet, got a state dict: \d+ missing \(stem.conv.weight"):
         PooledTrunk("test_byobnet", 8, weights=donor.state_dict())
