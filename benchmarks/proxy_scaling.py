@@ -91,8 +91,9 @@ def measure(method, num_classes, batch_size, embedding_size, steps, threads, dev
     return measured._replace(peak_mb=measured.peak_mb - gradient)
 
 
-def main(sizes=SIZES, steps=5, rounds=3, threads=2, device="cpu", out=None, picture=None):
+def main(sizes=SIZES, steps=5, rounds=3, threads=2, device="cpu", out=None, picture=None, classes=None):
     """Return the metadata and a row for each size and method; print them as a table."""
+    sizes = [size for size in sizes if classes in (None, size[0])]
     jobs = [(method, *size) for size in sizes for method in METHODS]
     results = []
     for (method, *size), measured in measure_in_turn(measure, jobs, rounds, steps, threads, device).items():
@@ -162,6 +163,7 @@ if __name__ == "__main__":
     parser = make_parser(__doc__, "--device", "--out")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3, help="processes for each row")
+    parser.add_argument("--classes", type=int, help="only sizes with so many")
     parser.add_argument("--picture", default=None, help="PNG file")
     parser.add_argument("--show", default=None, help="JSON file to print instead of measuring")
     arguments = vars(parser.parse_args())
