@@ -402,7 +402,7 @@ def test_images_are_compared_by_bits(dtype):
     second = first.clone()
     second[7, 1, 0] = 0
     weight = nn.Parameter(torch.arange(24.0).reshape(12, 2))
-    trunk = Returns(lambda x: weight[: len(x)])
+    trunk = Returns(lambda x: 1 * weight[: len(x)])
     trunk.inside, trunk.weight = nn.Identity(), weight
     cached_backward(trunk, MultiSimilarityLoss(), Chunks([first], [first.clone()]), LABELS, 5)
     with pytest.raises(RuntimeError, match=f"{OTHERS} 1 of 3"):
