@@ -1,5 +1,6 @@
 import copy
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader, TensorDataset
 
 from pml_ext.distributed import DistributedLossWrapper
 from pml_ext.gradient_cache import cached_backward
@@ -93,7 +95,7 @@ class OtherGenerators(nn.Module):
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.1), OtherGenerators())])
-def test_dropout_has_the_same_masks_in_both_walks(layer):
+def test_dropout_has_the_same_masks_in_both_passes(layer):
     def seeded():
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002
@@ -203,7 +205,7 @@ def test_a_scaler_scales_gradients_but_not_the_loss(chunk_size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inside", [False, True])
 def test_autocast(dtype, inside):
-    """As argument, or around the call: weights cast in the first walk, which has no graph, are not used again."""
+    """As argument, or around the call: weights cast in the first pass, which has no graph, are not used again."""
     one, cached = network().float(), network().float()
     with torch.autocast("cpu", dtype):
         embeddings = torch.cat([one(chunk) for chunk in IMAGES.float().split(5)])
@@ -248,20 +250,23 @@ def test_images_of_many_forms():
     scaled = IMAGES * scale
     uneven = list(scaled.split([3, 7, 2]))
 
-    class Walked:
-        walks = 0
+    class Counted:
+        passes = 0
 
         def __iter__(self):
-            self.walks += 1
+            self.passes += 1
             yield from uneven
 
-    walked = Walked()
-    for images in (scaled, uneven, walked, (IMAGES, scale), {"x": IMAGES, "scale": scale}):
-        trunk = network() if not isinstance(images, tuple | dict) else Pair()
+    counted = Counted()
+    one_input, two_inputs = TensorDataset(scaled), TensorDataset(IMAGES, scale)
+    loaders = DataLoader(one_input, 5), DataLoader(two_inputs, 5)  # lists of tensors
+    of_two = ((IMAGES, scale), {"x": IMAGES, "scale": scale}, loaders[1])
+    for images in (scaled, uneven, [[x] for x in uneven], counted, loaders[0], *of_two):
+        trunk = Pair() if any(images is x for x in of_two) else network()
         cached_backward(trunk, MultiSimilarityLoss(), images, LABELS, 4)
         for p, q in zip(trunk.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
-    assert walked.walks == 2
+    assert counted.passes == 2
 
 
 def test_images_that_are_augmented_anew_are_replayed():
@@ -285,7 +290,7 @@ def test_images_may_learn():
 
 
 @pytest.mark.parametrize("chunk_size", [5, 12])
-def test_a_frozen_network_is_walked_once(chunk_size):
+def test_a_frozen_network_needs_one_pass(chunk_size):
     trunk, loss_func = network().requires_grad_(False), ProxyAnchorLoss(NUM_CLASSES, SIZE).double()
     calls = []
     trunk.register_forward_hook(lambda *_: calls.append(1))
@@ -318,9 +323,27 @@ class OwnGenerator(nn.Module):
 
 
 @pytest.mark.parametrize("noise", [0.1, 1e-5])
-def test_a_second_walk_that_differs_is_refused(noise):
-    with pytest.raises(RuntimeError, match="must give the same embeddings in both walks, got others for chunk 0 of 3"):
+def test_a_second_pass_that_differs_is_refused(noise):
+    with pytest.raises(RuntimeError, match="must give the same embeddings in both passes, got others for chunk 0 of 3"):
         cached_backward(network(OwnGenerator(noise)), MultiSimilarityLoss(), IMAGES, LABELS, 5)
+
+
+def offset(*layers):
+    """Embeddings that lie close together, far from zero: their differences are a few percent of them."""
+    trunk = network(*layers).float()
+    with torch.no_grad():
+        trunk[-1].weight.mul_(0.02)
+        trunk[-1].bias.fill_(1.0)
+    return trunk
+
+
+def test_embeddings_with_a_common_offset_are_compared_without_it():
+    images = IMAGES.float()
+    embeddings = offset()(images)
+    assert 1e-3 < (embeddings - embeddings.mean(0)).abs().max() < 0.05
+    cached_backward(offset(), MultiSimilarityLoss(), images, LABELS, 5)
+    with pytest.raises(RuntimeError, match="trunk must give the same embeddings in both passes"):
+        cached_backward(offset(OwnGenerator(0.005)), MultiSimilarityLoss(), images, LABELS, 5)
 
 
 def test_rounding_is_not_refused():
@@ -330,41 +353,134 @@ def test_rounding_is_not_refused():
     cached_backward(network(OwnGenerator(1e-5)).bfloat16(), MultiSimilarityLoss(), IMAGES.bfloat16(), LABELS, 5)
 
 
-class Chunks:
-    """Other chunks in each walk."""
+@pytest.mark.parametrize("chunk_size", [1, 5])
+def test_rounding_of_equal_embeddings_is_not_refused(chunk_size):
+    """Of embeddings that have collapsed, nothing is left without their mean."""
+    calls = []
+    trunk = Returns(lambda x: calls.append(1) or 1 + 0 * x + (2.0**-52 if len(calls) == 2 else 0))
+    cached_backward(trunk, MultiSimilarityLoss(), IMAGES, LABELS, chunk_size)
+    assert len(calls) == 2 * -(-12 // chunk_size)
 
-    def __init__(self, *walks):
-        self.walks = iter(walks)
+
+class Chunks:
+    """Other chunks in each pass."""
+
+    def __init__(self, *passes):
+        self.passes = iter(passes)
 
     def __iter__(self):
-        return iter(next(self.walks))
+        return iter(next(self.passes))
 
 
 THREE = list(IMAGES.split(4))
+OTHERS = "images must be the same in both passes, got others in chunk"
 
 
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (THREE[:2], "must be the same in both walks, got 2 chunks of 3"),
-        ((*THREE, THREE[0]), "must be the same in both walks, got 4 in chunk 3 of the second"),
-        (IMAGES.split(3), "must be the same in both walks, got 3 in chunk 0 of the second"),
-        ((THREE[1], THREE[0], THREE[2]), "must give the same embeddings in both walks, got others for chunk 0 of 3"),
-        ((*THREE[:2], THREE[2] + 0.01), "must give the same embeddings in both walks, got others for chunk 2 of 3"),
+        (THREE[:2], "must be the same in both passes, got 2 chunks of 3"),
+        ((*THREE, THREE[0]), "must be the same in both passes, got 4 in chunk 3 of the second"),
+        (IMAGES.split(3), "must be the same in both passes, got 3 in chunk 0 of the second"),
+        ((THREE[1], THREE[0], THREE[2]), f"{OTHERS} 0 of 3"),
+        ((*THREE[:2], THREE[2] + 1e-12), f"{OTHERS} 2 of 3"),
+        ((*THREE[:2], THREE[2].flip(0)), f"{OTHERS} 2 of 3"),
+        ((THREE[0], THREE[1].flip(1), THREE[2]), f"{OTHERS} 1 of 3"),
+        ([(x, x) for x in THREE], f"{OTHERS} 0 of 3"),
     ],
 )
-def test_other_images_in_the_second_walk_are_refused(second, message):
+def test_other_images_in_the_second_pass_are_refused(second, message):
+    trunk = Returns(lambda x: x, lambda x: x[0] if isinstance(x, tuple) else x)
     with pytest.raises(RuntimeError, match=message):
-        cached_backward(network(), MultiSimilarityLoss(), Chunks(THREE, second), LABELS, 4)
+        cached_backward(trunk, MultiSimilarityLoss(), Chunks(THREE, second), LABELS, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8, torch.bool, torch.complex128])
+def test_images_are_compared_by_bits(dtype):
+    """Also where the embeddings are the same: one other number of any dtype is found."""
+    first = torch.ones(12, 3, 2, dtype=dtype)
+    second = first.clone()
+    second[7, 1, 0] = 0
+    weight = nn.Parameter(torch.arange(24.0).reshape(12, 2))
+    trunk = Returns(lambda x: 1 * weight[: len(x)])
+    trunk.inside, trunk.weight = nn.Identity(), weight
+    cached_backward(trunk, MultiSimilarityLoss(), Chunks([first], [first.clone()]), LABELS, 5)
+    with pytest.raises(RuntimeError, match=f"{OTHERS} 1 of 3"):
+        cached_backward(trunk, MultiSimilarityLoss(), Chunks([first], [second]), LABELS, 5)
+
+
+def test_images_may_be_changed_in_place():
+    trunk, reference = (nn.Sequential(nn.ReLU(inplace=True), network()) for _ in range(2))
+    MultiSimilarityLoss()(reference(IMAGES.clone()), LABELS).backward()
+    cached_backward(trunk, MultiSimilarityLoss(), IMAGES.clone(), LABELS, 5)
+    torch.testing.assert_close(states_of(trunk), states_of(reference), rtol=1e-10, atol=1e-12)
+
+
+class Fails(nn.Module):
+    """Draws, and raises in a call of its own."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.left = call
+
+    def forward(self, x):
+        self.left -= 1
+        if not self.left:
+            raise ArithmeticError
+        return x + torch.rand(()) * np.random.rand() * random.random()  # noqa: NPY002
+
+
+def test_an_error_in_the_second_pass_leaves_the_random_state_of_the_loss():
+    states = []
+    for call in (5, 99):
+        torch.manual_seed(SEED)
+        random.seed(SEED)
+        np.random.seed(SEED)  # noqa: NPY002
+        with pytest.raises(ArithmeticError) if call == 5 else nullcontext():
+            cached_backward(network(Fails(call)), MultiSimilarityLoss(), IMAGES, LABELS, 5)
+        states.append((torch.rand(3).tolist(), random.random(), np.random.rand()))  # noqa: NPY002
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("images", [IMAGES, (IMAGES, IMAGES), {"x": IMAGES}, list(IMAGES.split(5))])
+def test_labels_are_counted_before_the_network_runs(images):
+    calls = []
+    trunk = Returns(lambda x: calls.append(x) or x)
+    with pytest.raises(ValueError, match="labels must have a row for each image, got 11 for 12"):
+        cached_backward(trunk, MultiSimilarityLoss(), images, LABELS[1:], 5)
+    assert not calls
+
+
+class Grows(nn.Module):
+    """Keeps all that it has seen, and adds the mean of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0, 16, dtype=torch.float64))
+
+    def forward(self, x):
+        self.seen = torch.cat([self.seen, x.detach()])
+        return x + self.seen.mean(0)
+
+
+def test_buffers_that_grow_are_replayed():
+    assert both(network(Grows()), MultiSimilarityLoss(), 5)["0 1.seen"].shape == (12, 16)
+
+
+def test_hooks_of_parameters_are_called_once_a_chunk():
+    trunk, calls = network(), []
+    trunk[0].weight.register_post_accumulate_grad_hook(calls.append)
+    cached_backward(trunk, MultiSimilarityLoss(), IMAGES, LABELS, 5)
+    assert len(calls) == 3
 
 
 class Returns(nn.Module):
-    def __init__(self, change):
+    def __init__(self, change, before=lambda x: x):
         super().__init__()
-        self.inside, self.change = network(), change
+        self.inside, self.change, self.before = network(), change, before
 
     def forward(self, x):
-        return self.change(self.inside(x))
+        return self.change(self.inside(self.before(x)))
 
 
 @pytest.mark.parametrize(
@@ -373,12 +489,16 @@ class Returns(nn.Module):
         (ValueError, "chunk_size must be an integer >= 1, got 0", {"chunk_size": 0}),
         (ValueError, "chunk_size must be an integer >= 1, got 2.5", {"chunk_size": 2.5}),
         (TypeError, "trunk must be a torch.nn.Module, .*, got a function", {"trunk": lambda x: x}),
-        (TypeError, "images must be .* walked twice, got a generator", {"images": (x for x in THREE)}),
-        (TypeError, "images must be .* walked twice, got a int", {"images": 3}),
-        (TypeError, "images must be tensors .*, got a list", {"images": [[1, 2]]}),
+        (TypeError, "images must be .* iterated over twice, got a generator", {"images": (x for x in THREE)}),
+        (TypeError, "images must be .* iterated over twice, got a int", {"images": 3}),
+        (TypeError, "images must be tensors .*, got a list", {"images": [[[1, 2]]]}),
+        (TypeError, "images must be tensors .*, got a int", {"images": [[1, 2]]}),
+        (TypeError, "images must be tensors .*, got none", {"images": [[]]}),
         (TypeError, "images must be tensors .*, got a int", {"images": {"x": IMAGES, "y": 1}}),
         (TypeError, "images must be tensors .*, got none", {"images": ()}),
         (ValueError, r"images must have one length in all tensors .*, got \[12, 4\]", {"images": (IMAGES, THREE[0])}),
+        (ValueError, "autocast must be torch.bfloat16, torch.float16 or None, got 'bf16'", {"autocast": "bf16"}),
+        (ValueError, "autocast must be .*, got torch.float32", {"autocast": torch.float32}),
         (TypeError, "labels must be a tensor", {"labels": [1, 2]}),
         (ValueError, "labels must have a row for each image, got 11 for 12", {"labels": LABELS[1:]}),
         (ValueError, "labels must have a row for each image, got 12 for 8", {"images": THREE[:2]}),
