@@ -58,7 +58,7 @@ def pair_hinges(
     pair of distance 0 has no gradient.
 
     Args:
-        pairs: What is compared, all in float32 or all in float64, not empty. ``embeddings`` and ``refs`` get gradients.
+        pairs: What is compared, all in float32 or all in float64. ``embeddings`` and ``refs`` get gradients.
         pos_margin: $m_+$.
         neg_margin: $m_-$.
         power: $d$ is the Euclidean distance (1), between unit vectors where ``pairs`` normalise, or its square (2).

@@ -59,7 +59,7 @@ def pair_sums(
     sample are kept.
 
     Args:
-        pairs: What is compared, in float32 or float64; ``embeddings`` not empty. They and ``refs`` get gradients.
+        pairs: What is compared, in float32 or float64. ``embeddings`` and ``refs`` get gradients.
         positive_scale: $a$, the factor of similarities in the exponent of positives. Not 0.
         negative_scale: $b$, that in the exponent of negatives. Not 0.
         epsilon: Only pairs that ``MultiSimilarityMiner(epsilon)`` finds are in the log-sum-exps: positives with
@@ -78,14 +78,15 @@ def _is_bounded(pairs: Pairs, settings: _Settings) -> bool:
     """Whether no exponential can overflow and none that counts can underflow, without subtracting the largest."""
     largest = 1.0
     if not pairs.normalize:
-        norms = [_norms(x).amax() for x in (pairs.embeddings, pairs.refs) if x is not None]
-        largest = float(norms[0] * norms[-1])
+        norms = [_largest_norm(x) for x in (pairs.embeddings, pairs.refs) if x is not None]
+        largest = norms[0] * norms[-1]
     exponent = largest * max(abs(settings.positive), abs(settings.negative)) * _LOG2_E
     return exponent < math.log2(torch.finfo(pairs.embeddings.dtype).max) - 28  # of up to 2^27 numbers, the sum too
 
 
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+def _largest_norm(x: Tensor) -> float:
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return float(norms.amax()) if len(x) else 0.0
 
 
 def _make_tiles(pairs: Pairs, settings: _Settings, bounded: bool) -> PairTiles:

@@ -145,12 +145,12 @@ class PairTiles:
         self.scaled = self.unit if factor == 1 else self.unit * factor
         self.ref_labels, self.own = pairs.ref_labels, pairs.own
         block = auto_block(self.unit.device)
-        num_rows = min(chunk_size or math.isqrt(block), len(self.unit))
+        num_rows = max(1, min(chunk_size or math.isqrt(block), len(self.unit)))
         if pairs.refs is None:
             self.ref_labels, self.own = self.labels, torch.arange(len(self.labels), device=self.labels.device)
             self.num_columns = num_rows
         else:
-            self.num_columns = min(chunk_size or block // num_rows, len(pairs.refs))
+            self.num_columns = max(1, min(chunk_size or block // num_rows, len(pairs.refs)))
         self._block = self.unit.new_empty(num_rows * self.num_columns)
         self._rows = [
             slice(start, min(start + num_rows, len(self.unit))) for start in range(0, len(self.unit), num_rows)
