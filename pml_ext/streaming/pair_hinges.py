@@ -137,7 +137,7 @@ class _Walk:
         num_same = 0
         if tile.same is not None:
             num_same = len(tile.same[0])
-            _, anchors, others, _ = tile.take_positives()
+            _, anchors, others, _ = tile.take_out_same()
             positives = anchors - tile.rows.start, others - tile.columns.start
             self.numbers[0] += times * len(anchors)
         self.numbers[1] += times * (block.numel() - num_same)

@@ -101,7 +101,7 @@ def _find_hardest(tiles: PairTiles) -> _Hardest:
     for columns in tiles.columns():
         for tile in tiles.tiles(columns):
             if tile.same is not None:
-                values, *pair, _ = tile.take_positives()
+                values, *pair, _ = tile.take_out_same()
                 for side in pair[: 1 + tile.both]:
                     positive.scatter_reduce_(0, side, values, "amin")
             for dim, anchors in tile.sides():
@@ -117,17 +117,17 @@ class _Exponents:
         self.positive: Tensor | None = None
         scale = settings.negative * _LOG2_E
         if tile.same is not None:
-            values, *self.pair, self.places = tile.take_positives()
+            values, *self.pair, self.places = tile.take_out_same()
             self.positive = values * (settings.positive / (settings.negative if hardest is None else 1 / _LOG2_E))
         self.negative = tile.block
         if hardest is not None:  # compared as the miner does, before they are scaled
             assert settings.epsilon is not None
-            self.easier = None if self.positive is None else values - settings.epsilon
-            self.harder = tile.block + settings.epsilon
+            self.positive_minus_epsilon = None if self.positive is None else values - settings.epsilon
+            self.negative_plus_epsilon = tile.block + settings.epsilon
             self.negative = tile.block.mul_(scale)
         # of each side, which negatives count: a mask of the tile, or None for all
         self.counting = [
-            None if hardest is None else self.harder > hardest.positive[anchors].unsqueeze(dim)
+            None if hardest is None else self.negative_plus_epsilon > hardest.positive[anchors].unsqueeze(dim)
             for dim, anchors in tile.sides()
         ]
 
@@ -137,8 +137,8 @@ class _Exponents:
         for anchors in self.pair[: len(self.counting)]:
             values = self.positive
             if self.hardest is not None:
-                assert self.easier is not None
-                values = values.masked_fill(~(self.easier < self.hardest.negative[anchors]), -torch.inf)
+                assert self.positive_minus_epsilon is not None
+                values = values.masked_fill(~(self.positive_minus_epsilon < self.hardest.negative[anchors]), -torch.inf)
             yield values, anchors
 
 
