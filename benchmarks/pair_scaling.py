@@ -1,8 +1,8 @@
 """Time and memory of pair losses, all pairs at once or in tiles; run: python benchmarks/pair_scaling.py.
 
 Every row is measured in processes of its own, in turn with the other rows of its size. The floor is what tiles cannot
-avoid: of a batch with itself two products of half the matrix for the similarities, in forward and backward, and one
-whole product for the gradient; of references three products. ``--out benchmarks/results/pair_scaling-cpu.json`` keeps
+avoid: for a batch against itself, two half products for the similarities, in forward and backward, and one full product
+for the gradient; against references, three full products. ``--out benchmarks/results/pair_scaling-cpu.json`` keeps
 the figures, ``--show FILE`` prints the table of kept ones.
 """
 

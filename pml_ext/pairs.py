@@ -1,8 +1,8 @@
 """Pairs of samples, as PML's losses and miners hand them on."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +15,7 @@ from pml_ext.validation import check_values
 __all__ = ["pairs_from_multilabel"]
 
 Rule = Literal["any", "all"]
-_own_places: ContextVar[Tensor | None] = ContextVar("pml_ext_own_places", default=None)
+_told = threading.local()  # which torch.compile reads, with a guard; a ContextVar it does not before PyTorch 2.14
 
 
 def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
@@ -132,13 +132,15 @@ def own_rows_at(places: Tensor | None) -> Iterator[None]:
     Args:
         places: ``(B,)``, int64, rows of ``ref_emb``. None: nowhere.
     """
-    token = _own_places.set(places)
+    before = own_places()
+    _told.places = places
     try:
         yield
     finally:
-        _own_places.reset(token)
+        _told.places = before
 
 
 def own_places() -> Tensor | None:
     """Return where in the references the samples themselves lie, ``(B,)``, None for nowhere."""
-    return None if torch.compiler.is_compiling() else _own_places.get()
+    places: Tensor | None = getattr(_told, "places", None)
+    return places

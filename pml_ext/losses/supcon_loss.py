@@ -81,8 +81,11 @@ class SupConLoss(BasePairLoss):
             sums = of_positives, of_negatives, (similarity * positive).sum(1), positive.sum(1)
         of_positives, of_negatives, similarities, count = sums
         own = count > 0
-        losses = torch.logaddexp(of_positives.masked_fill(~own, 0.0), of_negatives)
-        losses = losses - similarities / temperature / count.clamp_min(1)
+        of_positives = of_positives.masked_fill(~own, 0.0)
+        losses = torch.logaddexp(of_negatives - of_positives, of_negatives.new_zeros(()))
+        means = similarities / temperature / count.clamp_min(1)
+        # one positive is its own mean: a difference of rounding would count with AvgNonZeroReducer
+        losses = losses + torch.where(count > 1, of_positives - means, 0.0)
         wanted = own & own.any() & (of_negatives > -torch.inf).any()
         return {"loss": element_term(losses.masked_fill(~wanted, 0.0))}
 

@@ -51,8 +51,8 @@ def multi_similarity_loss(
         chunk_size: Rows and columns of a tile of similarities. None: as many as stay in the cache.
 
     Returns:
-        ``(B,)``, float32, or float64 if an argument is. It has first derivatives only: differentiating a gradient
-        raises NotImplementedError.
+        ``(B,)``, float32, or float64 if an argument is; 0 for a sample without pairs. It has first derivatives only:
+        differentiating a gradient raises NotImplementedError.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype, or a setting requires a gradient, which

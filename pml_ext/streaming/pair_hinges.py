@@ -58,7 +58,7 @@ def pair_hinges(
     pair of distance 0 has no gradient.
 
     Args:
-        pairs: What is compared, all in float32 or all in float64, not empty. ``embeddings`` and ``refs`` get gradients.
+        pairs: What is compared, all in float32 or all in float64. ``embeddings`` and ``refs`` get gradients.
         pos_margin: $m_+$.
         neg_margin: $m_-$.
         power: $d$ is the Euclidean distance (1), between unit vectors where ``pairs`` normalise, or its square (2).
@@ -137,7 +137,7 @@ class _Walk:
         num_same = 0
         if tile.same is not None:
             num_same = len(tile.same[0])
-            _, anchors, others, _ = tile.take_positives()
+            _, anchors, others, _ = tile.take_out_same()
             positives = anchors - tile.rows.start, others - tile.columns.start
             self.numbers[0] += times * len(anchors)
         self.numbers[1] += times * (block.numel() - num_same)

@@ -24,11 +24,11 @@ def list_similarities(
         name: What a message calls the result, where it is differentiated twice.
     """
     with full_precision(embeddings.device):
-        values: Tensor = _ListSimilarities.apply(embeddings, refs, anchors, others, normalize, name)
+        values: Tensor = _PairSimilarities.apply(embeddings, refs, anchors, others, normalize, name)
     return values
 
 
-class _ListSimilarities(torch.autograd.Function):
+class _PairSimilarities(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -59,7 +59,7 @@ def pair_sums(
     sample are kept.
 
     Args:
-        pairs: What is compared, in float32 or float64; ``embeddings`` not empty. They and ``refs`` get gradients.
+        pairs: What is compared, in float32 or float64. ``embeddings`` and ``refs`` get gradients.
         positive_scale: $a$, the factor of similarities in the exponent of positives. Not 0.
         negative_scale: $b$, that in the exponent of negatives. Not 0.
         epsilon: Only pairs that ``MultiSimilarityMiner(epsilon)`` finds are in the log-sum-exps: positives with
@@ -78,14 +78,15 @@ def _is_bounded(pairs: Pairs, settings: _Settings) -> bool:
     """Whether no exponential can overflow and none that counts can underflow, without subtracting the largest."""
     largest = 1.0
     if not pairs.normalize:
-        norms = [_norms(x).amax() for x in (pairs.embeddings, pairs.refs) if x is not None]
-        largest = float(norms[0] * norms[-1])
+        norms = [_largest_norm(x) for x in (pairs.embeddings, pairs.refs) if x is not None]
+        largest = norms[0] * norms[-1]
     exponent = largest * max(abs(settings.positive), abs(settings.negative)) * _LOG2_E
     return exponent < math.log2(torch.finfo(pairs.embeddings.dtype).max) - 28  # of up to 2^27 numbers, the sum too
 
 
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+def _largest_norm(x: Tensor) -> float:
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return float(norms.amax()) if len(x) else 0.0
 
 
 def _make_tiles(pairs: Pairs, settings: _Settings, bounded: bool) -> PairTiles:
@@ -100,7 +101,7 @@ def _find_hardest(tiles: PairTiles) -> _Hardest:
     for columns in tiles.columns():
         for tile in tiles.tiles(columns):
             if tile.same is not None:
-                values, *pair, _ = tile.take_positives()
+                values, *pair, _ = tile.take_out_same()
                 for side in pair[: 1 + tile.both]:
                     positive.scatter_reduce_(0, side, values, "amin")
             for dim, anchors in tile.sides():
@@ -116,17 +117,17 @@ class _Exponents:
         self.positive: Tensor | None = None
         scale = settings.negative * _LOG2_E
         if tile.same is not None:
-            values, *self.pair, self.places = tile.take_positives()
+            values, *self.pair, self.places = tile.take_out_same()
             self.positive = values * (settings.positive / (settings.negative if hardest is None else 1 / _LOG2_E))
         self.negative = tile.block
         if hardest is not None:  # compared as the miner does, before they are scaled
             assert settings.epsilon is not None
-            self.easier = None if self.positive is None else values - settings.epsilon
-            self.harder = tile.block + settings.epsilon
+            self.positive_minus_epsilon = None if self.positive is None else values - settings.epsilon
+            self.negative_plus_epsilon = tile.block + settings.epsilon
             self.negative = tile.block.mul_(scale)
         # of each side, which negatives count: a mask of the tile, or None for all
         self.counting = [
-            None if hardest is None else self.harder > hardest.positive[anchors].unsqueeze(dim)
+            None if hardest is None else self.negative_plus_epsilon > hardest.positive[anchors].unsqueeze(dim)
             for dim, anchors in tile.sides()
         ]
 
@@ -136,8 +137,8 @@ class _Exponents:
         for anchors in self.pair[: len(self.counting)]:
             values = self.positive
             if self.hardest is not None:
-                assert self.easier is not None
-                values = values.masked_fill(~(self.easier < self.hardest.negative[anchors]), -torch.inf)
+                assert self.positive_minus_epsilon is not None
+                values = values.masked_fill(~(self.positive_minus_epsilon < self.hardest.negative[anchors]), -torch.inf)
             yield values, anchors
 
 

@@ -94,7 +94,7 @@ class Tile(NamedTuple):
         block: ``(n, m)``, the similarities times the walk's factor. In memory that the next tile will use.
         same: The rows and columns of the pairs of one label, counted in the tile, ``(p,)`` each; None if there are
             none.
-        itself: Which of these are an anchor with itself, ``(p,)``, bool.
+        is_self: Which of these are an anchor with itself, ``(p,)``, bool.
         both: Whether the references are anchors too, whose tile with these anchors the walk leaves out.
     """
 
@@ -102,24 +102,24 @@ class Tile(NamedTuple):
     columns: slice
     block: Tensor
     same: tuple[Tensor, Tensor] | None
-    itself: Tensor | None
+    is_self: Tensor | None
     both: bool
 
     def sides(self) -> tuple[tuple[int, slice], ...]:
         """Return what to sum over, and for which anchors: rows, and columns where they are anchors too."""
         return ((1, self.rows), (0, self.columns))[: 1 + self.both]
 
-    def take_positives(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the similarities of positive pairs and where they are; pairs of one label become -inf in the block.
+    def take_out_same(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Take pairs of one label out of the block, in which they become -inf, and return the positive ones.
 
         Returns:
             Similarities, anchors, references, and places in the flat block, ``(p,)`` each.
         """
         assert self.same is not None
-        assert self.itself is not None
+        assert self.is_self is not None
         rows, columns = self.same
         flat, places = self.block.view(-1), rows * self.block.shape[1] + columns
-        keep = (~self.itself).nonzero().squeeze(1)
+        keep = (~self.is_self).nonzero().squeeze(1)
         kept = places[keep]
         values = flat[kept]
         flat[places] = -torch.inf
@@ -145,12 +145,12 @@ class PairTiles:
         self.scaled = self.unit if factor == 1 else self.unit * factor
         self.ref_labels, self.own = pairs.ref_labels, pairs.own
         block = auto_block(self.unit.device)
-        num_rows = min(chunk_size or math.isqrt(block), len(self.unit))
+        num_rows = max(1, min(chunk_size or math.isqrt(block), len(self.unit)))
         if pairs.refs is None:
             self.ref_labels, self.own = self.labels, torch.arange(len(self.labels), device=self.labels.device)
             self.num_columns = num_rows
         else:
-            self.num_columns = min(chunk_size or block // num_rows, len(pairs.refs))
+            self.num_columns = max(1, min(chunk_size or block // num_rows, len(pairs.refs)))
         self._block = self.unit.new_empty(num_rows * self.num_columns)
         self._rows = [
             slice(start, min(start + num_rows, len(self.unit))) for start in range(0, len(self.unit), num_rows)
@@ -180,15 +180,15 @@ class PairTiles:
         for i, rows in enumerate(chunks):
             block = self._block[: (rows.stop - rows.start) * n].view(-1, n)
             torch.mm(self.scaled[rows], columns.rows.T, out=block)
-            same = itself = None
+            same = is_self = None
             if found[i] < found[i + 1]:
                 anchors = torch.repeat_interleave(last[rows] - first[rows])
                 within = torch.arange(found[i], found[i + 1], device=anchors.device) + (last - ends)[rows][anchors]
                 same = anchors, columns.order[within]
-                itself = torch.zeros_like(anchors, dtype=torch.bool)
+                is_self = torch.zeros_like(anchors, dtype=torch.bool)
                 if self.own is not None:
-                    itself = self.own[rows][anchors] == same[1] + place.start
-            yield Tile(rows, place, block, same, itself, self.symmetric and rows.start < place.start)
+                    is_self = self.own[rows][anchors] == same[1] + place.start
+            yield Tile(rows, place, block, same, is_self, self.symmetric and rows.start < place.start)
 
 
 def through_unit(grad: Tensor, unit: Tensor, inverse: Tensor | None) -> Tensor:

@@ -310,6 +310,18 @@ def others(rank, world, rows, splits):
     loss.backward()
     observed["empty rank"] = (loss.detach(), build(lambda: make(CASES["HybridLoss"]))[1](DATA, LABELS).detach())
 
+    # a compiled loss compares no row with itself either
+    values = []
+    for compiled in (True, False):
+        loss_func = MultiSimilarityLoss()
+        if compiled:
+            loss_func.compile(backend="eager")
+        emb = DATA[rows].clone().requires_grad_()
+        loss = DistributedLossWrapper(loss_func, efficient=True)(emb, LABELS[rows])
+        loss.backward()
+        values.append((loss.detach(), emb.grad))
+    observed["efficient, compiled"] = tuple(values)
+
     # one object for batch and references, told ahead of hooks
     copying = DistributedLossWrapper(MultiSimilarityLoss())
     copying.register_forward_pre_hook(cloned, with_kwargs=True)
@@ -527,6 +539,13 @@ def test_generators_and_empty_ranks(observed):
         torch.testing.assert_close(*one["empty rank"])
         assert one["empty rank, efficient"] == observed[0]["empty rank, efficient"] > 0
         assert torch.equal(*one["checkpointed loss"])
+
+
+def test_efficient_with_a_compiled_loss(observed):
+    for one in observed:
+        compiled, plain = one["efficient, compiled"]
+        assert plain[0] > 0
+        torch.testing.assert_close(compiled, plain)
 
 
 def test_bad_input_raises_on_all_ranks(observed):

@@ -87,6 +87,29 @@ def test_low_temperatures_take_no_sum_out_of_range(temperature):
     torch.testing.assert_close(*(torch.autograd.grad(loss, emb)[0] for loss in (tiles, dense)), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("temperature", [0.02, 0.025, 0.05, 0.1])
+@pytest.mark.parametrize("chunk_size", [None, 50])
+def test_two_views_at_low_temperatures(temperature, chunk_size):
+    """Most losses are far below what rounding leaves of exponents of 50, and each counts in the mean."""
+    generator = torch.Generator().manual_seed(0)
+    emb = torch.randn(64, 128, generator=generator).repeat_interleave(2, 0)
+    emb = emb + 0.01 * torch.randn(128, 128, generator=generator)
+    emb[:20] = torch.randn(20, 128, generator=generator)
+    labels = torch.arange(128) // 2
+    wide = emb.double().requires_grad_()
+    unit = torch.nn.functional.normalize(wide)
+    exponents = unit @ unit.T / temperature
+    same = labels[:, None] == labels
+    others = exponents.masked_fill(same, -torch.inf).logsumexp(1) - exponents[range(128), torch.arange(128) ^ 1]
+    expected = torch.logaddexp(others, torch.zeros(1))
+    assert (expected < 1e-6).sum() > 50 or temperature > 0.03
+    emb.requires_grad_()
+    actual = SupConLoss(temperature, chunk_size)(emb, labels)
+    assert actual.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    (grad,), (by_wide,) = torch.autograd.grad(actual, emb), torch.autograd.grad(expected.mean(), wide)
+    torch.testing.assert_close(grad.double(), by_wide, rtol=1e-4, atol=1e-6)
+
+
 def test_gradcheck():
     inputs = EMB.clone().requires_grad_(), REF.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, r: SupConLoss(0.5, 3)(x, LABELS, None, r, REF_LABELS), inputs)

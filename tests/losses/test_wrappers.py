@@ -1,5 +1,6 @@
 """CrossBatchMemory and SelfSupervisedLoss."""
 
+import copy
 import io
 from unittest import mock
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.reducers import MeanReducer
 
 from pml_ext.losses import (
     ContrastiveLoss,
@@ -19,6 +21,7 @@ from pml_ext.losses import (
     SelfSupervisedLoss,
     SupConLoss,
 )
+from pml_ext.pairs import own_rows_at
 from tests.contract.battery import cloned
 from tests.graphs import graphs_of_batches
 
@@ -78,6 +81,49 @@ def test_composites_tell_their_children_where_samples_lie(compare):
         actual = memory(emb, labels)
         with mock.patch.object(type(compare), "leaves_out_own", False):
             torch.testing.assert_close(actual, listed(emb, labels))
+
+
+COMPILED = {
+    "pairs": lambda: (loss := MultiSimilarityLoss(), loss),
+    "supcon": lambda: (loss := SupConLoss(), loss),
+    "ntxent": lambda: (loss := NTXentLoss(), loss),
+    "contrastive": lambda: (loss := ContrastiveLoss(reducer=MeanReducer()), loss),
+    "tiles": lambda: (loss := MultiSimilarityLoss(chunk_size=3), loss),
+    "hybrid": lambda: (loss := HybridLoss(4, SIZE), loss),
+    "hybrid's child": lambda: (loss := HybridLoss(4, SIZE), loss.pair_loss),
+}
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED)
+def test_a_compiled_loss_in_a_memory_is_told_where_samples_lie(make):
+    """It compares no sample with itself, in another place of the memory in each batch."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    compiled, part = make()
+    plain = copy.deepcopy(compiled)
+    part.compile(backend="eager")
+    memories = [CrossBatchMemory(loss, SIZE, memory_size=20) for loss in (compiled, plain)]
+    for emb, labels in batches():
+        emb.requires_grad_()
+        actual, expected = (memory(emb, labels) for memory in memories)
+        assert expected > 0
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(torch.autograd.grad(actual, emb), torch.autograd.grad(expected, emb))
+
+
+@pytest.mark.compiles
+def test_places_of_samples_leave_a_loss_in_one_graph():
+    torch.compiler.reset()
+    compiled = torch.compile(MultiSimilarityLoss(), backend="eager", fullgraph=True)
+    emb, labels = next(batches())
+    refs, ref_labels = torch.cat([emb, emb + 1]), torch.cat([labels, labels])
+    values = []
+    for places in (torch.arange(8), torch.arange(8, 16), None):
+        with own_rows_at(places):
+            values.append(compiled(emb, labels, None, refs, ref_labels))
+            torch.testing.assert_close(values[-1], MultiSimilarityLoss()(emb, labels, None, refs, ref_labels))
+    assert len({x.item() for x in values}) == 3
 
 
 def test_mining_inside_a_memory():

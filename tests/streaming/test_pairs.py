@@ -7,6 +7,7 @@ from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 
 from pml_ext.streaming import multi_similarity_loss
+from pml_ext.streaming.pair_hinges import pair_hinges
 from pml_ext.streaming.pair_list import list_similarities
 from pml_ext.streaming.pair_sums import pair_sums
 from pml_ext.streaming.pair_tiles import Pairs
@@ -227,6 +228,26 @@ def test_no_tensor_is_as_large_as_all_pairs(epsilon, num_refs):
         multi_similarity_loss(x, labels, refs, ref_labels, epsilon=epsilon, chunk_size=128).sum().backward()
     assert x.grad.any()
     assert 0 < largest.numel <= 1500 * 16
+
+
+@pytest.mark.parametrize(("batch", "num_refs"), [(0, None), (0, 3), (2, 0), (0, 0)])
+@pytest.mark.parametrize("epsilon", [None, 0.1])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_no_samples_or_no_references(batch, num_refs, epsilon, normalize, chunk_size):
+    """Each sample there is has no pairs and loss 0; gradients are 0 and not None."""
+    x, labels = rows(batch, 0).requires_grad_(), torch.arange(batch)
+    refs = None if num_refs is None else rows(num_refs, 1).requires_grad_()
+    ref_labels = None if num_refs is None else torch.arange(num_refs)
+    settings = {"epsilon": epsilon, "normalize": normalize, "chunk_size": chunk_size}
+    losses = multi_similarity_loss(x, labels, refs, ref_labels, **settings)
+    assert torch.equal(losses, torch.zeros(batch, dtype=torch.float64))
+    hinges = pair_hinges(Pairs(x, labels, refs, ref_labels, None, normalize), 0.0, 1.0, 1, chunk_size)
+    assert not any(hinges)
+    leaves = [x] if refs is None else [x, refs]
+    for value in (losses.sum(), hinges.positive + hinges.negative):
+        for grad, leaf in zip(torch.autograd.grad(value, leaves), leaves, strict=True):
+            assert torch.equal(grad, torch.zeros_like(leaf))
 
 
 @pytest.mark.parametrize("with_refs", [False, True])
