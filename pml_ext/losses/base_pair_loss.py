@@ -84,10 +84,7 @@ class BasePairLoss(BaseLoss):
         assert labels is not None
         positive = labels[:, None].eq(labels if ref_labels is None else ref_labels)
         negative = ~positive
-        if ref_emb is None:
-            positive.fill_diagonal_(False)
-        elif (own := own_places()) is not None:
-            positive[torch.arange(len(own), device=own.device), own] = False
+        _leave_out_own(positive, ref_emb)
         return positive, negative
 
     def _lists(
@@ -103,14 +100,19 @@ class BasePairLoss(BaseLoss):
         assert labels is not None
         same = labels[:, None].eq(labels if ref_labels is None else ref_labels)
         others, negatives = (~same).nonzero(as_tuple=True)
-        if ref_emb is None:
-            same.fill_diagonal_(False)
-        elif (own := own_places()) is not None:
-            same[torch.arange(len(own), device=own.device), own] = False
+        _leave_out_own(same, ref_emb)
         return *same.nonzero(as_tuple=True), others, negatives  # type: ignore[return-value]
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
+
+
+def _leave_out_own(same: Tensor, ref_emb: Tensor | None) -> None:
+    """Take each sample's pair with itself out of a mask of the pairs of one label."""
+    rows = torch.arange(len(same), device=same.device)
+    own = rows if ref_emb is None else own_places()
+    if own is not None:
+        same[rows, own] = False  # fill_diagonal_ would bind a graph to one size
 
 
 def _four(indices_tuple: Indices) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -281,3 +281,13 @@ def test_bad_arguments(name):
         ContrastiveLoss(chunk_size=0)
     with pytest.raises(ValueError, match="labels or indices_tuple must be given, got None for both"):
         ContrastiveLoss()(EMB)
+
+
+def test_several_gradients_in_one_backward_of_tiles():
+    emb = EMB.clone().requires_grad_()
+    loss, upstream = ContrastiveLoss(chunk_size=4)(emb, LABELS), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    (both,) = torch.autograd.grad(loss, emb, upstream, retain_graph=True, is_grads_batched=True)
+    for grad, factor in zip(both, upstream, strict=True):
+        (expected,) = torch.autograd.grad(loss, emb, factor, retain_graph=True)
+        assert expected.any()
+        torch.testing.assert_close(grad, expected)
