@@ -52,8 +52,9 @@ class ContrastiveLoss(BasePairLoss):
         NotImplementedError: If a gradient of the streamed loss is differentiated.
 
     Examples:
-        >>> ContrastiveLoss(neg_margin=2)(torch.eye(3), torch.tensor([0, 0, 1]))
-        tensor(2.0000)
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+        >>> ContrastiveLoss(neg_margin=2)(embeddings, torch.tensor([0, 0, 1]))
+        tensor(2.6508)
 
     Source:
         Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006. As PML, and unlike its

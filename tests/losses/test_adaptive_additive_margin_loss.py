@@ -194,12 +194,12 @@ def test_dense_and_streamed_agree(monkeypatch):
 def test_memory_reaches_the_walk_and_changes_no_state():
     plain, keeping = (make(class_embeddings=TEXT, chunk_size=2, memory=memory) for memory in (0, 10**4))
     assert keeping.state_dict().keys() == plain.state_dict().keys()
-    losses = []
+    values = []
     for loss_func, expected in ((plain, 1), (keeping, 3)):  # 9 samples of width 5: one chunk of three fits unasked
         loss_func.set_reducer(DoNothingReducer())
-        losses.append(loss_func(EMB, LABELS)["loss"]["losses"])
-        assert sum(x is not None for x in losses[-1].grad_fn.kept) == expected
-    grads = [torch.autograd.grad(x.sum(), f.proxies)[0] for x, f in zip(losses, (plain, keeping), strict=True)]
+        values.append(loss_func(EMB, LABELS)["loss"]["losses"])
+        assert sum(x is not None for x in values[-1].grad_fn.kept) == expected
+    grads = [torch.autograd.grad(x.sum(), f.proxies)[0] for x, f in zip(values, (plain, keeping), strict=True)]
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
 
 
