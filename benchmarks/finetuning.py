@@ -27,6 +27,7 @@ from pml_ext import class_embeddings
 from pml_ext.datasets import open_data
 from pml_ext.neighbors import refine_with_neighbors
 from pml_ext.recipes import Trainer, embed, recipe, retrieval_metrics
+from pml_ext.trunks import BackboneFeatures
 
 VALIDATION_CLASSES = 0.25
 EACH_EPOCH = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
@@ -59,7 +60,7 @@ def run(job):
     frozen = row.recipe == "frozen"
     made = recipe("proxy_anchor" if frozen else row.recipe, data.num_classes, class_embeddings=rows, **settings)
     data.train.transform, data.test.transform = made.transforms.train, made.transforms.test
-    network = torch.nn.Sequential(made.trunk.backbone, made.trunk.pool) if frozen else made.trunk
+    network = BackboneFeatures(made.trunk) if frozen else made.trunk
     started = time.perf_counter()
     evaluating = 0.0
 
@@ -99,7 +100,7 @@ def percent(value):
     return round(100 * float(value), 3)
 
 
-def jobs_of(data, rows, seeds, out, kind, embeddings, settings):
+def jobs_of(data, rows, seeds, kind, embeddings, settings):
     """Return what is to be run."""
     jobs = []
     for name in rows:
@@ -150,7 +151,7 @@ def main(
         path = run_files.path_of(out, Path(data).stem, kind)
         finished = run_files.read(path)
         which = ("row", "trial") if tune else ("row", "seed")
-        wanted = jobs_of(data, list(ROWS) if rows is None else rows, seeds, out, kind, class_embeddings, given)
+        wanted = jobs_of(data, list(ROWS) if rows is None else rows, seeds, kind, class_embeddings, given)
         todo = [job for job in wanted if run_files.find(finished, **{name: job[name] for name in which}) is None]
         for line in in_processes(run, todo, jobs, lambda done: f"{done['row']}: {done['metrics'][''][TUNED_FOR]:.1f}"):
             run_files.append(path, line)

@@ -29,8 +29,8 @@ class ContrastiveLoss(BasePairLoss):
     The value is PML's. Differences: with PML's ``LpDistance(p=2)``, of ``power`` 1 or 2, ``CosineSimilarity`` or
     ``DotProductSimilarity`` and its ``AvgNonZeroReducer``, ``MeanReducer`` or ``SumReducer`` a long batch (on a CPU:
     more than 512 x 512 pairs) is looked at tile by tile, in memory that does not grow with the square, and has first
-    derivatives only. Distances near 0 are then exact, where PML's matrix cancels: in float32 PML gives a copy of a unit
-    vector a distance of up to about 0.001 and counts it. A tuple with one pair gives its loss and not 0;
+    derivatives only. Distances near 0 are then exact, where PML's matrix cancels: in float32 PML gives copies of a
+    vector a distance above 0 and counts them. A tuple with one pair gives its loss and not 0;
     ``ref_labels`` may be the object ``labels``.
 
     Args:
