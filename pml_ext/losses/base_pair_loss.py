@@ -10,6 +10,7 @@ from torch import Tensor
 from pml_ext.losses.base_loss import BaseLoss
 from pml_ext.losses.similarity import can_stream_pairs, distance_matrix
 from pml_ext.pairs import own_places
+from pml_ext.streaming.pair_tiles import Pairs
 from pml_ext.streaming.proxy_chunks import check_chunk_size
 from pml_ext.types import Indices
 from pml_ext.validation import already_valid, is_learned, validation_enabled
@@ -55,15 +56,16 @@ class BasePairLoss(BaseLoss):
         ref_labels: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        """Call one of the functions of ``pml_ext.streaming``."""
+        """Call a function with ``Pairs`` and ``chunk_size``, for one of the walks of ``pml_ext.streaming``."""
         if torch.compiler.is_compiling():  # a call that is not looked into, instead of a loop that is unrolled
             walk = torch.compiler.disable(walk)  # type: ignore[no-untyped-call]
+        assert labels is not None
+        pairs = Pairs(embeddings, labels, normalize=self.distance.normalize_embeddings)
         if ref_emb is not None:
-            kwargs |= {"ref_emb": ref_emb, "ref_labels": labels if ref_labels is None else ref_labels}
-            kwargs["own"] = own_places()
-        settings = {"normalize": self.distance.normalize_embeddings, "chunk_size": self.chunk_size}
+            ref_labels = labels if ref_labels is None else ref_labels
+            pairs = pairs._replace(refs=ref_emb, ref_labels=ref_labels, own=own_places())
         with already_valid():
-            return walk(embeddings, labels, **settings, **kwargs)
+            return walk(pairs, chunk_size=self.chunk_size, **kwargs)
 
     def _similarity(self, embeddings: Tensor, ref_emb: Tensor | None) -> Tensor:
         """Return the similarities, ``(B, R)``; a distance is a negative similarity."""

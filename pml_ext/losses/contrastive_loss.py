@@ -114,19 +114,7 @@ class ContrastiveLoss(BasePairLoss):
         return AvgNonZeroReducer()
 
 
-def _sums(
-    embeddings: Tensor,
-    labels: Tensor,
-    pos_margin: Any,
-    neg_margin: Any,
-    power: int | None,
-    normalize: bool,
-    chunk_size: int | None,
-    ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
-    own: Tensor | None = None,
-) -> HingeSums:
+def _sums(pairs: Pairs, pos_margin: Any, neg_margin: Any, power: int | None, chunk_size: int | None) -> HingeSums:
     """Return the sums of both kinds of losses and how many there are."""
     margins = as_number("pos_margin", pos_margin), as_number("neg_margin", neg_margin)
-    pairs = Pairs(embeddings, labels, ref_emb, ref_labels, own, normalize)
     return pair_hinges(pairs, *margins, power, chunk_size, "Contrastive")

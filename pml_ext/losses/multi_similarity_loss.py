@@ -10,6 +10,7 @@ from pml_ext.losses.log_sum_exp import log1p_sum_exp
 from pml_ext.pml_internals import element_term, reduced_term
 from pml_ext.streaming.gradients import quick_apply
 from pml_ext.streaming.multi_similarity import multi_similarity_loss
+from pml_ext.streaming.pair_tiles import Pairs
 from pml_ext.types import Indices, LossDict
 from pml_ext.validation import as_number, check_settings, scalar
 
@@ -102,7 +103,7 @@ class MultiSimilarityLoss(BasePairLoss):
         if self._can_stream(embeddings, indices_tuple, ref_emb, alpha, beta, base):
             numbers = {"alpha": alpha, "beta": beta, "base": base, "epsilon": self.epsilon}
             numbers["negative_base"] = base if self.negative_sign == "minus" else -base
-            losses = self._streamed(multi_similarity_loss, embeddings, labels, ref_emb, ref_labels, **numbers)
+            losses = self._streamed(_walk, embeddings, labels, ref_emb, ref_labels, **numbers)
             return {"loss": element_term(losses)}
         similarity = self._similarity(embeddings, ref_emb)  # (B, R)
         positive, negative = self._masks(similarity, labels, indices_tuple, ref_emb, ref_labels)
@@ -115,6 +116,11 @@ class MultiSimilarityLoss(BasePairLoss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, negative_sign={self.negative_sign!r}, epsilon={self.epsilon}"
+
+
+def _walk(pairs: Pairs, **settings: Any) -> Tensor:
+    x, labels, refs, ref_labels, own, normalize = pairs
+    return multi_similarity_loss(x, labels, refs, ref_labels, own=own, normalize=normalize, **settings)
 
 
 class _Settings(NamedTuple):

@@ -105,24 +105,14 @@ class NTXentLoss(BasePairLoss):
         return torch.logaddexp(exponents, exponents.new_zeros(())), anchors, positives
 
 
-def _sums(
-    embeddings: Tensor,
-    labels: Tensor,
-    temperature: Any,
-    normalize: bool,
-    chunk_size: int | None,
-    ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
-    own: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def _sums(pairs: Pairs, temperature: Any, chunk_size: int | None) -> tuple[Tensor, ...]:
     """Return the positive pairs, anchors and others, their similarities, and the log-sum-exps over negatives."""
     scale = 1 / as_number("temperature", temperature)
-    pairs = Pairs(embeddings, labels, ref_emb, ref_labels, own, normalize)
     of_negatives = pair_sums(pairs, scale, scale, None, chunk_size, "NTXent").negative
-    anchors, positives = positive_pairs(labels, ref_labels, own)
+    anchors, positives = positive_pairs(pairs.labels, pairs.ref_labels, pairs.own)
     return (
         anchors,
         positives,
-        list_similarities(embeddings, ref_emb, anchors, positives, normalize, "NTXent"),
+        list_similarities(pairs.embeddings, pairs.refs, anchors, positives, pairs.normalize, "NTXent"),
         of_negatives,
     )

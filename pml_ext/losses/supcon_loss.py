@@ -93,17 +93,7 @@ class SupConLoss(BasePairLoss):
         return AvgNonZeroReducer()
 
 
-def _sums(
-    embeddings: Tensor,
-    labels: Tensor,
-    temperature: Any,
-    normalize: bool,
-    chunk_size: int | None,
-    ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
-    own: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def _sums(pairs: Pairs, temperature: Any, chunk_size: int | None) -> tuple[Tensor, ...]:
     """Return the log-sum-exps over positives and negatives, the sum of positives' similarities and their number."""
     scale = 1 / as_number("temperature", temperature)
-    pairs = Pairs(embeddings, labels, ref_emb, ref_labels, own, normalize)
     return pair_sums(pairs, scale, scale, None, chunk_size, "SupCon")
