@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -14,12 +15,14 @@ import retrieval
 import retrieval_tables
 import run_files
 import torch
+from PIL import Image
 from retrieval_rows import QUESTIONS, ROWS, row_of
 
 from benchmarks import (
     distributed,
     ensemble,
     evaluation,
+    finetuning,
     glyph_classes,
     hybrid_defaults,
     large_batches,
@@ -30,7 +33,9 @@ from benchmarks import (
     retrieval_causes,
     second_order_attention,
 )
-from pml_ext.trunks import AttentionEnsemble
+from pml_ext.datasets import open_data
+from pml_ext.recipes import embed, recipe, retrieval_metrics
+from pml_ext.trunks import AttentionEnsemble, BackboneFeatures
 from tests.processes import START_METHOD, run_scripts
 
 pytestmark = pytest.mark.trains
@@ -748,3 +753,32 @@ def test_trainings_with_large_batches(toy, tmp_path, capsys, monkeypatch):
     large_batches.main(train=toy, out=path)  # seed 3 is new, nothing else is repeated
     assert path.read_bytes().startswith(written)
     assert [run["seed"] for run in run_files.read(path)[len(runs) :]] == [3, 3]
+
+
+def test_finetuning(tmp_path, capsys):
+    """Rows behind a small network of timm's, on folders of noise."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in "abc":
+            (tmp_path / "data" / part / f"{part} {label}").mkdir(parents=True)
+            for i in range(5):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / part / f"{part} {label}" / f"{i}.png")
+    small = ["image_size=32", "batch_size=8", "epochs=2", "backbone=test_efficientnet", "pretrained=false"]
+    options = {"seeds": [0], "out": tmp_path / "out", "settings": small}
+    for _ in range(2):  # what is there is not run again
+        finetuning.main(tmp_path / "data", ["frozen", "mhgl"], **options)
+    frozen, trained = run_files.read(tmp_path / "out" / "data-test.jsonl")
+    assert frozen["row"] == "frozen" and frozen["loss"] == []
+    assert len(trained["loss"]) == len(trained["epochs"]["precision_at_1"]) == 2
+    assert trained["epochs"]["precision_at_1"][-1] == trained["metrics"][""]["precision_at_1"] < 100
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    made = recipe("proxy_anchor", 3, **frozen["settings"] | {"preset": "finetune"})
+    test = open_data(tmp_path / "data").test
+    test.transform = made.transforms.test
+    found = retrieval_metrics(*embed(BackboneFeatures(made.trunk), test, autocast=torch.bfloat16))
+    assert frozen["metrics"][""]["precision_at_1"] == pytest.approx(100 * found["precision_at_1"], abs=1e-3)
+    printed = [row[:3] for row in cells_of(capsys.readouterr().out)]
+    assert ["frozen", "1", f"{100 * found['precision_at_1']:.1f}"] in printed
