@@ -37,7 +37,7 @@ def backbone_of(trunk: nn.Module) -> nn.Module | None:
 
 
 def timm_model_of(trunk: nn.Module) -> nn.Module | None:
-    """Return the timm model that a network is, also inside of wrappers, or the only one in a ``Sequential``, or None."""
+    """Return the timm model that a network is, inside of wrappers too, or the only one in a ``Sequential``, or None."""
     trunk = unwrapped(trunk)
     if callable(getattr(trunk, "get_classifier", None)):
         return trunk
