@@ -1,8 +1,9 @@
 # # 1. Swap one loss
 #
-# A training loop as pytorch-metric-learning (PML) users write it: a sampler, a miner, a loss. Then one line changes:
-# `pml_ext.losses.HybridLoss` stands where PML's loss stood. Both networks search for characters that neither has seen
-# in training. The data, 534 characters in 16 typefaces, are drawn here: nothing is downloaded but the packages.
+# At the end you will have swapped one loss in a training loop of pytorch-metric-learning (PML), and compared both
+# networks on characters that neither has seen. The loop has a sampler, a miner and a loss. One line changes:
+# `pml_ext.losses.HybridLoss` replaces PML's loss. The data are 534 characters in 16 typefaces, drawn here: nothing is
+# downloaded but the packages.
 
 # On Colab this installs the package; elsewhere it finds it.
 
@@ -24,6 +25,7 @@ os.environ["TQDM_DISABLE"] = "1"  # PML's trainers draw a progress bar, which wo
 # %config InlineBackend.print_figure_kwargs = {"dpi": 80}
 
 # +
+import textwrap
 import warnings
 from itertools import pairwise
 
@@ -46,7 +48,8 @@ from pml_ext.visualization import plot_curves, retrieval_gallery
 
 train_set, test_set = Glyphs("train"), Glyphs("test")
 train_images, test_images = (data.data[:, None].float() / 255 for data in (train_set, test_set))
-print(train_set, test_set, sep="\n")
+for title, part in (("training", train_set), ("test", test_set)):
+    print(f"{title:<12}{part.num_classes:>4} characters {len(part):>6} images")
 
 
 # +
@@ -100,7 +103,7 @@ def make_optimizer(trunk, loss_func):
     return torch.optim.AdamW(groups, weight_decay=1e-4)
 
 
-# The loop. It does not know which loss it has.
+# The training loop works with any loss.
 
 
 def train(loss_func, seed=0):
@@ -124,8 +127,8 @@ def train(loss_func, seed=0):
     return trunk, curve
 
 
-# Evaluation on the unseen characters: every image is a query against all others. P@1 is the share of queries whose
-# nearest neighbour is the same character. MAP@R looks at the whole front of the list.
+# We evaluate on the unseen characters. Every image is a query against all others. P@1 is the share of queries whose
+# nearest neighbor shows the same character. MAP@R rates the first R results, R being the number of right ones.
 
 
 def evaluate(embeddings):
@@ -150,14 +153,14 @@ pml_trunk, pml_curve = train(loss_func)
 
 # ## The line that changes
 #
-# `HybridLoss` adds proxies, one learnt vector for each class, to Multi-Similarity. It therefore wants the number of
-# classes and the width of the embeddings. Miner, sampler and loop are the same. The miner serves its pair part.
+# `HybridLoss` adds proxies to Multi-Similarity: one learned vector for each class. It therefore needs the number of
+# classes and the embedding size. Miner, sampler and loop stay the same. The pair part uses what the miner finds.
 
 loss_func = HybridLoss(num_classes=train_set.num_classes, embedding_size=EMBEDDING_SIZE)
 hybrid_trunk, hybrid_curve = train(loss_func)
 
-# The two losses have different units. Divided by their first epoch they can be drawn together; which curve is lower
-# says nothing about which network is better.
+# The two losses have different units, so we divide each by its first epoch. A lower curve does not mean a better
+# network.
 
 
 # +
@@ -184,13 +187,13 @@ for name, found in embeddings.items():
     metrics = evaluate(found)
     print(f"{name:<36}{100 * metrics['precision_at_1']:>8.1f}{100 * metrics['mean_average_precision_at_r']:>8.1f}")
 
-# One short training with one seed shows that the swap works and that both are far from raw pixels. It does not show
-# which loss is better: a few points between two such runs can be the seed. The page `docs/retrieval.md` has tuned
+# One short training with one seed shows that the swap works and that both networks beat raw pixels. It does not show
+# which loss is better: seeds alone make a difference of a few points. The page `docs/retrieval.md` has tuned
 # comparisons over several seeds.
 
 # ## What is found
 #
-# Each row: a query, then its nearest neighbours and their cosines. Green frames are right; dashed red ones with a
+# Each row shows a query, then its nearest neighbors and their cosines. Green frames are right; dashed red ones with a
 # cross are wrong.
 
 shown = retrieval_gallery(
@@ -200,24 +203,24 @@ titled(shown, "HybridLoss, unseen characters")
 
 # ## What if the optimizer forgets the proxies?
 #
-# The most usual mistake with losses that have parameters. Nothing fails: the proxies stay random, and PML's losses say
-# nothing. Losses of pml_ext warn once after 10 batches.
+# This is the most common mistake with losses that have parameters. Nothing fails: the proxies stay random. PML's losses
+# say nothing. Losses of pml_ext warn once, after 10 batches.
 
 # +
 forgotten = HybridLoss(num_classes=8, embedding_size=4)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for _ in range(102):  # no optimizer at all
+    for _ in range(12):  # no optimizer at all
         forgotten(torch.randn(16, 4, requires_grad=True), torch.arange(16) // 2).backward()
 
 for warning in caught:
-    print(f"{warning.category.__name__}: {warning.message}")
+    print(textwrap.fill(f"{warning.category.__name__}: {warning.message}", 88))
 # -
 
 # ## With PML's trainers
 #
-# They take several optimizers by name, one for each model. That of the loss must be called `metric_loss_optimizer`.
-# PML wants trunk and embedder as two models: here the last layer is the embedder.
+# PML's trainers take one optimizer for each model, by name. The optimizer of the loss must be called
+# `metric_loss_optimizer`. PML has two models, trunk and embedder; here the last layer is the embedder.
 
 
 def detach_total(trainer):
@@ -250,7 +253,7 @@ trainer = trainers.MetricLossOnly(
 trainer.train(num_epochs=2)
 # -
 
-# The proxies have moved, so the optimizer knows them.
+# The proxies have moved, so the optimizer has them.
 
 moved = (loss_func.proxy_loss.proxies.detach() - before).norm(dim=1).mean().item()
 print(f"mean length of the proxies before: {before.norm(dim=1).mean().item():.2f}; they have moved by {moved:.2f}")
@@ -263,6 +266,6 @@ print(f"unseen characters after 2 epochs of PML's trainer: P@1 {100 * metrics['p
 #   (`docs/losses.md`).
 # - More weight for the proxies: `HybridLoss(..., proxy_weight=0.3)`; the paper's numbers: `HybridLoss.paper(...)`.
 # - The same swap on your own images: `docs/swap_a_loss.md`; whole trainings: `docs/recipes.md`, and notebook
-#   `07_from_training_to_search`.
-# - A network that fits this loss: notebook `02_global_and_local_heads`. Several learners with this loss:
-#   `03_attention_ensemble`.
+#   `02_from_training_to_search`.
+# - A network that fits this loss: notebook `04_global_and_local_heads`. Several learners with this loss:
+#   `05_attention_ensemble`.

@@ -357,6 +357,9 @@ def test_a_backbone_that_gives_no_maps():
     trunk = GlobalLocalTrunk(nn.Flatten(), embedding_size=8, feature_channels=(2, 2))
     with pytest.raises(ValueError, match=r"backbone must give two maps \(B, C, H, W\), got a Tensor of \(2, 12\)"):
         trunk(torch.randn(2, 3, 2, 2))
+    trunk.backbone.forward = lambda images: [images, images, images]
+    with pytest.raises(ValueError, match=r"backbone must give two maps \(B, C, H, W\), got a list of length 3"):
+        trunk(torch.randn(2, 2, 4, 4))
     with pytest.raises(ValueError, match=r"feature_channels must be the channels of two maps, .*got 64"):
         GlobalLocalTrunk(nn.Flatten(), feature_channels=64)
 

@@ -1,8 +1,8 @@
-# # 7. From training to search
+# # 2. From training to search
 #
-# All steps of an image search, with the parts of pml_ext that do them: a recipe (network, loss, sampler, optimizer,
-# schedule in one line), PML's trainer with validation and checkpoints, embeddings, a FAISS index, the search with one
-# new image, a gallery, a report of what goes wrong, and loading what was saved. Nothing is downloaded but the packages.
+# At the end you will have a trained network, an index of images, a search with one new image, and a report of what the
+# network finds and misses. A recipe gives network, loss, sampler, optimizer and schedule in one line. PML's trainer
+# validates and keeps checkpoints. Nothing is downloaded but the packages.
 
 # On Colab this installs the package; elsewhere it finds it.
 
@@ -45,9 +45,9 @@ _ = torch.manual_seed(0)
 
 # ## Data
 #
-# `open_data` takes a name, a folder with a sub-folder for each class, or a file of arrays. Training and test classes
-# are disjoint. Validation classes are cut from the training classes: they choose the epoch, and the test classes are
-# looked at once.
+# `open_data` takes a name, a folder with a subfolder for each class, a CSV file, or a file of arrays. Training and test
+# classes are disjoint. `hold_out` takes validation classes from the training classes. They choose the epoch; we look at
+# the test classes once.
 
 data = open_data("glyphs")
 fit = data.hold_out(0.2)
@@ -56,23 +56,23 @@ for title, view in (("training", fit.train), ("validation", fit.test), ("test", 
 
 # ## A recipe
 #
-# A baseline of the field, Multi-Similarity, in its preset for small images: it learns fast enough for these pages.
-# Another first word gives another method. Any setting can be changed by name; here fewer epochs, a narrower network
-# and a higher learning rate.
+# We take a baseline of the field, Multi-Similarity, with the preset for small images. It learns fast. Another first
+# word gives another method. Any setting can be changed by name; here we train fewer epochs, a narrower network and a
+# higher learning rate.
 
 made = recipe("multi_similarity", fit.num_classes, in_channels=data.in_channels, epochs=6, width=16, lr=4e-3)
 size = sum(p.numel() for p in made.trunk.parameters())
 print(f"{type(made.trunk).__name__} with {size:,} parameters, {type(made.loss).__name__}")
 
-# `notes` tells where each number comes from.
+# `notes` says where each number comes from.
 
 for name in ("base", "embedding_size", "batch_size", "optimizer", "lr", "epochs"):
     print(f"{name:<16}{made.notes[name]}")
 
 # ## Training
 #
-# The trainer is PML's, wired with all of this; a loss with proxies would get its optimizer too. With a folder it keeps
-# the last and the best epoch.
+# `Trainer` connects all parts to PML's trainer. A loss with proxies gets its optimizer too. With a folder, it keeps the
+# last and the best epoch.
 
 # +
 fit.train.transform, fit.test.transform = made.transforms
@@ -90,7 +90,7 @@ for entry in trainer.train():
     print(f"epoch {entry['epoch']}: loss {entry['loss']:.3f}, validation P@1 {100 * entry['precision_at_1']:.1f}%")
 # -
 
-# Loss and metrics on classes that the network is not trained on.
+# The training loss, and the metrics on classes that the network does not train on.
 
 
 # +
@@ -110,7 +110,7 @@ titled(plot_curves(curves, ylabel="ratio, or metric from 0 to 1"), "Training")
 
 # ## Save and load
 #
-# The trainer has kept in its folder how to build the network again, and its weights. `load_run` takes the best epoch.
+# The folder has the settings and the weights of the network. `load_run` builds the network of the best epoch.
 
 # +
 print(sorted(path.name for path in folder.iterdir()))
@@ -127,12 +127,12 @@ print(f"epoch {run.epoch} of {made.epochs}, checksum of the weights {run.checksu
 embeddings, labels = embed(trunk, data.test)
 print({name: round(100 * value, 1) for name, value in retrieval_metrics(embeddings, labels).items()})
 
-# A few epochs with one seed: the numbers show that the chain works, not what the method can do.
-# `docs/retrieval.md` has tuned comparisons over several seeds.
+# A few epochs with one seed show that the steps work together, not what the method can do. `docs/retrieval.md` has
+# tuned comparisons over several seeds.
 
 # ## An index
 #
-# Embeddings have length 1, so the inner product is the cosine. A flat index compares with everything, exactly.
+# Embeddings have length 1, so their inner product is the cosine. A flat index compares a query with every image.
 
 index = faiss.IndexFlatIP(embeddings.shape[1])
 index.add(embeddings.numpy())
@@ -140,8 +140,8 @@ print(f"{index.ntotal} images in the index, {embeddings.shape[1]} numbers each")
 
 # ## Search with one image
 #
-# The query is a new image: a test character, but drawn with another size, angle and place than any image in the index.
-# What comes back has the same letter; the same accent is harder.
+# The query is a new image: a test character with a size, angle and position that no image in the index has. The results
+# show the same letter; the same accent is harder.
 
 # +
 new = Glyphs("test", samples_per_class=2, seed=1)
@@ -183,18 +183,18 @@ draw_search()
 # Random queries among the test images. Green frames are right; dashed red ones with a cross are wrong.
 
 gallery = retrieval_gallery(embeddings, labels, raw, num_queries=5, num_neighbors=8)
-titled(gallery, "Unseen characters: query, then its nearest neighbours")
+titled(gallery, "Unseen characters: query, then its nearest neighbors")
 
 # ## A report
 #
-# One HTML file for the browser: metrics of each class, worst and random queries, confused classes, a map and
-# histograms. It is written to the run's folder; `num_points` keeps the map small.
+# The report is one HTML file for the browser. It has the metrics of each class, worst and random queries, confused
+# classes, a map and histograms. `num_points` keeps the map small.
 
 report = retrieval_report(embeddings, labels, raw, class_names, folder / "report.html", num_points=300)
 text = report.read_text(encoding="utf-8")
 print(f"{report.name}: {len(text) / 1e6:.1f} MB; sections: {', '.join(re.findall(r'<h2[^>]*>(.*?)</h2>', text))}")
 
-# Part of what it holds, read back from the file: the classes with the lowest MAP@R.
+# The classes with the lowest MAP@R, read back from the file:
 
 # +
 held = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))
@@ -206,7 +206,7 @@ for name, images, *metrics in worst:
 
 # +
 def draw_worst():
-    """Draw an image of each of the worst classes, and the first wrong neighbour of that image."""
+    """Draw an image of each of the worst classes, and the first wrong neighbor of that image."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots(2, len(worst))
     for column, (name, _, _, _, map_at_r) in zip(axes.T, worst, strict=True):
@@ -228,8 +228,8 @@ draw_worst()
 
 # ## What to try next
 #
-# - More epochs, and your own images: `open_data("photos/")`; from the command line `examples/train.py`,
-#   `examples/embed.py` and `examples/search.py` (`docs/recipes.md`, `docs/datasets.md`).
-# - Open `report.html` in a browser: `docs/visualization.md` shows what is in it.
+# - More epochs, and your own images: `open_data("photos/")` (`docs/datasets.md`, `docs/recipes.md`). On the command
+#   line: `pml-ext train photos/`. Photographs want a pretrained network: notebook `03_fine_tune_on_a_folder`.
+# - Open `report.html` in a browser: `docs/visualization.md` explains what is in it.
 # - Other recipes: `recipe("mhgl", ...)`, `recipe("attention_ensemble", ...)`; what they do: notebooks
-#   `02_global_and_local_heads`, `03_attention_ensemble` and `04_intra_batch_connections`.
+#   `04_global_and_local_heads`, `05_attention_ensemble` and `06_intra_batch_connections`.

@@ -1,9 +1,8 @@
-# # 3. An attention ensemble
+# # 5. An attention ensemble
 #
-# `AttentionEnsemble` has several learners in one network: each lays a mask of its own on the features and embeds what
-# is left. A divergence loss keeps them different. This notebook trains four learners with three weights of the
-# divergence, none being one of them, follows how alike they are, draws their masks, and asks what each learner finds
-# and what all of them find together.
+# At the end you will have trained four learners in one network, seen their masks, and measured what each finds alone
+# and what all find together. In `AttentionEnsemble` each learner puts a mask of its own on the features and embeds
+# what is left. A divergence loss keeps the learners different. We try three weights for it, one of them 0.
 
 # On Colab this installs the package; elsewhere it finds it.
 
@@ -41,12 +40,13 @@ from pml_ext.visualization import mask_grid, plot_curves
 
 train_set, test_set = (Glyphs(split, samples_per_class=12) for split in ("train", "test"))
 train_images, test_images = (data.data[:, None].float() / 255 for data in (train_set, test_set))
-print(train_set, test_set, sep="\n")
+for title, part in (("training", train_set), ("test", test_set)):
+    print(f"{title:<12}{part.num_classes:>4} characters {len(part):>6} images")
 
 # ## The network
 #
-# Three parts: a stem that all learners share, a small network that makes the masks, and a head through which each
-# learner's masked map goes. `AttentionEnsemble.from_backbone("resnet50")` would cut any such parts out of a known
+# The network has three parts: a stem that all learners share, a small network that makes the masks, and a head that
+# processes each learner's masked map. `AttentionEnsemble.from_backbone("resnet50")` takes these parts from a known
 # network.
 
 LEARNERS, EMBEDDING_SIZE, BATCH_SIZE, EPOCHS = 4, 64, 128, 6
@@ -69,7 +69,7 @@ def make_trunk():
     )
 
 
-# One embedding is one vector: the learners lie in it side by side.
+# One embedding is one vector, in which the learners lie side by side.
 
 torch.manual_seed(0)
 trunk = make_trunk().eval()
@@ -80,17 +80,16 @@ with torch.inference_mode():
 
 # ## The loss
 #
-# `EnsembleLoss` gives each learner a loss of its own and adds `DivergenceLoss`. That is a hinge: two learners of one
-# image are pushed apart while their cosine is above 0.5. An untrained network has nearly coincident learners, so that
-# the hinge is near its largest value: 1 for each of the 6 pairs of learners.
+# `EnsembleLoss` trains each learner and adds `DivergenceLoss`. That is a hinge: it pushes two learners of one image
+# apart while their cosine is above 0.5. The learners of an untrained network nearly coincide, so the hinge is near its
+# largest value: 1 for each of the 6 pairs of learners.
 
 print(f"DivergenceLoss of the untrained network: {DivergenceLoss(LEARNERS)(fresh).item():.2f}")
 print(f"mean cosine between its learners: {learner_similarity(fresh, LEARNERS):.3f}")
 
 # ## Training
 #
-# After each epoch the learners are compared on characters of the test half. Nothing is chosen by that: it is a curve
-# to look at.
+# After each epoch we compare the learners on test characters. We choose nothing by that: it is a curve to look at.
 
 
 @torch.inference_mode()
@@ -164,8 +163,8 @@ draw_cosines()
 
 # ## The masks
 #
-# A row for each image: the image, then the mask of each learner on it, the mean over channels. Bright: let through.
-# Colours run over the range of the row, which is written beside it: masks weigh rather than select.
+# Each row shows an image, then the mask of each learner, averaged over channels. Bright parts pass. Colors run over the
+# range of the row, which is written beside it: masks weigh features rather than select them.
 
 shown = test_images[torch.linspace(0, len(test_images) - 1, 4).long()]
 
@@ -221,11 +220,11 @@ def draw_results():
 draw_results()
 # -
 
-# What one run can show: the loss does what it says. With it learners differ, without it they coincide; and where they
-# differ, the whole vector gains over its learners. Each learner alone pays for that. Whether the sum is worth it
-# depends on the number of learners, their width and the weight, and a few points between two short trainings can be
-# the seed. The page `docs/papers/attention_ensemble.md` has three seeds of a larger network, with four and with eight
-# learners, and `docs/retrieval.md` tuned weights.
+# One run shows that the loss works. With it the learners differ; without it they coincide. Where they differ, the
+# whole vector gains over its learners, but each learner alone gets worse. Whether the sum is worth it depends on the
+# number of learners, their width and the weight. Seeds alone make a difference of a few points between short
+# trainings. The page `docs/papers/attention_ensemble.md` has three seeds of a larger network with four and eight
+# learners; `docs/retrieval.md` has tuned weights.
 
 # ## What to try next
 #
@@ -233,5 +232,5 @@ draw_results()
 # - Other losses for the learners: `EnsembleLoss(HybridLoss(267, 16), num_learners=4)`; each gets its own proxies.
 # - `DivergenceRegularizer` in any PML loss, and the paper's setting on a real backbone:
 #   `docs/papers/attention_ensemble.md`.
-# - Two levels instead of masks: notebook `02_global_and_local_heads`. Messages between images:
-#   `04_intra_batch_connections`.
+# - Two levels instead of masks: notebook `04_global_and_local_heads`. Messages between images:
+#   `06_intra_batch_connections`.

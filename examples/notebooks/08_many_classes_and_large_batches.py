@@ -1,10 +1,9 @@
-# # 6. A million classes
+# # 8. Many classes and large batches
 #
-# A proxy loss compares every sample of a batch with one proxy for each class. Written down directly it keeps several
-# matrices of batch times classes. The losses of pml_ext walk over the proxies in chunks instead: the same value and
-# the same gradients, with little memory beyond the proxies and their gradient. This notebook checks that they are the
-# same, then measures time and memory while the number of classes grows to a million. Nothing is downloaded but the
-# packages.
+# At the end you will have seen that two exact methods of pml_ext give the same gradients as the direct computation, and
+# how little memory they need. The first part grows the number of classes to a million: proxy losses walk over the
+# proxies in chunks. The second part grows the batch: `cached_backward` runs the network chunk by chunk. Nothing is
+# downloaded but the packages.
 
 # On Colab this installs the package; elsewhere it finds it.
 
@@ -29,16 +28,19 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from pytorch_metric_learning import losses
+from torch import nn
 
-from pml_ext.losses import AdaptiveAdditiveMarginLoss, ProxyAnchorLoss
+from pml_ext.gradient_cache import cached_backward
+from pml_ext.losses import AdaptiveAdditiveMarginLoss, MultiSimilarityLoss, ProxyAnchorLoss
 
 torch.set_num_threads(1)  # said explicitly: times depend on it
 # -
 
-# ## The same numbers
+# ## Many classes: the same numbers
 #
-# The proxies of PML's `ProxyAnchorLoss` are copied into ours by `load_state_dict`. Small chunks, so that there is
-# something to put together; float64, so that rounding does not hide a mistake.
+# A proxy loss compares each sample of a batch with one proxy for each class. Computed directly, it keeps several
+# matrices of batch times classes. Ours keep none. `load_state_dict` copies the proxies of PML's `ProxyAnchorLoss` into
+# ours. Small chunks make sure that there is something to put together. In float64, rounding hides no mistake.
 
 # +
 torch.manual_seed(0)
@@ -68,8 +70,7 @@ compare("Proxy-Anchor, PML and ours", value_and_gradients(dense), value_and_grad
 
 # -
 
-# PML has no loss with a margin for each pair of classes. There the comparison is with the formula, written down with
-# the whole matrix.
+# PML has no loss with a margin for each pair of classes. There we compare with the formula on the whole matrix.
 
 # +
 descriptions = torch.randn(few_classes, 16, dtype=torch.float64)
@@ -87,13 +88,13 @@ def formula(proxies):
 compare("Adaptive margins, formula and ours", formula(margin_loss.proxies), value_and_gradients(margin_loss))
 # -
 
-# The differences are rounding. Nothing is sampled or left out.
+# The differences are rounding errors. Nothing is sampled or left out.
 
 # ## Time and memory
 #
-# Forward and backward in float32. The losses of a size take turns, and the median of seven steps after a first one
-# counts. Memory is the peak of the process during a step, beyond what it held before and beyond the gradient of the
-# proxies, which any exact loss needs. Linux tells it; elsewhere that plot stays empty.
+# A step is forward and backward in float32. The losses of a size take turns. We report the median of seven steps after
+# a first one. Memory is the peak of the process during a step, minus what it held before and minus the gradient of the
+# proxies, which any exact loss needs. Linux reports it; elsewhere that plot stays empty.
 
 BATCH_SIZE, WIDTH, CLASS_WIDTH, STEPS = 64, 32, 16, 7
 
@@ -121,7 +122,7 @@ def candidates(num_classes, with_pml):
 
 # -
 
-# Linux tells how much memory a process holds, and how much it held at most.
+# Linux reports how much memory a process holds, and its peak.
 
 
 # +
@@ -131,7 +132,7 @@ def resident(field):
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-def extra_memory(step, gradient):
+def extra_memory(step, gradient=0.0):
     """Return the peak of memory during a step, less what was there and the gradient, in MB."""
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what is taken
@@ -191,7 +192,7 @@ def measure(num_classes, with_pml=True):
 
 # -
 
-# From a thousand classes to a million; those of PML stop at 100,000, to keep this notebook small.
+# From a thousand classes to a million. PML's losses stop at 100,000, to keep this notebook small.
 
 # +
 SIZES, MILLION = (1_000, 10_000, 100_000), 1_000_000
@@ -236,10 +237,10 @@ def draw():
 draw()
 # -
 
-# Time grows with the number of classes for all of them: exact losses must look at every proxy. What differs is the
-# factor, and the memory: PML's grows like the matrix, ours much more slowly. CosFace has one margin for all pairs of
-# classes; the adaptive loss beside it also computes a margin for each pair, one more matrix product. At a million
-# classes, in numbers:
+# Time grows with the number of classes for all of them: an exact loss must look at every proxy. The factor differs,
+# and so does the memory: PML's grows like the matrix, ours much more slowly. CosFace has one margin for all pairs of
+# classes; the adaptive loss beside it computes one for each pair, which takes one more matrix product. At a million
+# classes:
 
 # +
 parts = {
@@ -255,16 +256,108 @@ for name, (_, megabytes) in measured[MILLION].items():
     print(f"{f'extra while {name} steps':<46}{megabytes:>12,.0f} MB")
 # -
 
-# What this can show: exactness, and how the curves grow. What it cannot: the exact factor on another machine, with
-# more threads or on a GPU. Small numbers of memory include what the system allocates in steps of its own, and few
-# repeats on a busy machine give rough times. `benchmarks/proxy_scaling.py` measures each row in processes of its own;
-# `docs/streaming.md` has the figures, those of PML at a million classes included.
+# This shows exactness, and how the curves grow. It does not show the exact factor on another machine, with more
+# threads or on a GPU. Small amounts of memory include what the system allocates in steps of its own.
+# `benchmarks/proxy_scaling.py` measures each row in a process of its own; `docs/streaming.md` has the figures,
+# including PML's at a million classes.
+
+# ## Large batches: the same gradients
+#
+# A pair loss wants large batches, but the activations of the network limit them. `cached_backward` gives the loss all
+# embeddings and the network one chunk at a time. The network here has dropout and layer norms. The plain step embeds
+# the same chunks, so that dropout draws the same masks, but keeps all their activations.
+
+# +
+torch.manual_seed(0)
+trunk = nn.Sequential(nn.Linear(64, 256), nn.LayerNorm(256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 32)).double()
+images, classes = torch.randn(96, 64, dtype=torch.float64), torch.arange(96) // 4
+pair_loss = MultiSimilarityLoss()
+
+
+def gradients(step):
+    """Return the gradients of all parameters after a step with a seed."""
+    trunk.zero_grad()
+    torch.manual_seed(1)
+    step()
+    return torch.cat([p.grad.flatten() for p in trunk.parameters()])
+
+
+def difference(a, b):
+    """Return the largest difference, relative to the largest number."""
+    return f"{((a - b).abs().max() / a.abs().max()).item():.0e}"
+
+
+# -
+
+# For comparison, the usual way out: accumulated gradients of small batches. They are the gradients of another loss,
+# which sees only the pairs inside of a chunk.
+
+
+# +
+def plain():
+    pair_loss(torch.cat([trunk(chunk) for chunk in images.split(32)]), classes).backward()
+
+
+def accumulated():
+    for chunk, own in zip(images.split(32), classes.split(32), strict=True):
+        (pair_loss(trunk(chunk), own) / 3).backward()
+
+
+expected = gradients(plain)
+in_chunks = gradients(lambda: cached_backward(trunk, pair_loss, images, classes, chunk_size=32))
+print("in chunks:  ", difference(expected, in_chunks))
+print("accumulated:", difference(expected, gradients(accumulated)))
+# -
+
+# ## Large batches: memory
+#
+# The activations of this small convolutional network take far more memory than its embeddings.
+
+# +
+network = nn.Sequential(
+    nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+    nn.Linear(512, 64),
+)  # fmt: skip
+BATCHES = (64, 128, 256, 512, 1024)
+megabytes = {"plain": [], "chunks of 64": []}
+
+
+def measure_batch(batch, classes):
+    """Keep the memory of a plain step and of one in chunks."""
+    megabytes["plain"].append(extra_memory(lambda: pair_loss(network(batch), classes).backward()))
+    megabytes["chunks of 64"].append(extra_memory(lambda: cached_backward(network, pair_loss, batch, classes, 64)))
+
+
+for size in BATCHES:
+    measure_batch(torch.randn(size, 1, 28, 28), torch.arange(size) // 4)
+# -
+
+# With chunks, a step keeps the activations of one chunk and the similarities of all pairs.
+
+
+# +
+def draw_memory():
+    """Plot megabytes against the size of the batch."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.add_subplot()
+    for (name, values), style in zip(megabytes.items(), ("k:o", "C0-o"), strict=True):
+        axis.loglog(BATCHES, values, style, base=2, label=name)
+    axis.set(xlabel="batch", ylabel="peak MB of a step")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+draw_memory()
+# -
 
 # ## What to try next
 #
-# - Nothing needs to be switched on: above some size the losses stream by themselves. `chunk_size` is there to
+# - Above some size the losses stream by themselves; you need not switch anything on. `chunk_size` is there to
 #   experiment (`docs/streaming.md`).
 # - `process_group` splits proxies, gradient and optimizer state over processes (`docs/distributed.md`).
-# - An optimizer that keeps two numbers for each parameter, such as Adam, adds two more times the proxies: try SGD.
-# - What margins from descriptions are: notebook `05_margins_from_class_names`. Proxies beside pairs in one loss:
+# - An optimizer with two numbers for each parameter, such as Adam, adds two more times the proxies: try SGD.
+# - `recipe(..., batch_size=1024, chunk_size=32)` trains any recipe with large batches. `docs/large_batches.md`
+#   explains batch norms, what a step costs, and whether a larger batch is worth it.
+# - What margins from descriptions are: notebook `07_margins_from_class_names`. Proxies beside pairs in one loss:
 #   `01_swap_one_loss`.

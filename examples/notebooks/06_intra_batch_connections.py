@@ -1,10 +1,9 @@
-# # 4. Connections inside of a batch
+# # 6. Connections within a batch
 #
-# With `IntraBatchLoss` the samples of a batch exchange messages by attention before they are classified, so that the
-# gradient of each carries what the batch knows. The network that passes the messages, `IntraBatchRefiner`, lives in
-# the loss and is gone at test time. This notebook trains with it, and without messages as a control, draws who listens
-# to whom, and measures how much of the attention goes to the own class. In the end neighbours are used at test time
-# after all, beside a simple control.
+# At the end you will have trained a network whose samples exchange messages within a batch, seen who listens to whom,
+# and compared the result with a network without messages. In `IntraBatchLoss`, samples exchange messages by attention
+# before they are classified. `IntraBatchRefiner` passes the messages. It is a part of the loss and is dropped at test
+# time. The last section uses neighbors at test time after all, beside a simple control.
 
 # On Colab this installs the package; elsewhere it finds it.
 
@@ -47,7 +46,8 @@ with warnings.catch_warnings():  # torch_geometric uses torch.jit.script, which 
 
 train_set, test_set = Glyphs("train"), Glyphs("test")
 train_images, test_images = (data.data[:, None].float() / 255 for data in (train_set, test_set))
-print(train_set, test_set, sep="\n")
+for title, part in (("training", train_set), ("test", test_set)):
+    print(f"{title:<12}{part.num_classes:>4} characters {len(part):>6} images")
 
 # ## Network and loss
 
@@ -62,7 +62,7 @@ def make_trunk():
     return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, EMBEDDING_SIZE))
 
 
-# The control has the same refiner and the same loss, but no sample hears of another: a graph without edges.
+# The control has the same refiner and the same loss, but its graph has no edges: no sample gets a message.
 
 
 class Alone(IntraBatchRefiner):
@@ -72,8 +72,7 @@ class Alone(IntraBatchRefiner):
         return super().forward(embeddings, edge_index=torch.empty(2, 0, dtype=torch.long))
 
 
-# Messages from the own class are what a sample can learn from. Batches therefore have few classes with many images
-# each: 10 x 8.
+# A sample learns from messages of its own class. Batches therefore have few classes with many images each: 10 x 8.
 
 
 def batches(labels):
@@ -85,8 +84,8 @@ def batches(labels):
 
 # ## Training
 #
-# The loss has two parts: the refined embeddings are classified, and so are the raw ones. Classifiers and refiner are
-# parameters of the loss, which the optimizer gets as well. With `collect_stats` the loss keeps both values.
+# The loss classifies both the refined and the raw embeddings. Classifiers and refiner are parameters of the loss, so
+# the optimizer gets them too. With `collect_stats` the loss records both values.
 
 
 def train(refiner_class, seed=0):
@@ -133,9 +132,9 @@ titled(plot_curves(both, ylabel="cross-entropy with label smoothing"), "The two 
 
 # ## Who listens to whom
 #
-# The attention inside of one batch of unseen characters, sorted by class; white lines part the classes. Were messages
-# to come from the own class, squares along the diagonal would be bright. The title tells what share goes to the sample
-# itself, to others of its class and to other classes.
+# The picture shows the attention within one batch of unseen characters, sorted by class. White lines separate the
+# classes. If messages came from the same class, the squares along the diagonal would be bright. The title has the
+# shares of the sample itself, of others of its class, and of other classes.
 
 
 # +
@@ -153,8 +152,8 @@ weights = loss_func.refiner.attention_weights(raw[batch])[-1]  # of the last lay
 titled(batch_attention(weights, test_set.targets[batch]), "Attention inside of a batch, unseen characters")
 # -
 
-# How much goes to the own class, beside chance? Of what a sample gives to others, chance would give the own class its
-# share of the other samples, 7 of 79.
+# How much attention goes to the same class, compared with chance? By chance, the same class gets its share of the other
+# samples: 7 of 79.
 
 
 # +
@@ -177,16 +176,16 @@ for name, embeddings, labels in (
     print(f"{name}: {shares[name]:.3f} to the own class, {shares[name] / chance:.2f} times chance ({chance:.3f})")
 # -
 
-# A share near chance means that the attention is flat: each sample listens to all alike, and a message that is the
-# same for all says nothing about one. The embeddings themselves know more. For comparison, a softmax of their cosines,
-# which nobody has trained to be an attention:
+# A share near chance means flat attention: each sample listens to all others equally. A message that is the same for
+# all says nothing about one. The embeddings themselves know more. For comparison, here is a softmax of their cosines,
+# which was never trained as attention:
 
 cosines = (raw[batch] @ raw[batch].T).fill_diagonal_(-torch.inf)
 titled(batch_attention((cosines / 0.05).softmax(1), test_set.targets[batch]), "Softmax of the cosines / 0.05")
 
 # ## At test time the refiner is gone
 #
-# What is deployed is the network alone.
+# You deploy the network alone.
 
 sizes = {"network, kept": trunk, "loss, dropped": loss_func}
 for name, module in sizes.items():
@@ -219,25 +218,24 @@ def show():
 show()
 # -
 
-# The two trainings share all but the messages, and with flat attention they should not differ. One seed of a short
-# training: differences of a few points between them prove nothing.
+# The two trainings differ only in the messages. With flat attention they should find the same. In short trainings with
+# one seed, differences of a few points prove nothing.
 
-# ## Neighbours at test time
+# ## Neighbors at test time
 #
-# As an option the gallery can be refined: each item gets messages from its reciprocal neighbours, without labels. That
-# is **another protocol**: the embedding of an item then depends on what else is in the gallery, and here all test
-# images are in it. Neighbours help by themselves, so the honest control is the plain mean of the same neighbours,
-# without any refiner.
+# The refiner can also refine a gallery: each item gets messages from its reciprocal neighbors, without labels. That is
+# **another protocol**: the embedding of an item depends on what else is in the gallery, here all test images. Neighbors
+# help by themselves, so the fair control is the plain mean of the same neighbors, without a refiner.
 
 # +
 K1, SIZE = 30, 8  # the authors' setting
-results["+ refinement with 8 neighbours"] = evaluate(refine_with_neighbors(loss_func.refiner, raw, k1=K1, size=SIZE))
-results["+ mean of the same 8 neighbours"] = evaluate(raw[neighbor_groups(raw, k1=K1, size=SIZE)].mean(1))
+results["+ refinement with 8 neighbors"] = evaluate(refine_with_neighbors(loss_func.refiner, raw, k1=K1, size=SIZE))
+results["+ mean of the same 8 neighbors"] = evaluate(raw[neighbor_groups(raw, k1=K1, size=SIZE)].mean(1))
 show()
 # -
 
-# Whether neighbours help at all, and whether the refiner adds to their mean, can be read from the last three rows. If
-# the mean is as good, the refiner has earned nothing.
+# The last three rows show whether neighbors help, and whether the refiner adds to their mean. If the mean is as good,
+# the refiner is not worth its cost.
 
 
 # +
@@ -262,4 +260,4 @@ draw_results()
 #   has three seeds of a longer training on these characters, and the authors' settings.
 # - Any loss behind the refiner: `IntraBatchLoss(267, 64, loss=HybridLoss(267, 64))`, see notebook `01_swap_one_loss`.
 # - Sparse graphs instead of the whole batch: `pml_ext.neighbors.knn_graph`, `docs/papers/intra_batch.md`.
-# - Learners in one network: notebook `03_attention_ensemble`. Tuned comparisons of all methods: `docs/retrieval.md`.
+# - Learners in one network: notebook `05_attention_ensemble`. Tuned comparisons of all methods: `docs/retrieval.md`.

@@ -1,9 +1,9 @@
-# # 2. Global and local heads
+# # 4. Global and local heads
 #
-# `GlobalLocalTrunk` embeds an image from two feature levels of one network: an early one with fine detail and a late
-# one that sees more of the image. Each level has second-order attention, in which every position looks at all others.
-# This notebook trains it with `HybridLoss`, draws where the positions look, and asks what each level alone would find.
-# The network without attention is trained beside it, as a control.
+# At the end you will have trained a network with two heads, seen where each of them looks, and measured what each finds
+# alone. `GlobalLocalTrunk` embeds an image from two feature levels of one network: an early one with fine detail, and a
+# late one that sees more of the image. Each level has second-order attention, in which every position looks at all
+# others. The loss is `HybridLoss`. A network without attention is the control.
 
 # On Colab this installs the package; elsewhere it finds it.
 
@@ -41,12 +41,13 @@ from pml_ext.visualization import attention_overlay, plot_curves, retrieval_gall
 
 train_set, test_set = Glyphs("train", image_size=40), Glyphs("test", image_size=40)
 train_images, test_images = (data.data[:, None].float() / 255 for data in (train_set, test_set))
-print(train_set, test_set, sep="\n")
+for title, part in (("training", train_set), ("test", test_set)):
+    print(f"{title:<12}{part.num_classes:>4} characters {len(part):>6} images")
 
 # ## Any timm backbone
 #
-# With a name, the trunk takes the last two levels of that network. `pretrained=True` would download its weights; we do
-# not need them here. `output_stride=8` keeps the maps of small images from shrinking to a point.
+# Given a name, the trunk takes the last two levels of that network. `pretrained=True` would download its weights, which
+# we do not need here. `output_stride=8` keeps the maps of small images from shrinking to a point.
 
 trunk = GlobalLocalTrunk("resnet18", embedding_size=64, in_chans=1, output_stride=8)
 for name, features in zip(("local", "global"), trunk.eval().feature_maps(test_images[:1]), strict=True):
@@ -54,7 +55,7 @@ for name, features in zip(("local", "global"), trunk.eval().feature_maps(test_im
 
 # ## A network of our own
 #
-# Any module will do that returns two maps. This one is small, so that it learns in seconds on a CPU.
+# Any module that returns two maps will do. This one is small: it learns in seconds on a CPU.
 
 
 def conv(channels, out):
@@ -75,8 +76,8 @@ class TwoMaps(nn.Module):
         return local, self.glob(local)
 
 
-# Half of the embedding comes from each level. "solar" is the style of attention that starts as the identity and is
-# scaled; "printed" is that of the paper, which has no scale.
+# Each level gives half of the embedding. Attention of the style "solar" is scaled and starts as the identity. "printed"
+# is the paper's, which has no scale.
 
 EMBEDDING_SIZE, BATCH_SIZE, EPOCHS = 64, 128, 6
 
@@ -129,8 +130,8 @@ titled(plot_curves(curves, ylabel="HybridLoss"), "Training loss")
 
 # ## Where positions look
 #
-# The mean over all positions of where they look, on unseen characters. Bright: looked at by many. Colours run from 0
-# to the largest weight of each picture.
+# The pictures show where positions look, averaged over all positions, on unseen characters. Many positions look at
+# bright places. Colors run from 0 to the largest weight of each picture.
 
 
 # +
@@ -155,8 +156,8 @@ shown = test_images[torch.linspace(0, len(test_images) - 1, 6).long()]
 titled(draw_attention(trunk, shown), "Attention, unseen characters")
 # -
 
-# How concentrated is it? The entropy of where a position looks, over its largest possible value: 1 where it looks at
-# all positions alike, 0 where it looks at one only.
+# How concentrated is the attention? We divide its entropy by the largest possible value. 1 means that a position looks
+# at all positions equally, 0 that it looks at one.
 
 with torch.inference_mode():
     maps = trunk.feature_maps(test_images[::16])
@@ -167,7 +168,7 @@ with torch.inference_mode():
 
 # ## What each level finds
 #
-# `return_branches=True` gives the two halves of the embedding. Each is evaluated alone on unseen characters: every
+# `return_branches=True` gives the two halves of the embedding. We evaluate each alone on unseen characters. Every
 # image is a query against all others.
 
 
@@ -196,25 +197,24 @@ for name, embeddings in rows.items():
     print(f"{name:<36}" + "".join(f"{value:>8.1f}" for value in evaluate(embeddings)))
 # -
 
-# The halves are trained together, only their concatenation has to be good: a half that is weak alone need not be
-# useless. Between with and without attention lies one seed of a short training on small images: this table cannot say
-# whether attention helps. The page `docs/papers/mhgl.md` has three seeds of a larger network on these characters,
-# where it does not.
+# The halves are trained together, and only their concatenation has to be good: a half that is weak alone can still be
+# useful. One seed of a short training on small images cannot show whether attention helps. The page
+# `docs/papers/mhgl.md` has three seeds of a larger network on these characters, where it does not.
 
 # ## The same queries on both levels
 #
-# Each row: a query, then its nearest neighbours and their cosines. First by the local half alone, then by the global
-# one.
+# Each row shows a query, then its nearest neighbors and their cosines: first by the local half, then by the global
+# half.
 
 queries = (torch.linspace(0, test_set.num_classes - 1, 5).long()[1:4] * 16).tolist()
 titled(
     retrieval_gallery(found["local half"], test_set.targets, test_set.data, queries, num_neighbors=6),
-    "Neighbours by the local half",
+    "Neighbors by the local half",
 )
 
 titled(
     retrieval_gallery(found["global half"], test_set.targets, test_set.data, queries, num_neighbors=6),
-    "Neighbours by the global half",
+    "Neighbors by the global half",
 )
 
 # ## What to try next
@@ -223,4 +223,4 @@ titled(
 # - More seeds: `train("solar", seed=1)`. Only then can the rows of the table be compared.
 # - A pretrained backbone on photographs: `GlobalLocalTrunk("resnet50", 512, pretrained=True)`, `docs/trunks.md`, and
 #   the recipe `mhgl` in `docs/recipes.md`.
-# - What the loss does: notebook `01_swap_one_loss`. Masks instead of levels: `03_attention_ensemble`.
+# - What the loss does: notebook `01_swap_one_loss`. Masks instead of levels: `05_attention_ensemble`.

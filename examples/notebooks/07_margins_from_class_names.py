@@ -1,9 +1,9 @@
-# # 5. Margins from class names
+# # 7. Margins from class names
 #
-# `AdaptiveAdditiveMarginLoss` is a softmax over proxies in which every pair of classes has a margin of its own, looked
-# up from a second modality: here the Unicode names of characters. This notebook shows the margins, what `direction`
-# does to them, and what they are worth for retrieval, beside a constant margin and beside names dealt to the wrong
-# classes. Nothing is downloaded but the packages.
+# At the end you will know what margins from class names look like, and whether they help here. In
+# `AdaptiveAdditiveMarginLoss`, a softmax over proxies, each pair of classes has a margin of its own, from a second
+# modality: here the Unicode names of characters. Two controls show what the names are worth: one constant margin, and
+# names given to the wrong classes. Nothing is downloaded but the packages.
 
 # On Colab this installs the package; elsewhere it finds it.
 
@@ -47,7 +47,7 @@ shown = ("LATIN CAPITAL LETTER G", "LATIN SMALL LETTER N WITH TILDE", "GREEK SMA
 for name in shown:
     print(f"{train_set.classes[names.index(name)]}  {name}")
 
-# `from_text` turns names into vectors of length 1. `model="tfidf"` counts character n-grams and needs no download; a
+# `from_text` turns names into vectors of length 1. `model="tfidf"` counts character n-grams and needs no download. A
 # sentence encoder would know meanings too.
 
 text = class_embeddings.from_text(names, model="tfidf")
@@ -62,8 +62,8 @@ for name in shown:
     for value, i in zip(values.tolist(), nearest.tolist(), strict=True):
         print(f"    {value:.2f}  {train_set.classes[i]}  {names[i]}")
 
-# Names group characters by script, case and accent. They know little of shapes: that is the catch, and the last part
-# of this notebook measures it.
+# Names group characters by script, case and accent. They say little about shapes. The last part of this notebook
+# measures how much that matters.
 
 # ## The margin matrix
 #
@@ -85,7 +85,7 @@ def group_of(name):
     return first if first.split()[0] in ("LATIN", "GREEK", "CYRILLIC") and first.split()[1] != "LETTER" else "OTHER"
 
 
-# In this order the structure shows: dark blocks are characters with similar names, which get small margins.
+# Sorted by group, the structure shows: dark blocks are characters with similar names, which get small margins.
 
 
 # +
@@ -147,14 +147,14 @@ draw_directions()
 
 # ## Are they worth anything?
 #
-# Four losses, three seeds. The constant margin is the mean of the adaptive ones. The honest control gives each class
-# the name of another, drawn at random: its margins have the same values, but in the wrong places. If names help, the
-# right ones must beat the wrong ones.
+# We compare four losses over three seeds. The constant margin is the mean of the adaptive ones. The fair control gives
+# each class the name of another, drawn at random: its margins have the same values in the wrong places. If names help,
+# the right names must beat the wrong ones.
 
 SEEDS, EPOCHS, BATCH_SIZE = 3, 8, 128
 METRICS = {"precision_at_1": "P@1", "mean_average_precision_at_r": "MAP@R"}
 
-# The losses differ in nothing but their margins.
+# The losses differ only in their margins.
 
 
 # +
@@ -239,16 +239,16 @@ for name, found in results.items():
     print(f"{name:<32}" + "".join(f"{np.mean(v):>9.1f} ± {np.std(v, ddof=1):<4.1f}" for v in values).rstrip())
 # -
 
-# Mean and standard deviation over seeds. Runs of a seed share their start and their batches, so the differences seed by
-# seed say more than the means. Names tell something if the right ones are ahead of the shuffled ones with every seed,
-# and are worth their trouble if they are ahead of one constant margin too, which takes no names at all: the count at
-# the end of each line.
+# The table has mean and standard deviation over seeds. Runs of one seed share their start and their batches, so
+# differences seed by seed say more than means. Names carry information if the right ones beat the shuffled ones with
+# every seed. They are worth the trouble if they also beat one constant margin, which needs no names. Each line ends
+# with the count.
 
 for less in ("constant margin", "margins from shuffled names"):
     for metric, title in METRICS.items():
         pairs = zip(results["margins from names"], results[less], strict=True)
         differences = [100 * (one[metric] - other[metric]) for one, other in pairs]
-        ahead = f"ahead with {sum(d > 0 for d in differences)} of {SEEDS} seeds"
+        ahead = f"ahead with {sum(d > 0 for d in differences)} of {SEEDS}"
         print(f"{title:<6} from names less {less:<28}" + "".join(f"{d:>+7.1f}" for d in differences) + f"   {ahead}")
 
 # The same as a picture.
@@ -273,15 +273,15 @@ def draw_results():
 draw_results()
 # -
 
-# Three seeds of a short training show large effects only, and differences that change their sign between seeds prove
-# nothing. `docs/benchmarks.md` has longer runs with names, `docs/retrieval.md` runs with pen strokes as the second
-# modality, both with these two controls. A description that says how alike two classes look may do more than names.
+# Three seeds of a short training show only large effects. Differences that change sign between seeds prove nothing.
+# `docs/benchmarks.md` has longer runs with names, `docs/retrieval.md` runs with pen strokes as the second modality,
+# both with these two controls. Descriptions of how alike two classes look may help more than names.
 
 # ## What to try next
 #
 # - `direction="similarity"`, `margin_scale` and `base_margin`; a sentence encoder instead of n-grams; or
 #   `class_embeddings.from_samples` for features of samples (`docs/papers/adaptive_margin.md`).
 #   `examples/adaptive_margin.py` compares more losses and takes other models.
-# - The margins of a million classes, without their matrix: notebook `06_a_million_classes`.
+# - The margins of a million classes, without their matrix: notebook `08_many_classes_and_large_batches`.
 # - The same loss as a recipe, `recipe("adaptive_margin", ...)`: `docs/recipes.md`; how recipes work: notebook
-#   `07_from_training_to_search`.
+#   `02_from_training_to_search`.
