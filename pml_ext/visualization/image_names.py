@@ -1,6 +1,7 @@
 """What images are called: the names that a caller gives, or the files that they come from."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -35,6 +36,11 @@ def image_names(name: str, names: Any, images: Any, length: int) -> Sequence[str
         if not isinstance(value, str | os.PathLike):
             raise TypeError(f"{name} must be strings or paths, got {value!r} at position {i}")
     return [str(value) for value in given]
+
+
+def last_part(name: str) -> str:
+    """Return what stands under a picture: of a path, the name of the file."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def _names_of(images: Any) -> Sequence[str] | None:

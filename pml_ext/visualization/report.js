@@ -25,7 +25,8 @@ function tileOf(key, noun, kind, similarity) {
   const [number, code] = data.shown[key];
   const file = data.files[key];
   const name = data.codes[code];
-  const told = `${noun} ${number}, class ${name}${file === undefined ? "" : `, ${file}`}`;
+  const lead = similarity === undefined ? "Query, " : `${kind}: `;
+  const told = `${lead}${noun} ${number}, class ${name}${file === undefined ? "" : `, ${file}`}`;
   const picture = make(data.pictures[key] ? "img" : "div", data.pictures[key] ? "" : "blank");
   if (data.pictures[key]) {
     picture.src = data.pictures[key];

@@ -340,10 +340,7 @@ def _thumbnails(
 
 def _changed_classes(means: _Means, other_means: _Means, names: list[str]) -> list[ChangedClass]:
     """Return all classes, from the largest loss of MAP@R to the largest gain."""
-    rows = [
-        ChangedClass(code, names[code], values[2], other_means[code][1][2])
-        for code, (_, values) in means.items()
-    ]
+    rows = [ChangedClass(code, names[code], values[2], other_means[code][1][2]) for code, (_, values) in means.items()]
     return sorted(rows, key=lambda row: row.difference)
 
 

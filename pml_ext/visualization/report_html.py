@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from html import escape
 from typing import NamedTuple
 
+from pml_ext.visualization.image_names import last_part
+
 
 class Image(NamedTuple):
     """An image that the page shows."""
@@ -100,11 +102,6 @@ def number_of(number: int, one: str, many: str | None = None) -> str:
 def breakable(name: str) -> str:
     """Return a text that may be broken within names of files and variables."""
     return re.sub(r"([_/\\])", r"\1<wbr>", escape(name))
-
-
-def last_part(name: str) -> str:
-    """Return what stands under a picture: of a path, the name of the file."""
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def strong(text: str) -> str:
