@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from pml_ext.commands.labeled_images import check_readable, counted, open_labeled
-from pml_ext.commands.opened_data import Embedder, metrics_of
+from pml_ext.commands.labeled_images import check_readable, open_labeled
+from pml_ext.commands.opened_data import Embedder, counted, metrics_of
 from pml_ext.commands.tables import METRICS, percent_table
 from pml_ext.recipes.run_folder import load_run
 

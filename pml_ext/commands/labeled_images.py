@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pml_ext.commands.command_line import warn
 from pml_ext.commands.opened_data import absolute, all_classes, refuse_broken
@@ -107,21 +107,3 @@ def check_readable(views: list[ClassSubset], skip_broken: bool) -> None:
     reasons = broken_images(paths, True, files[0].dataset.reader) if files else {}
     if reasons:
         refuse_broken([paths[i] for i in reasons], len(paths), next(iter(reasons.values())), skip_broken)
-
-
-def counted(views: list[ClassSubset]) -> str:
-    """Return how many images and classes there are."""
-    text = f"{len(views[0]):,} images of {views[0].num_classes:,} classes"
-    return text if len(views) == 1 else f"{text}, searched for in {len(views[1]):,}"
-
-
-def about_run(run: Run) -> dict[str, Any]:
-    """Return what a report tells of a run."""
-    config = run.config
-    return {
-        "recipe": config["recipe"],
-        "preset": config["preset"],
-        "epoch": run.epoch,
-        "seed": config.get("seed", "unknown"),
-        "settings": dict(config["settings"]),
-    }

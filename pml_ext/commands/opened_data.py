@@ -162,3 +162,9 @@ def absolute(source: Any) -> str | None:
     if source is None:
         return None
     return str(Path(source).resolve()) if os.path.exists(source) else str(source)
+
+
+def counted(views: Sequence[ClassSubset]) -> str:
+    """Return how many images and classes there are."""
+    text = f"{len(views[0]):,} images of {views[0].num_classes:,} classes"
+    return text if len(views) == 1 else f"{text}, searched for in {len(views[1]):,}"

@@ -1,15 +1,13 @@
 """``pml-ext report``: write an HTML file about what the network of a run finds and misses."""
 
-import datetime
 from pathlib import Path
 from typing import Any
 
-from pml_ext.commands.labeled_images import LabeledImages, about_run, check_readable, counted, open_labeled
-from pml_ext.commands.opened_data import Embedder, Images, metrics_of
+from pml_ext.commands.labeled_images import LabeledImages, check_readable, open_labeled
+from pml_ext.commands.opened_data import Embedder, counted, metrics_of
+from pml_ext.commands.run_report import write_run_report
 from pml_ext.commands.tables import percent_table
-from pml_ext.datasets.content import file_names
 from pml_ext.recipes.run_folder import Run, load_run
-from pml_ext.visualization.report import retrieval_report
 
 
 def main(
@@ -37,31 +35,13 @@ def main(
         return Embedder(skip_broken, other.autocast, workers, batch_size).tested(other.recipe.trunk, images.views)
 
     views, embedded = embedded_by(loaded)
-    rows = {str(run): metrics_of(embedded)}
-    given: dict[str, Any] = {}
-    if len(views) == 2:
-        given = {"gallery": embedded[1][0], "gallery_labels": embedded[1][1], "gallery_images": Images(views[1])}
-        given["gallery_names"] = file_names(views[1])
+    rows, other = {str(run): metrics_of(embedded)}, None
     if against is not None:
-        other = load_run(against, device)
-        _, others = embedded_by(other)
-        rows[str(against)] = metrics_of(others)
-        given |= {"other": others[0][0], "other_title": str(against), "other_about": about_run(other)}
-        if len(views) == 2:
-            given["other_gallery"] = others[1][0]
-    about = {"data": f"{images.source}: {counted(views)}", **about_run(loaded)}
-    about["date"] = datetime.date.today().isoformat()
-    path = retrieval_report(
-        *embedded[0],
-        Images(views[0]),
-        views[-1].class_names,
-        default_path(Path(run), images, against) if out is None else out,
-        title=str(run),
-        names=file_names(views[0]),
-        about=about,
-        progress=True,
-        **given,
-    )
+        loaded_other = load_run(against, device)
+        other = loaded_other, str(against), embedded_by(loaded_other)[1]
+        rows[str(against)] = metrics_of(other[2])
+    path = default_path(Path(run), images, against) if out is None else Path(out)
+    path = write_run_report(path, loaded, str(run), f"{images.source}: {counted(views)}", views, embedded, other)
     print(percent_table("percent", rows))
     print(f"report: {path}")
     return {"out": str(path), "metrics": rows}

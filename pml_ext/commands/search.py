@@ -71,10 +71,11 @@ def draw(query: str | Path, results: Sequence[tuple[float, Path]], path: Path, r
     """Draw the query and its neighbors, in rows of at most 11; return the neighbors that cannot be read."""
     from matplotlib.figure import Figure  # on use: it comes with an extra
 
-    titles = ["query", *(f"{rank}: {similarity:.3f}" for rank, (similarity, _) in enumerate(results, 1))]
+    titles = [f"query\n{_end_of(query)}"]
+    titles += [f"{rank}: {similarity:.3f}\n{_end_of(file)}" for rank, (similarity, file) in enumerate(results, 1)]
     columns = min(len(titles), 11)
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(1.2 * columns, 1.45 * rows), dpi=120, layout="constrained")
+    figure = Figure(figsize=(1.2 * columns, 1.6 * rows), dpi=120, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
@@ -94,3 +95,9 @@ def draw(query: str | Path, results: Sequence[tuple[float, Path]], path: Path, r
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     return unread
+
+
+def _end_of(path: str | Path) -> str:
+    """Return folder and name of a file, as far as they fit above a picture, without what matplotlib would interpret."""
+    text = "/".join(Path(path).parts[-2:]).encode("ascii", "replace").decode()
+    return (text if len(text) <= 18 else f"...{text[-15:]}").replace("$", r"\$")

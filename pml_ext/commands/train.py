@@ -15,9 +15,20 @@ from tqdm import tqdm
 
 from pml_ext.commands.command_line import some_of, warn
 from pml_ext.commands.first_checks import merge
-from pml_ext.commands.opened_data import Embedder, Images, absolute, all_classes, hold_out, metrics_of, readable_part
+from pml_ext.commands.opened_data import (
+    Embedder,
+    Images,
+    absolute,
+    all_classes,
+    counted,
+    hold_out,
+    metrics_of,
+    readable_part,
+)
+from pml_ext.commands.run_report import write_run_report
 from pml_ext.commands.tables import METRICS, in_percent, percent_table
 from pml_ext.datasets.class_subset import ClassSubset
+from pml_ext.datasets.content import file_names
 from pml_ext.datasets.image_reader import BrokenImageError, ImageReader
 from pml_ext.datasets.leaving_out import image_names, replaced_files, replacing_broken, views_of, without
 from pml_ext.datasets.retrieval_data import RetrievalData
@@ -35,7 +46,6 @@ from pml_ext.strict_json import strict_json
 from pml_ext.trunks.backbone_features import BackboneFeatures
 from pml_ext.visualization.curves import plot_curves
 from pml_ext.visualization.gallery import retrieval_gallery
-from pml_ext.visualization.report import retrieval_report
 
 FEW_STEPS = 500
 FEW_CLASSES = 4
@@ -301,12 +311,8 @@ def conclude(
         result |= {"split": "test", **metrics_of(embedded, tuple(METRICS))}
         write_text(out / "metrics.jsonl", "".join(strict_json(entry) + "\n" for entry in [*trainer.history, result]))
         draw_gallery(out, tested, embedded)
-        in_gallery: dict[str, Any] = {}
-        if len(tested) == 2:
-            embeddings, labels = embedded[1]
-            in_gallery = {"gallery": embeddings, "gallery_labels": labels, "gallery_images": Images(tested[1])}
-        names = tested[-1].class_names  # a gallery has all classes of the queries, with the same numbers, and others
-        retrieval_report(*embedded[0], Images(tested[0]), names, out / "report.html", title=str(out), **in_gallery)
+        source = f"{run.config['data']['source']}: {counted(tested)}, test classes"
+        write_run_report(out / "report.html", run, str(out), source, tested, embedded)
         why = "best on validation classes" if prepared.validation_classes else "the last"
         rows = {baseline["title"]: baseline["test"]} if "test" in baseline else {}
         rows[f"epoch {run.epoch} of {made.epochs} ({why})"] = result
@@ -409,5 +415,6 @@ def draw_gallery(out: Path, tested: Sequence[ClassSubset], embedded: Sequence[tu
         count = len(embedded[0][1])
         queries = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:8].tolist()
         searched = range(count, len(labels))
-    images = Images(*tested)
-    retrieval_gallery(embeddings, labels, images, queries, path=out / "gallery.png", searched=searched)
+    names = [name for view in tested for name in file_names(view) or ()] or None
+    images: Any = Images(*tested)
+    retrieval_gallery(embeddings, labels, images, queries, path=out / "gallery.png", searched=searched, names=names)

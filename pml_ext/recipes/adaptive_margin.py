@@ -17,7 +17,7 @@ def make_adaptive_loss(
     s: Settings, num_classes: int, size: int, class_embeddings: "Tensor | None"
 ) -> "AdaptiveAdditiveMarginLoss":
     """Return the loss; with ``margin_scale=0`` its margin is the constant ``base_margin``."""
-    from pml_ext.losses import AdaptiveAdditiveMarginLoss  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.losses import AdaptiveAdditiveMarginLoss  # on use: torch is slow to load
 
     if class_embeddings is None and s.margin_scale:
         raise ValueError("class_embeddings must be given for adaptive margins (or margin_scale=0), got None")
@@ -33,7 +33,7 @@ def make_adaptive_loss(
 
 
 def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
-    from pml_ext.recipes.backbones import pooled_trunk  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.recipes.backbones import pooled_trunk  # on use: torch is slow to load
 
     return Parts(pooled_trunk(s), make_adaptive_loss(s, num_classes, s.embedding_size, class_embeddings))
 

@@ -12,14 +12,8 @@ if TYPE_CHECKING:
 
 def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
     """``masks=False``: plain linear heads on the same backbone. ``learner_loss``: "contrastive", "multi_similarity"."""
-    from pml_ext.losses import (
-        EnsembleLoss,
-        MultiSimilarityLoss,
-    )  # on use: torch takes seconds, and numbers are read without
-    from pml_ext.recipes.backbones import (
-        attention_ensemble,
-        pooled_trunk,
-    )  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.losses import EnsembleLoss, MultiSimilarityLoss  # on use: torch is slow to load
+    from pml_ext.recipes.backbones import attention_ensemble, pooled_trunk  # on use: torch is slow to load
 
     if s.learner_loss not in ("contrastive", "multi_similarity"):
         raise ValueError(f"learner_loss must be 'contrastive' or 'multi_similarity', got {s.learner_loss!r}")

@@ -14,7 +14,7 @@ _PML = "PML's default"
 
 def _plain(numbers: Numbers, make: Callable[[Settings, int], tuple[Any, Any]], loss: str, **presets: Numbers) -> Method:
     def build(settings: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
-        from pml_ext.recipes.backbones import pooled_trunk  # on use: torch takes seconds, and numbers are read without
+        from pml_ext.recipes.backbones import pooled_trunk  # on use: torch is slow to load
 
         return Parts(pooled_trunk(settings), *make(settings, num_classes))
 
@@ -22,13 +22,13 @@ def _plain(numbers: Numbers, make: Callable[[Settings, int], tuple[Any, Any]], l
 
 
 def _contrastive(s: Settings, num_classes: int) -> tuple[Any, Any]:
-    from pml_ext.losses import ContrastiveLoss  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.losses import ContrastiveLoss  # on use: torch is slow to load
 
     return ContrastiveLoss(pos_margin=s.pos_margin, neg_margin=s.neg_margin), None
 
 
 def _triplet(s: Settings, num_classes: int) -> tuple[Any, Any]:
-    from pytorch_metric_learning import losses, miners  # on use: torch takes seconds, and numbers are read without
+    from pytorch_metric_learning import losses, miners  # on use: torch is slow to load
 
     if s.type_of_triplets not in ("all", "hard", "semihard", "easy"):
         raise ValueError(f"type_of_triplets must be all, hard, semihard or easy, got {s.type_of_triplets!r}")
@@ -36,33 +36,31 @@ def _triplet(s: Settings, num_classes: int) -> tuple[Any, Any]:
 
 
 def _multi_similarity(s: Settings, num_classes: int) -> tuple[Any, Any]:
-    from pml_ext.losses import MultiSimilarityLoss  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.losses import MultiSimilarityLoss  # on use: torch is slow to load
 
     return MultiSimilarityLoss(s.alpha, s.beta, s.base), None
 
 
 def _proxy_anchor(s: Settings, num_classes: int) -> tuple[Any, Any]:
-    from pml_ext.losses import ProxyAnchorLoss  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.losses import ProxyAnchorLoss  # on use: torch is slow to load
 
     return ProxyAnchorLoss(num_classes, s.embedding_size, s.margin, s.alpha), None
 
 
 def _cosface(s: Settings, num_classes: int) -> tuple[Any, Any]:
-    from pytorch_metric_learning import losses  # on use: torch takes seconds, and numbers are read without
+    from pytorch_metric_learning import losses  # on use: torch is slow to load
 
     return losses.CosFaceLoss(num_classes, s.embedding_size, margin=s.margin, scale=s.scale), None
 
 
 def _normalized_softmax(s: Settings, num_classes: int) -> tuple[Any, Any]:
-    from pytorch_metric_learning import losses  # on use: torch takes seconds, and numbers are read without
+    from pytorch_metric_learning import losses  # on use: torch is slow to load
 
     return losses.NormalizedSoftmaxLoss(num_classes, s.embedding_size, temperature=s.temperature), None
 
 
 def _cross_entropy(s: Settings, num_classes: int) -> tuple[Any, Any]:
-    from pml_ext.losses import (
-        LabelSmoothingCrossEntropyLoss,
-    )  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.losses import LabelSmoothingCrossEntropyLoss  # on use: torch is slow to load
 
     loss = LabelSmoothingCrossEntropyLoss(
         num_classes, s.embedding_size, temperature=s.temperature, label_smoothing=s.label_smoothing

@@ -20,8 +20,8 @@ def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> 
     ``num_learners=1``: no ensemble. ``proxy_loss``: "adaptive_margin" or "proxy_anchor". ``refined_weight=0``: no
     refiner.
     """
-    from pml_ext import losses  # on use: torch takes seconds, and numbers are read without
-    from pml_ext.recipes import backbones  # on use: torch takes seconds, and numbers are read without
+    from pml_ext import losses  # on use: torch is slow to load
+    from pml_ext.recipes import backbones  # on use: torch is slow to load
 
     if s.proxy_loss not in ("proxy_anchor", "adaptive_margin"):
         raise ValueError(f"proxy_loss must be 'proxy_anchor' or 'adaptive_margin', got {s.proxy_loss!r}")

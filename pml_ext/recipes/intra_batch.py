@@ -13,12 +13,8 @@ if TYPE_CHECKING:
 
 def make_refiner(s: Settings) -> "IntraBatchRefiner":
     """Return the refiner of the settings ``num_layers``, ``heads``, ``output`` and ``messages``."""
-    from pml_ext.recipes.silent_refiner import (
-        SilentRefiner,
-    )  # on use: torch takes seconds, and numbers are read without
-    from pml_ext.trunks.intra_batch_refiner import (
-        IntraBatchRefiner,
-    )  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.recipes.silent_refiner import SilentRefiner  # on use: torch is slow to load
+    from pml_ext.trunks.intra_batch_refiner import IntraBatchRefiner  # on use: torch is slow to load
 
     kind = IntraBatchRefiner if s.messages else SilentRefiner
     return kind(s.embedding_size, s.num_layers, s.heads, output=s.output)
@@ -26,8 +22,8 @@ def make_refiner(s: Settings) -> "IntraBatchRefiner":
 
 def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
     """``refined_weight=0`` is the same cross-entropy without refiner; ``messages=False`` one that says nothing."""
-    from pml_ext.losses import IntraBatchLoss  # on use: torch takes seconds, and numbers are read without
-    from pml_ext.recipes.backbones import pooled_trunk  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.losses import IntraBatchLoss  # on use: torch is slow to load
+    from pml_ext.recipes.backbones import pooled_trunk  # on use: torch is slow to load
 
     loss = IntraBatchLoss(
         num_classes,

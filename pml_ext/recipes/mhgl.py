@@ -13,14 +13,8 @@ _OF_LOSS = "default of HybridLoss, chosen on validation classes"
 
 def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
     """``levels``: "both", or "global" for one head; ``attention``: "printed", "solar", "normalized" or "none"."""
-    from pml_ext.losses import (
-        HybridLoss,
-        MultiSimilarityLoss,
-    )  # on use: torch takes seconds, and numbers are read without
-    from pml_ext.recipes.backbones import (
-        global_local_trunk,
-        pooled_trunk,
-    )  # on use: torch takes seconds, and numbers are read without
+    from pml_ext.losses import HybridLoss, MultiSimilarityLoss  # on use: torch is slow to load
+    from pml_ext.recipes.backbones import global_local_trunk, pooled_trunk  # on use: torch is slow to load
 
     if s.levels not in ("both", "global"):
         raise ValueError(f"levels must be 'both' or 'global', got {s.levels!r}")

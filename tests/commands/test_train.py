@@ -60,7 +60,7 @@ def run(data, out, recipe="proxy_anchor", pictures=False, **changes):
     """Train; without pictures, whose drawing takes ten times as long as the training."""
     common = {"epochs": 2, "settings": TINY, "validation_classes": 2, "device": "cpu"}
     with ExitStack() as stack:
-        for name in () if pictures else ("draw_curves", "draw_gallery", "retrieval_report"):
+        for name in () if pictures else ("draw_curves", "draw_gallery", "write_run_report"):
             stack.enter_context(mock.patch.object(train, name))
         result = train.main(data, out, recipe, **(common | changes))
     return {name: x for name, x in result.items() if name not in ("out", "baseline")}
