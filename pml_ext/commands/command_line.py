@@ -130,6 +130,16 @@ def some_of(names: Sequence[Any]) -> str:
     return ", ".join(map(str, names[:5])) + more
 
 
+def number_of(count: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun.
+
+    Examples:
+        >>> number_of(1, "epoch"), number_of(2000, "class", "classes")
+        ('1 epoch', '2,000 classes')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def one_line(error: BaseException) -> str:
     r"""Return what an error says, in one line; for one of a ``DataLoader``'s worker, without its traceback.
 

@@ -52,6 +52,7 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
     chosen = str(source if data is None else data)
     root = trained.get("root") if root is None and own else root
     views = _of_folder(Path(chosen), run.reader) if not own and opens_folder(chosen) else []
+    unseen = own
     if not views:
         share, seed = (trained.get("test_classes", 0.5), run.config.get("seed", 0)) if own else (1, 0)
         opened = open_data(chosen, 1 if share == 0 else share, root=root, seed=seed, reader=run.reader)
@@ -61,11 +62,12 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
         if everything or (not own and no_split) or (own and share == 0):
             opened = all_classes(opened, "--all-classes")
         views = [view for view in (opened.test, opened.gallery) if view is not None]
-        if own and (everything or share == 0):
+        unseen = own and opened.test is not opened.train
+        if own and not unseen:
             warn("the network was trained on some of these classes: the metrics are not those of new ones")
     for view in views:
         view.transform = run.recipe.transforms.test
-    return LabeledImages(views, chosen, own and not everything)
+    return LabeledImages(views, chosen, unseen)
 
 
 def _of_folder(folder: Path, reader: ImageReader) -> list[ClassSubset]:

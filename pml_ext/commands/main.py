@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pml_ext.commands.command_line import Command
+from pml_ext.commands.command_line import Command, number_of
 from pml_ext.commands.first_checks import first_checks
 from pml_ext.commands.parser import COMMANDS, make_parser
 from pml_ext.version import __version__
@@ -57,6 +57,6 @@ def what_is_saved(name: str, words: Sequence[str], options: dict[str, Any]) -> s
     epochs = 0
     for path in Path(out).glob("**/metrics.jsonl"):
         epochs += sum('"loss"' in line for line in path.read_text(encoding="utf-8").splitlines())
-    saved = f"{epochs} whole epochs are" if epochs != 1 else "one whole epoch is"
+    saved = f"{number_of(epochs, 'whole epoch')} {'is' if epochs == 1 else 'are'}"
     command += "" if "--resume" in words else " --resume"
     return f"interrupted: {saved} saved in {out}; to go on:\n{command}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pml_ext.commands.command_line import some_of, warn
+from pml_ext.commands.command_line import number_of, some_of, warn
 from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.leaving_out import broken_files, only, views_of, without_broken
 from pml_ext.datasets.retrieval_data import RetrievalData
@@ -166,5 +166,5 @@ def absolute(source: Any) -> str | None:
 
 def counted(views: Sequence[ClassSubset]) -> str:
     """Return how many images and classes there are."""
-    text = f"{len(views[0]):,} images of {views[0].num_classes:,} classes"
-    return text if len(views) == 1 else f"{text}, searched for in {len(views[1]):,}"
+    text = f"{number_of(len(views[0]), 'image')} of {number_of(views[0].num_classes, 'class', 'classes')}"
+    return text if len(views) == 1 else f"{text}, searched for in {number_of(len(views[1]), 'image')}"

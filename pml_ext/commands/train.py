@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pml_ext.commands.command_line import some_of, warn
+from pml_ext.commands.command_line import number_of, some_of, warn
 from pml_ext.commands.first_checks import merge
 from pml_ext.commands.opened_data import (
     Embedder,
@@ -261,16 +261,17 @@ def describe(prepared: Prepared) -> None:
     print(f"{made.name}: {s.backbone}, {s.image_size} x {s.image_size} pixels, {numbers / 1e6:.1f} million parameters")
     parts = [("train", [fitted.train]), ("validate", [fitted.test] if validation_classes else []), ("test", tested)]
     counts = [
-        f"{sum(map(len, views)):,} images of {max(view.num_classes for view in views):,} classes to {what}"
+        f"{number_of(sum(map(len, views)), 'image')} of "
+        f"{number_of(max(view.num_classes for view in views), 'class', 'classes')} to {what}"
         for what, views in parts
         if views
     ]
     print(", ".join(counts))
     each = max(len(fitted.train) // made.batch_size(fitted.train.labels), 1)
     steps = made.epochs * each
-    print(f"{steps:,} steps: {made.epochs} epochs of {each:,}")
+    print(f"{number_of(steps, 'step')} in {number_of(made.epochs, 'epoch')}")
     if steps < FEW_STEPS:
-        warn(f"{steps} steps are few: more --epochs may learn more")
+        warn(f"{number_of(steps, 'step')} may be too few: give more --epochs")
     if not tested:
         print("there is no test: all classes are trained")
     if not validation_classes:

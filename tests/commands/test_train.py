@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import struct
+import sys
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
@@ -267,7 +269,7 @@ def test_what_a_run_prints(data, tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"proxy_anchor: convnet, 28 x 28 pixels, 0\.0 million parameters", printed[0])
     assert printed[1:-4] == [
         "12 images of 2 classes to train, 12 images of 2 classes to validate, 24 images of 4 classes to test",
-        "2 steps: 2 epochs of 1",
+        "2 steps in 2 epochs",
         f"epoch 1/2: loss {first['loss']:.3g}, validation P@1 {100 * first['precision_at_1']:.1f}, MAP@R 90.0",
         f"epoch 2/2: loss {second['loss']:.3g}, validation P@1 {100 * second['precision_at_1']:.1f}, MAP@R 30.0",
     ]
@@ -361,24 +363,6 @@ def test_options(data, tmp_path):
     opened.test.transform = loaded.recipe.transforms.test
     metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test, autocast=torch.bfloat16))
     assert metrics == {name: result[name] for name in metrics}
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("a=1", 1),
-        ("a=2e-3", 2e-3),
-        ("a=true", True),
-        ("a=False", False),
-        ("a=None", None),
-        ("a=max", "max"),
-        ("a=(1, 2)", (1, 2)),
-        ("a=x=y", "x=y"),
-    ],
-)
-def test_setting(text, value):
-    assert parser.setting(text) == ("a", value)
-    assert type(parser.setting(text)[1]) is type(value)
 
 
 @pytest.mark.parametrize(("size", "side"), [((28, 28), 28), ((30, 20), 32), ((105, 9), 64), ((3, 5), 8)])
@@ -840,3 +824,107 @@ def test_finetuning_tells_what_frozen_features_find(tmp_path, capsys):
     run(photos, tmp_path / "run", resume=True, **(options | {"epochs": 3}))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["baseline"] == frozen
     run(photos, tmp_path / "next", **(options | {"weights": str(tmp_path / "run")}))
+
+
+@pytest.mark.trains
+def test_several_seeds(data, tmp_path, capsys):
+    with mock.patch.multiple(train, draw_curves=mock.DEFAULT, draw_gallery=mock.DEFAULT, write_run_report=mock.DEFAULT):
+        given = {"preset": "small", "epochs": 1, "settings": TINY, "validation_classes": 0, "device": "cpu"}
+        result = train.main(data, tmp_path, "proxy_anchor", seeds=3, seed=4, **given)
+        again = train.main(data, tmp_path, "proxy_anchor", seeds=3, seed=4, resume=True, **given)
+    assert again == result
+    assert [load_run(tmp_path / f"seed-{seed}").config["seed"] for seed in (4, 5, 6)] == [4, 5, 6]
+    values = [lines(tmp_path / f"seed-{seed}")[-1]["r_precision"] for seed in (4, 5, 6)]
+    assert len(set(values)) > 1
+    assert result["mean"]["r_precision"] == pytest.approx(np.mean(values))
+    assert result["std"]["r_precision"] == pytest.approx(np.std(values, ddof=1))
+    shown = f"{100 * np.mean(values):.1f} ({100 * np.std(values, ddof=1):.1f})"
+    assert shown in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.trains
+def test_all_classes_are_trained(photos, tmp_path, capsys):
+    result = run(photos, tmp_path / "run", test_classes=0, validation_classes=None)
+    assert result == {"epoch": 2}
+    assert "there is no test: all classes are trained" in capsys.readouterr().out.splitlines()
+    config = load_run(tmp_path / "run").config
+    assert (config["num_classes"], config["data"]["images"]) == (CLASSES, {"train": 48, "validation": 0, "test": 0})
+    assert len(lines(tmp_path / "run")) == 2
+    assert run(photos, tmp_path / "run", test_classes=0, validation_classes=None, resume=True) == result
+    run(photos, tmp_path / "validated", test_classes=0)
+    assert load_run(tmp_path / "validated").config["num_classes"] == CLASSES - 2
+    (tmp_path / "split").mkdir()
+    for part, names in (("train", "012"), ("test", "34")):
+        for name in names:
+            shutil.copytree(photos / f"class{name}", tmp_path / "split" / part / name)
+    with pytest.raises(ValueError, match="--test-classes 0 must be used with data without a split"):
+        run(tmp_path / "split", tmp_path / "other", test_classes=0)
+    with pytest.raises(ValueError, match="--class-embeddings must not be given with --test-classes 0"):
+        run(photos, tmp_path / "other", test_classes=0, class_embeddings="rows.npy")
+
+
+def test_a_wrong_setting_is_told_before_images_are_checked(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "readable_part", mock.Mock(side_effect=AssertionError("checks images")))
+    for message, changes in (
+        ("^backbone must be a timm model", {"backbone": "resnet1"}),
+        ("^levels must be 'both' or 'global'", {"settings": {"levels": "some"}}),
+        ("^val_classes must be", {"validation_classes": 9}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(photos, tmp_path, recipe="mhgl", **changes)
+
+
+@pytest.mark.trains
+def test_the_baseline_changes_nothing(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "with")
+    monkeypatch.setattr(train, "measure_baseline", lambda *args: {"title": "none"})
+    run(data, tmp_path / "without")
+    assert lines(tmp_path / "with")[:-1] == lines(tmp_path / "without")[:-1]
+    config = json.loads((tmp_path / "with" / "config.json").read_text())
+    assert config["baseline"]["title"] == "untrained network"
+    assert set(config["baseline"]["test"]) == set(recipes.METRICS)
+
+
+@pytest.mark.trains
+def test_a_network_goes_on_with_new_classes(photos, tmp_path, capsys):
+    run(photos, tmp_path / "first")
+    shutil.copytree(photos, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new" / "class0")
+    words = [tmp_path / "new", "--init-from", tmp_path / "first", "--out", tmp_path / "second", "--epochs", "1"]
+    main(["train", *map(str, words), "--test-classes", "3", "--device", "cpu"])
+    row = f"the network of {tmp_path / 'first'}"
+    assert any(line.startswith(f"{row} ") for line in capsys.readouterr().out.splitlines())
+    first, second = (load_run(tmp_path / name, "cpu") for name in ("first", "second"))
+    assert second.config["settings"]["width"] == first.config["settings"]["width"] == TINY["width"]
+    assert second.checksum != first.checksum
+    opened = open_data(tmp_path / "new", 3)
+    opened.test.transform = first.recipe.transforms.test
+    expected = retrieval_metrics(*recipes.embed(first.recipe.trunk, opened.test))
+    assert second.config["baseline"]["test"] == pytest.approx(expected)
+
+
+@pytest.mark.trains
+def test_a_run_and_its_data_may_be_moved(photos, tmp_path, monkeypatch, capsys):
+    shutil.copytree(photos, tmp_path / "a" / "photos")
+    monkeypatch.chdir(tmp_path / "a")
+    run("photos", "run", epochs=1)
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="cosine schedule"):
+        assert run("b/photos", "b/run", epochs=2, resume=True)["split"] == "test"
+    main(["embed", "b/run", "b/photos", "--device", "cpu"])
+    (tmp_path / "b").rename(tmp_path / "c")
+    found = search.main("c/run", "c/photos/class3/20.png", k=1, device="cpu")
+    assert found["results"][0]["path"] == "class3/20.png"
+
+
+def test_without_matplotlib_nothing_is_drawn(trained, photos, tmp_path, monkeypatch, capsys):
+    folder, _ = trained
+    embed_folder(folder, photos, tmp_path / "index", device="cpu")
+    for module in (train, search):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run(photos, tmp_path / "run", pictures=True, epochs=1)
+    assert {path.suffix for path in (tmp_path / "run").iterdir()} == {".json", ".jsonl", ".pt", ".html"}
+    assert search.main(folder, photos / "class0/03.png", 2, tmp_path / "index")["out"] is None
+    assert capsys.readouterr().out.count("pip install 'pml-ext[visualization]'") == 2
