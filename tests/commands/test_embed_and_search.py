@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -149,7 +150,7 @@ def test_images_that_are_gone_leave_an_empty_place(photos, loaded, monkeypatch, 
     gone = [photos / path for path in before if path in ("b.png", "sub/c.png")]
     assert printed.err == (f"warning: the picture lacks 2 of 5 images that cannot be read: {gone[0]}, {gone[1]}\n")
     assert printed.out.splitlines()[-1] == f"picture: {index.parent / 'search.png'}"
-    shown = {axis.get_title().split(":")[0]: bool(axis.images) for axis in drawn[0].axes}
+    shown = {re.split("[:\n]", axis.get_title())[0]: bool(axis.images) for axis in drawn[0].axes}
     assert shown == {"query": True} | {str(rank): photos / path not in gone for rank, path in enumerate(before, 1)}
     assert [text.get_text() for axis in drawn[0].axes for text in axis.texts] == ["cannot be read"] * 2
 

@@ -132,7 +132,7 @@ def test_report(trained, photos, tmp_path, capsys):
     result = printed(capsys, "report", folder, "--out", tmp_path / "mine.html")
     assert result["out"] == str(tmp_path / "mine.html")
     assert result["metrics"][str(folder)]["precision_at_1"] == pytest.approx(tested["precision_at_1"])
-    page = (tmp_path / "mine.html").read_text(encoding="utf-8")
+    page = (tmp_path / "mine.html").read_text(encoding="utf-8").replace("<wbr>", "")
     for text in ("proxy_anchor", "class7/47.png", str(folder), f"{photos}: 18 images of 3 classes"):
         assert text in page
 

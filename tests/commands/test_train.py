@@ -406,7 +406,11 @@ def test_the_picture_of_a_search(photos, tmp_path, monkeypatch):
     files = sorted(photos.rglob("*.png"))[:13]
     search.draw(files[0], [(0.5, file) for file in files[1:]], tmp_path / "search.png", ImageReader())
     axes = [axis for axis in drawn[0].axes if axis.images]
-    assert [axis.get_title() for axis in axes] == ["query", *(f"{rank}: 0.500" for rank in range(1, 13))]
+    titles = ["query", *(f"{rank}: 0.500" for rank in range(1, 13))]
+    names = [f"{file.parent.name}/{file.name}" for file in files]
+    assert [axis.get_title() for axis in axes] == [f"{a}\n{b}" for a, b in zip(titles, names, strict=True)]
+    assert search._end_of("a$b/a name that is too long.png") == "...is too long.png"
+    assert search._end_of(os.fsdecode(b"a$/\xe9.png")) == r"a\$/?.png"
     for axis, file in zip(axes, files, strict=True):
         np.testing.assert_array_equal(axis.images[0].get_array()[..., 0], np.asarray(Image.open(file)))
 
