@@ -103,6 +103,10 @@ class _Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=100)
 
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        """Name what may be given several times only once."""
+        return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
+
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     warn(one_line(message) if isinstance(message, Warning) else message)

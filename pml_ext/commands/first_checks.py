@@ -13,8 +13,8 @@ from pml_ext.recipes.settings import PRESETS, settle
 
 OF_RECIPE = ("epochs", "backbone", "weights", "embedding_size", "image_size", "chunk_size")
 """Options of ``train`` that are settings of the recipe."""
-_KEPT = ("seed", "test_classes", "validation_classes", "class_embeddings", "root")
-_DEFAULTS = {"seed": 0, "test_classes": 0.5, "background": "white", "turn": True, "white": 65535}
+_KEPT = ("seed", "test_classes", "split_seed", "validation_classes", "class_embeddings", "root")
+_DEFAULTS = {"seed": 0, "test_classes": 0.5, "split_seed": 0, "background": "white", "turn": True, "white": 65535}
 
 
 def first_checks(name: str) -> Callable[..., dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pml_ext.commands.command_line import warn
-from pml_ext.commands.opened_data import absolute, all_classes, refuse_broken
+from pml_ext.commands.opened_data import absolute, refuse_broken
 from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.datasets.image_folder import ImageFolder
@@ -50,19 +50,18 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
         raise FileNotFoundError(f"DATA must be given: {why}")
     own = data is None or (source is not None and absolute(data) == absolute(source))
     chosen = str(source if data is None else data)
-    root = trained.get("root") if root is None and own else root
-    views = _of_folder(Path(chosen), run.reader) if not own and opens_folder(chosen) else []
-    unseen = own
+    views = [] if own else _of_queries(Path(chosen), run.reader)
+    unseen = False
     if not views:
-        share, seed = (trained.get("test_classes", 0.5), run.config.get("seed", 0)) if own else (1, 0)
-        opened = open_data(chosen, 1 if share == 0 else share, root=root, seed=seed, reader=run.reader)
-        if own:
-            opened = without(opened, trained.get("left_out", []))
-        no_split = opened.gallery is None and opened.train.dataset.labels is opened.test.dataset.labels
-        if everything or (not own and no_split) or (own and share == 0):
-            opened = all_classes(opened, "--all-classes")
-        views = [view for view in (opened.test, opened.gallery) if view is not None]
-        unseen = own and opened.test is not opened.train
+        share = trained.get("test_classes", 0.5) if own and not everything else 0
+        drawn = {"seed": run.config.get("seed", 0), "split_seed": trained.get("split_seed")} if own else {}
+        root = trained.get("root") if root is None and own else root
+        opened = open_data(chosen, share, root=root, reader=run.reader, **drawn)
+        opened = without(opened, trained.get("left_out", []) if own else [])
+        if everything and opened.test is not None:
+            raise ValueError(f"--all-classes must be used with data without a split (train and test), got {chosen}")
+        unseen = own and opened.test is not None
+        views = [view for view in (opened.test, opened.gallery) if view is not None] or [opened.train]
         if own and not unseen:
             warn("the network was trained on some of these classes: the metrics are not those of new ones")
     for view in views:
@@ -70,15 +69,11 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
     return LabeledImages(views, chosen, unseen)
 
 
-def _of_folder(folder: Path, reader: ImageReader) -> list[ClassSubset]:
-    """Return the images of a folder of classes, or of queries and gallery; none where it has another split."""
-    names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-    if names >= {"query", "gallery"} and "train" not in names:
-        return _of_gallery(*(ImageFolder(folder / part, reader=reader) for part in ("query", "gallery")))
-    if names & {"train", "test", "query", "gallery"}:
+def _of_queries(folder: Path, reader: ImageReader) -> list[ClassSubset]:
+    """Return queries and gallery of a folder that has both and nothing to train with; nothing of others."""
+    if not opens_folder(folder) or {e.name for e in os.scandir(folder) if e.is_dir()} != {"query", "gallery"}:
         return []
-    whole = ImageFolder(folder, reader=reader)
-    return [ClassSubset(whole, range(len(whole.class_names or ())))]
+    return _of_gallery(*(ImageFolder(folder / part, reader=reader) for part in ("query", "gallery")))
 
 
 def _of_gallery(queries: ImageFolder, gallery: ImageFolder) -> list[ClassSubset]:

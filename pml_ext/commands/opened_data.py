@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,34 +126,15 @@ def hold_out(data: RetrievalData, validation_classes: float, seed: int) -> Retri
     try:
         return data.hold_out(validation_classes, seed)
     except ValueError as error:
-        count, others = data.num_classes, data.test.num_classes
-        counted = f"{count} training classes"
-        if data.test is not data.train:
-            counted += f" (of {count + others}; the others are test classes)"
+        count, counted = data.num_classes, f"{data.num_classes} training classes"
+        if data.test is not None:
+            counted += f" (of {count + data.test.num_classes}; the others are test classes)"
         if count < 4:
             raise ValueError(
                 f"{counted} are too few for --validation-classes {validation_classes}: "
                 "give 0 or, for data without a split, fewer --test-classes"
             ) from error
         raise ValueError(f"{error}: there are {counted}") from error
-
-
-def all_classes(data: RetrievalData, option: str) -> RetrievalData:
-    """Return data that has all images in ``train`` and in ``test``.
-
-    Args:
-        data: Without a split: training and test classes were cut from one data set.
-        option: That wants it, for the message.
-
-    Raises:
-        ValueError: If the data has a split, or class embeddings, of which only training classes have theirs.
-    """
-    train, test = data.train, data.test
-    if data.gallery is not None or train.dataset.labels is not test.dataset.labels:
-        raise ValueError(f"{option} must be used with data without a split (train and test), got {data.name}")
-    whole = ClassSubset(train.dataset, sorted([*train.classes, *test.classes]))
-    whole = only(whole, torch.isin(whole.indices, torch.cat([train.indices, test.indices])))
-    return replace(data, train=whole, test=whole, class_embeddings=None)
 
 
 def absolute(source: Any) -> str | None:

@@ -98,8 +98,9 @@ def _train(command: Command) -> None:
         help='other settings: "pml-ext recipes NAME"',
     )  # fmt: skip
     add("--test-classes", type=number, metavar="N", help="share or number, without a split; 0: none; default: 0.5")
+    add("--split-seed", type=int, metavar="N", help="draws the test classes, without a split; default: 0")
     add("--validation-classes", type=number, metavar="N", help="of training classes; default: 0.2, of few 0")
-    add("--class-embeddings", metavar="FILE", help=".npy or .npz with a row for each class")
+    add("--class-embeddings", metavar="FILE", help="names (of the classes), or .npy or .npz with a row for each")
     add("--root", metavar="FOLDER", help="folder of a data set with a name")
     add("--download", action="store_true", help="download it if it is not there")
     add("--skip-broken", action="store_true", help="leave out images that cannot be read")

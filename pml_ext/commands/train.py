@@ -19,7 +19,6 @@ from pml_ext.commands.opened_data import (
     Embedder,
     Images,
     absolute,
-    all_classes,
     counted,
     hold_out,
     metrics_of,
@@ -89,13 +88,15 @@ class Prepared(NamedTuple):
     """What a training takes.
 
     Attributes:
-        fitted: Training classes, and as ``test`` the validation classes, where there are any.
+        fitted: Images of training classes.
+        validated: Of validation classes, in one view; none where there are no such classes.
         tested: Queries, and the gallery if there is one; none where all classes are trained.
         validation_classes: Their share or number; 0: there are none.
         made: The recipe.
     """
 
-    fitted: RetrievalData
+    fitted: ClassSubset
+    validated: list[ClassSubset]
     tested: list[ClassSubset]
     validation_classes: float
     made: Recipe
@@ -115,6 +116,7 @@ def train(
     chunk_size: int | None = None,
     settings: Any = (),
     test_classes: float = 0.5,
+    split_seed: int | None = 0,
     validation_classes: float | None = None,
     class_embeddings: str | None = None,
     root: str | None = None,
@@ -139,10 +141,11 @@ def train(
     if old is not None and white == "largest":  # which was found when the run began
         white = old.get("reader", {}).get("white", white)
     reader = ImageReader(background, turn, white)
-    everything = test_classes == 0
-    if everything and class_embeddings is not None:
-        raise ValueError("--class-embeddings must not be given with --test-classes 0")
-    opened = open_data(data, 1 if everything else test_classes, class_embeddings, root, download, seed, reader)
+    if old is not None and "split_seed" not in old.get("data", {}):  # a former version tested on the last classes
+        split_seed = None
+    opened = open_data(data, test_classes, class_embeddings, root, download, seed, reader, split_seed)
+    if test_classes == 0 and opened.test is not None:
+        raise ValueError(f"--test-classes 0 must be used with data without a split (train and test), got {data}")
     before = {} if old is None else old.get("data", {})
     opened = without(opened, before.get("left_out", []))
     prints = fingerprints(opened)
@@ -158,15 +161,15 @@ def train(
             given |= {name: old["settings"][name] for name in ("pixel_mean", "pixel_std")}
 
     def prepare(opened: RetrievalData, checked: bool) -> Prepared:
-        whole = all_classes(opened, "--test-classes 0") if everything else opened
         count = validation_classes
         if count is None:
-            count = 0 if everything or opened.num_classes < 4 else 0.2
-        fitted = hold_out(whole, count, seed)
+            count = 0 if opened.test is None or opened.num_classes < 4 else 0.2
+        fitted = hold_out(opened, count, seed)
         if skip_broken:
             fitted = replace(fitted, train=replacing_broken(fitted.train))
-        tested = [] if everything else [view for view in (opened.test, opened.gallery) if view is not None]
-        for title, views in (("validation", [fitted.test] if count else []), ("test", tested)):
+        tested = [view for view in (opened.test, opened.gallery) if view is not None]
+        validated = [fitted.test] if count and fitted.test is not None else []
+        for title, views in (("validation", validated), ("test", tested)):
             labels = torch.cat([view.labels for view in views]) if views else torch.zeros(2, dtype=torch.long)
             if labels.bincount().max() < 2:
                 raise ValueError(
@@ -179,9 +182,9 @@ def train(
         rows = fitted.class_embeddings
         made = make_recipe(recipe, fitted.num_classes, preset=preset, class_embeddings=rows, **given)
         fitted.train.transform = made.transforms.train
-        for view in (fitted.test, *tested) if count else tested:
+        for view in [*validated, *tested]:
             view.transform = made.transforms.test
-        return Prepared(fitted, tested, count, made)
+        return Prepared(fitted.train, validated, tested, count, made)
 
     try:  # a wrong setting is told before all images are checked
         prepared: Prepared | None = prepare(opened, checked=False)
@@ -191,24 +194,23 @@ def train(
     left_out = sorted(image_names(opened) - image_names(kept))
     if prepared is None or kept is not opened:
         prepared = prepare(kept, checked=True)
-    fitted, tested, made = prepared.fitted, prepared.tested, prepared.made
+    fitted, validated, tested, _, made = prepared
     embed = Embedder(skip_broken, of_autocast, workers)
 
     def validate(trunk: nn.Module) -> dict[str, float]:
-        return metrics_of([embed(trunk, fitted.test)[1:]])
+        return metrics_of([embed(trunk, view)[1:] for view in validated])
 
     trainer = Trainer(
         made,
-        fitted.train,
-        validate=validate if prepared.validation_classes else None,
+        fitted,
+        validate=validate if validated else None,
         end_of_epoch_hook=tell,
         folder=out,
         autocast=of_autocast,
         device=chosen_device,
         dataloader_num_workers=workers,
     )
-    validated = fitted.test if prepared.validation_classes else ()
-    images = {"train": len(fitted.train), "validation": len(validated), "test": len(tested[0]) if tested else 0}
+    images = {"train": len(fitted), "validation": sum(map(len, validated)), "test": sum(map(len, tested[:1]))}
     config = describe_run(
         made,
         of_autocast,
@@ -217,6 +219,7 @@ def train(
             "source": absolute(data),
             "root": absolute(root),
             "test_classes": test_classes,
+            "split_seed": split_seed,
             "validation_classes": prepared.validation_classes,
             "class_embeddings": absolute(class_embeddings),
             "images": images,
@@ -238,9 +241,9 @@ def train(
             config["baseline"] = measure_baseline(prepared, weights, embed)
         write_config(out, config if old is None else old | config)
         trainer.train()
-        replaced = replaced_files(fitted.train)
+        replaced = replaced_files(fitted)
         if replaced:
-            counted = f"{len(replaced)} of {len(fitted.train)} images to train with cannot be read"
+            counted = f"{len(replaced)} of {len(fitted)} images to train with cannot be read"
             warn(f"{counted}, others took their places: {some_of(replaced)}")
         return conclude(trainer, prepared, out, chosen_device, embed, config["baseline"])
 
@@ -256,10 +259,10 @@ def tell(trainer: Trainer) -> None:
 
 def describe(prepared: Prepared) -> None:
     """Print what is trained on what, and warn where that is little."""
-    fitted, tested, validation_classes, made = prepared
+    fitted, validated, tested, _, made = prepared
     s, numbers = made.settings, sum(p.numel() for p in made.trunk.parameters())
     print(f"{made.name}: {s.backbone}, {s.image_size} x {s.image_size} pixels, {numbers / 1e6:.1f} million parameters")
-    parts = [("train", [fitted.train]), ("validate", [fitted.test] if validation_classes else []), ("test", tested)]
+    parts = [("train", [fitted]), ("validate", validated), ("test", tested)]
     counts = [
         f"{number_of(sum(map(len, views)), 'image')} of "
         f"{number_of(max(view.num_classes for view in views), 'class', 'classes')} to {what}"
@@ -267,32 +270,32 @@ def describe(prepared: Prepared) -> None:
         if views
     ]
     print(", ".join(counts))
-    each = max(len(fitted.train) // made.batch_size(fitted.train.labels), 1)
+    each = max(len(fitted) // made.batch_size(fitted.labels), 1)
     steps = made.epochs * each
     print(f"{number_of(steps, 'step')} in {number_of(made.epochs, 'epoch')}")
     if steps < FEW_STEPS:
         warn(f"{number_of(steps, 'step')} may be too few: give more --epochs")
     if not tested:
         print("there is no test: all classes are trained")
-    if not validation_classes:
+    if not validated:
         why = "" if not tested else f": {fitted.num_classes} training classes are too few" * (fitted.num_classes < 4)
         print(f"the last epoch is kept, since there are no validation classes{why}")
-    elif fitted.test.num_classes <= FEW_CLASSES:
-        warn(f"{fitted.test.num_classes} validation classes decide little: the epoch that they choose may not be best")
+    elif validated[0].num_classes <= FEW_CLASSES:
+        warn(f"{validated[0].num_classes} validation classes decide little: the epoch that they choose may not be best")
     if find_spec("matplotlib") is None:
         print("curves and gallery are not drawn: pip install 'pml-ext[visualization]'")
 
 
 def measure_baseline(prepared: Prepared, weights: str | None, embed: Embedder) -> dict[str, Any]:
     """Return, and print, what is found before any training: the level to beat."""
-    fitted, tested, validation_classes, made = prepared
+    _, validated, tested, _, made = prepared
     network, title = made.trunk, "untrained network"
     if weights is not None and Path(weights).is_dir():
         title = f"the network of {weights}"
     elif made.settings.pretrained or made.settings.weights is not None:
         network, title = BackboneFeatures(made.trunk), "frozen features"
     found: dict[str, Any] = {"title": title}
-    for name, views in (("validation", [fitted.test] if validation_classes else []), ("test", tested)):
+    for name, views in (("validation", validated), ("test", tested)):
         if views:
             with torch.random.fork_rng(devices=[]):  # or loading would change the training behind it
                 found[name] = metrics_of([embed(network, view, progress=True)[1:] for view in views])
@@ -314,7 +317,7 @@ def conclude(
         draw_gallery(out, tested, embedded)
         source = f"{run.config['data']['source']}: {counted(tested)}, test classes"
         write_run_report(out / "report.html", run, str(out), source, tested, embedded)
-        why = "best on validation classes" if prepared.validation_classes else "the last"
+        why = "best on validation classes" if prepared.validated else "the last"
         rows = {baseline["title"]: baseline["test"]} if "test" in baseline else {}
         rows[f"epoch {run.epoch} of {made.epochs} ({why})"] = result
         print(percent_table("test classes, percent", rows))

@@ -12,6 +12,7 @@ from pml_ext.commands import report, run_report
 from pml_ext.commands.main import main
 from pml_ext.commands.tables import METRICS
 from pml_ext.datasets import ImageFolder, open_data
+from pml_ext.datasets.content import file_names
 from tests.commands.test_train import run, write_folder
 
 
@@ -67,8 +68,17 @@ def test_all_classes(trained, photos, tmp_path, capsys):
     assert result["images"] == 48
     copied = shutil.copytree(photos, tmp_path / "others")  # not what it was trained on
     assert metrics(printed(capsys, "evaluate", folder, copied)) == pytest.approx(expected)
-    shutil.rmtree(copied / "class0")
-    assert printed(capsys, "evaluate", folder, copied)["classes"] == 7
+    for name in "012345":
+        shutil.rmtree(copied / f"class{name}")
+    assert printed(capsys, "evaluate", folder, copied)["classes"] == 2
+    for name in ("train", "test"):
+        shutil.copytree(copied, tmp_path / "split" / name)
+        for path in (tmp_path / "split" / name).iterdir():
+            path.rename(path.with_name(f"{name}-{path.name}"))
+    assert printed(capsys, "evaluate", folder, tmp_path / "split")["images"] == 12
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(folder), str(tmp_path / "split"), "--all-classes"])
+    assert "--all-classes must be used with data without a split" in capsys.readouterr().err
 
 
 def test_queries_and_gallery(trained, photos, tmp_path, capsys):
@@ -152,7 +162,7 @@ def test_a_report_of_two_runs_reads_each_image_as_each_run_does(trained, photos,
         torch.testing.assert_close(one, recipes.embed(loaded.recipe.trunk, opened.test)[0])
     assert labels.tolist() == opened.test.labels.tolist()
     assert (given["title"], given["other_title"]) == (str(folder), str(other))
-    assert given["names"][0] == "class5/30.png"
+    assert given["names"] == file_names(opened.test)
     assert given["about"]["settings"]["image_size"] != given["other_about"]["settings"]["image_size"] == 16
     assert list(result["metrics"]) == [str(folder), str(other)]
 
