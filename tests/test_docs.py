@@ -382,7 +382,8 @@ def test_every_numbered_section_is_a_proposal():
 
 def links(page):
     """Return the files that a page links to, pictures included."""
-    targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", without_code(PAGES[page]))
+    text = without_code(PAGES[page])
+    targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text) + re.findall(r"^\[\w+\]: (\S+)$", text, re.MULTILINE)
     return {((ROOT / page).parent / target).resolve() for target in targets if "://" not in target}
 
 
@@ -395,3 +396,76 @@ def test_every_picture_is_shown():
     pictures = {path for path in DOCS.rglob("*") if path.suffix in (".png", ".jpg", ".svg", ".gif", ".webp")}
     assert len(pictures) > 5
     assert pictures <= {path for page in PAGES for path in links(page)}
+
+
+# (f) what people look for
+
+
+MESSAGES = re.findall(
+    r"^\| (?:the same, |)(`.+?`)(?: and (`.+?`))?[^|`]*\|", PAGES["docs/troubleshooting.md"], re.MULTILINE
+)
+
+
+@pytest.fixture(scope="module")
+def strings():
+    """All that strings of the package say, each on a line."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in Path(pml_ext.__path__[0]).rglob("*.py"))
+    values = (node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return "\n".join(value for value in values if isinstance(value, str))
+
+
+@pytest.mark.parametrize("message", [text.strip("`") for pair in MESSAGES for text in pair if text])
+def test_troubleshooting_quotes_messages_that_are_raised(message, strings):
+    if message != "AssertionError":  # PML's
+        parts = [part.strip(" ,") for part in message.split("...")]
+        printed = "\n".join(block.printed or "" for block in blocks("docs/troubleshooting.md"))
+        assert any(parts)
+        assert all(part in strings for part in parts) or all(part in printed for part in parts)
+
+
+WORDS = {
+    "tensorboard": "logging",
+    "weights & biases": "logging",
+    "wandb": "logging",
+    "dinov2": "pretrained",
+    "clip": "pretrained",
+    "vit": "pretrained",
+    "lora": "pretrained",
+    "freeze": "pretrained",
+    "onnx": "deploy",
+    "export": "deploy",
+    "faiss": "deploy",
+    "serve": "deploy",
+    "csv": "datasets",
+    "exif": "datasets",
+    "query and gallery|queries and a gallery": "datasets",
+    "own photographs": "own_photographs",
+    "hyperparameter": "training_loops",
+    "early stopping": "training_loops",
+    "lightning": "training_loops",
+    "accelerate": "training_loops",
+    "resume": "recipes",
+    "out of memory": "troubleshooting",
+    "nan": "troubleshooting",
+    "collapse": "troubleshooting",
+    "stands still": "troubleshooting",
+    "multi-label": "multi_label",
+    "gpus": "distributed",
+    "large batches": "large_batches",
+    "million classes": "streaming",
+    "million embeddings": "evaluation",
+    "which loss": "which_loss",
+}
+
+
+@pytest.mark.parametrize(("words", "page"), WORDS.items(), ids=WORDS)
+def test_a_search_finds_the_page_by_its_headings(words, page):
+    """The site's search weighs headings most, and people type these words."""
+    headings = re.findall("^#+ (.*)", FENCE.sub("", PAGES[f"docs/{page}.md"]), re.MULTILINE)
+    assert any(re.search(rf"\b({words})", heading, re.IGNORECASE) for heading in headings), headings
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/") and page not in PROPOSALS}
+    assert sorted(listed) == sorted(pages)
