@@ -122,7 +122,7 @@ def test_attention_ensemble(tmp_path, capsys, monkeypatch):
 def test_intra_batch(tmp_path, capsys):
     results = intra_batch.main(epochs=1, seeds=2, width=4, samples_per_class=4, out=tmp_path)
     printed = capsys.readouterr().out
-    names = ["+ mean of the same neighbours", "+ refinement at test time"]
+    names = ["+ mean of the same neighbors", "+ refinement at test time"]
     assert list(results) == [*intra_batch.TRAININGS, *names]
     for metrics in results.values():
         for metric in intra_batch.METRICS:
