@@ -1,4 +1,4 @@
-"""What do messages inside of the batch add? Cross-entropy alone, with a refiner, and with refinement at test time.
+"""What do messages inside the batch add? Cross-entropy alone, with a refiner, and with refinement at test time.
 
 Run: python examples/intra_batch.py (no download; about seven minutes on two CPU cores).
 
@@ -127,7 +127,7 @@ def main(epochs=15, seeds=3, width=32, samples_per_class=16, out="."):
     for name, of_seeds in results.items():
         values = [[100 * one[metric] for one in of_seeds] for metric in METRICS]
         print(f"{name:<40}" + "".join(f"{np.mean(v):>8.1f} ({np.std(v, ddof=min(1, seeds - 1)):.1f})" for v in values))
-    print(f"attention inside of a batch of unseen classes: {out / 'intra_batch_attention.png'}")
+    print(f"attention inside a batch of unseen classes: {out / 'intra_batch_attention.png'}")
     return results
 
 

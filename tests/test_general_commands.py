@@ -478,7 +478,7 @@ def test_resume_with_more_epochs_and_without_a_file_that_broke(tmp_path, monkeyp
     assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
     os.rename(photos / "class0" / "99.png", photos / "class0" / "00.png")
     (out / "lock.json").write_text(json.dumps({"process": 7, "host": "elsewhere", "since": "noon"}))
-    message = f"train.py: error: --out must be free, got {out}, which another process writes (process 7 on elsewhere"
+    message = f"train.py: error: --out must be free, got {out}, which another process writes to (process 7 on elsewhere"
     assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
     (out / "lock.json").unlink()
     changes = {"validation_classes": 0, "settings": TINY | {"schedule": "step"}, "resume": True}
@@ -572,7 +572,7 @@ def bad_data(kind, folder):
         (
             "plain",
             "--background nothing",
-            "error: --background must be a colour, as 'white' or '#ffffff', got 'nothing'",
+            "error: --background must be a color, such as 'white' or '#ffffff', got 'nothing'",
         ),
         ("plain", "--epochs two", "argument --epochs: invalid int value: 'two'"),
         (
@@ -587,7 +587,7 @@ def bad_data(kind, folder):
             "3 training classes (of 8; the others are test classes) "
             "are too few for --validation-classes 0.2: give 0 or, for data without a split, fewer --test-classes",
         ),
-        ("plain", "--device nowhere", "error: --device must be there, got 'nowhere'"),
+        ("plain", "--device nowhere", "error: --device must be available, got 'nowhere'"),
         (
             "plain",
             "--class-embeddings missing.npy",

@@ -72,7 +72,7 @@ def open_data(
             training classes must be finite. Replaces those of the ``.npz`` data set.
         root: Folder of PML's data sets and of ``InShop``; others ignore it.
         download: Whether PML downloads the data set if ``root`` is missing or empty.
-        seed: Of what is drawn: the jitter of ``Glyphs``.
+        seed: Seed of the jitter of ``Glyphs``.
         reader: How image files are read. None: ``ImageReader()``. For ``white="largest"`` the training images are read
             once, and their largest value is used for all.
 

@@ -37,7 +37,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         embedding_size: Width of embeddings and proxies, >= 1.
         class_embeddings: A description of each class, ``(num_classes, E)``, tensor or numpy array, such as
             ``pml_ext.class_embeddings`` makes. A row with NaN, or of zeros: a class without description. It is kept
-            as a buffer of that name, centred and scaled so that $d$ is a plain distance of its rows.
+            as a buffer of that name, centered and scaled so that $d$ is a plain distance of its rows.
         class_distances: Instead, the distances themselves, ``(num_classes, num_classes)``, >= 0 with a zero diagonal;
             row $y$ holds the margins of samples of class $y$. A class whose row and column are NaN, or zeros: without
             description. Kept as a buffer. With neither every margin is $m_0$.
@@ -67,8 +67,8 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
           sample's loss is multiplied by its share in the tuple, as in PML's classification losses.
 
     Raises:
-        TypeError: If ``class_embeddings`` or ``class_distances`` is no tensor or array of numbers, or requires a
-            gradient, which a buffer does not get; if a setting is no number, or requires a gradient with
+        TypeError: If ``class_embeddings`` or ``class_distances`` is not a tensor or array of numbers, or requires a
+            gradient, which a buffer does not get; if a setting is not a number, or requires a gradient with
             ``process_group``.
         RuntimeError: If a state is loaded whose margins another ``class_metric`` or ``normalize`` has made.
         ValueError: If both are given, their shape or a value breaks a rule, no class is described, an argument is out
@@ -170,7 +170,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         """Return the margins $m_{y_i j}$ of samples of given classes, ``(B, num_classes)``, 0 for the own class.
 
         Raises:
-            TypeError: If ``labels`` are no integers.
+            TypeError: If ``labels`` are not integers.
             ValueError: If a label is out of range.
         """
         if self.shards is not None:

@@ -28,7 +28,7 @@ class ContrastiveLoss(BasePairLoss):
 
     The value is PML's. Differences: with PML's ``LpDistance(p=2)``, of ``power`` 1 or 2, ``CosineSimilarity`` or
     ``DotProductSimilarity`` and its ``AvgNonZeroReducer``, ``MeanReducer`` or ``SumReducer`` a long batch (on a CPU:
-    more than 512 x 512 pairs) is looked at tile by tile, in memory that does not grow with the square, and has first
+    more than 512 x 512 pairs) is evaluated tile by tile, in memory that does not grow with the square, and has first
     derivatives only. Distances near 0 are then exact, where PML's matrix cancels: in float32 PML gives copies of a
     vector a distance above 0 and counts them. A tuple with one pair gives its loss and not 0;
     ``ref_labels`` may be the object ``labels``.
@@ -36,7 +36,7 @@ class ContrastiveLoss(BasePairLoss):
     Args:
         pos_margin: $m_+$, in the units of ``distance``. Like ``neg_margin`` it may be a parameter; all pairs are looked
             at at once then. For similarities, 1 and 0 are usual.
-        neg_margin: $m_-$, likewise.
+        neg_margin: $m_-$, in the same units as ``pos_margin``.
         chunk_size: Rows and columns of a tile of distances. None: as many as stay in the cache; a batch that is one
             tile is evaluated at once, and so is a compiled loss.
         **kwargs: Passed to PML's ``BaseMetricLossFunction``.

@@ -35,7 +35,7 @@ class HybridLoss(LogitsMixin, BaseLoss):
         pair_loss: A loss of samples with samples. Default: ``MultiSimilarityLoss()``, shift 0.5.
         proxy_loss: A loss of samples with proxies. Default: ``ProxyAnchorLoss(num_classes, embedding_size)``.
         pair_weight: $w_\text{pair}$ >= 0. May be changed during training.
-        proxy_weight: $w_\text{proxy}$ >= 0, likewise.
+        proxy_weight: $w_\text{proxy}$ >= 0; it may be a parameter too.
         miner: Mines for the pair part whenever no ``indices_tuple`` is given; called with embeddings, labels, and the
             references or None. PML's ``DistributedLossWrapper`` with
             ``efficient=True`` always gives one; ``CrossBatchMemory`` takes this miner for its own.

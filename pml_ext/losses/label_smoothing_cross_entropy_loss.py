@@ -23,7 +23,7 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
     t_{ic} = (1 - \epsilon) [c = y_i] + \epsilon / C$$
 
     $w_i$: share of sample i in ``indices_tuple``, 1 without a miner. The embeddings are taken as they are, not
-    normalised. For classes without a bias and with normalisation see ``AdaptiveAdditiveMarginLoss``.
+    normalized. For classes without a bias and with normalization see ``AdaptiveAdditiveMarginLoss``.
 
     Args:
         num_classes: C >= 1.
@@ -43,7 +43,7 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
         - output: scalar. To the reducer: ``loss``, ``(B,)``, reduction type "element".
 
     Raises:
-        TypeError: If ``temperature`` is no number, or ``label_smoothing`` none or one that requires a gradient.
+        TypeError: If ``temperature`` is not a number, or ``label_smoothing`` none or one that requires a gradient.
         ValueError: If an argument breaks a rule, ``labels`` are missing or ``ref_emb`` is given.
 
     Examples:

@@ -25,7 +25,7 @@ class MultiSimilarityLoss(BasePairLoss):
     (for a distance the signs swap). An anchor without pairs has loss 0 and counts in the mean.
 
     The value is PML's. With PML's ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` a long batch (on a
-    CPU: more than 512 x 512 pairs) is looked at tile by tile, in memory that does not grow with the square, and has
+    CPU: more than 512 x 512 pairs) is evaluated tile by tile, in memory that does not grow with the square, and has
     first derivatives only. Short ones, pairs from ``indices_tuple`` and compiled losses take two (B, R) masks. It
     differs where PML falls short: a tuple with one pair gives its loss and not 0; losses are (B,) and not (B, 1), which
     ``ClassWeightedReducer`` would broadcast; ``ref_labels`` may be the object ``labels``.
@@ -49,7 +49,7 @@ class MultiSimilarityLoss(BasePairLoss):
         - output: scalar. To the reducer: ``loss``, ``(B,)``, reduction type "element".
 
     Raises:
-        TypeError: If ``epsilon`` is no number.
+        TypeError: If ``epsilon`` is not a number.
         ValueError: If ``alpha`` or ``beta`` is not positive, ``epsilon`` not finite, ``negative_sign`` unknown,
             ``chunk_size`` < 1, ``labels`` and ``indices_tuple`` are both missing, or a pair is both positive and
             negative.

@@ -30,7 +30,7 @@ class ProxyAnchorLoss(BaseProxyLoss):
     being the share of sample $i$ in the tuple, as PML 2.9 does: what no pair names counts $1 / e$ of what the most
     frequent sample does. See ``tuple_weights``.
 
-    Value, parameter name and initialisation are PML's, so that state dicts are exchangeable. It differs where PML
+    Value, parameter name and initialization are PML's, so that state dicts are exchangeable. It differs where PML
     falls short: proxies are used on the device of the embeddings but never cast, and ``ClassWeightedReducer`` weighs
     each proxy by its class. With PML's ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` it walks over
     the proxies in chunks, without a matrix of batch times classes, and has first derivatives only.
@@ -58,7 +58,7 @@ class ProxyAnchorLoss(BaseProxyLoss):
           ``(num_classes,)``, reduction type "element", with these divisors, which takes two.
 
     Raises:
-        TypeError: If ``alpha`` or ``margin`` is no number, or requires a gradient with ``process_group``.
+        TypeError: If ``alpha`` or ``margin`` is not a number, or requires a gradient with ``process_group``.
         ValueError: If a size is < 1, ``alpha`` is not positive, ``chunk_size`` is < 1, ``tuple_weights`` is unknown,
             ``labels`` are missing or out of range, or ``ref_emb`` is given.
         NotImplementedError: If a gradient of the streamed loss is differentiated.

@@ -66,7 +66,7 @@ def recipe(
             (extra ``pretrained``) or a state dict; or, for the whole network, the folder of a run of the same recipe.
 
     Raises:
-        FileNotFoundError: If there is no file or run of this name in ``weights``.
+        FileNotFoundError: If there is not a file or run of this name in ``weights``.
         ImportError: If the package of installed weights is not there.
         OSError: If weights cannot be downloaded.
         ValueError: If a name, preset or setting is unknown or breaks a rule, or weights do not fit.

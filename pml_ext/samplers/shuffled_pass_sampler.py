@@ -27,10 +27,10 @@ class ShuffledPassSampler(torch.utils.data.Sampler[int]):
         m: M, images of each class of a batch, >= 1.
         batch_size: A multiple of M, at most M times the number of classes.
         length: Images of an epoch, rounded down to whole batches. None: N, or one batch if that is more.
-        seed: Of the order. None: drawn from PyTorch's generator.
+        seed: Seed of the order. None: drawn from PyTorch's generator.
 
     Raises:
-        TypeError: If ``seed`` is no integer.
+        TypeError: If ``seed`` is not an integer.
         ValueError: If an argument breaks a rule.
 
     Examples:

@@ -58,7 +58,7 @@ def multi_similarity_loss(
         TypeError: If an argument has the wrong type or dtype, or a setting requires a gradient, which
             ``MultiSimilarityLoss`` can give.
         ValueError: If a shape or value breaks a rule: ``alpha`` that is not positive, embeddings that are not finite, a
-            ``chunk_size`` that is no integer >= 1.
+            ``chunk_size`` that is not an integer >= 1.
 
     Examples:
         >>> multi_similarity_loss(torch.eye(3), torch.tensor([0, 0, 1])).mean()

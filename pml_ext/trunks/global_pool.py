@@ -15,7 +15,7 @@ _SMALLEST = 1e-6  # of what "gem" raises to a power
 
 
 class GlobalPool2d(ModuleWithRecords):
-    r"""Average, maximum, their sum, or a generalised mean over all positions.
+    r"""Average, maximum, their sum, or a generalized mean over all positions.
 
     "gem" is $(\frac{1}{HW} \sum_i \max(x_i, 10^{-6})^p)^{1/p}$, computed in float32 or better: $p = 1$ averages what
     is positive, a large $p$ takes the maximum.

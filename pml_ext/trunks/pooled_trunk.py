@@ -20,7 +20,7 @@ class PooledTrunk(ModuleWithRecords):
 
     $$e(x) = W \, \mathrm{pool}(F(x)) + b$$
 
-    $F$: the last feature map, after second-order attention, if there is any. The embedding is not normalised: PML's
+    $F$: the last feature map, after second-order attention, if there is any. The embedding is not normalized: PML's
     distances do that. For an ensemble without masks it is: each learner's slice of ``num_learners`` has length 1.
 
     Args:
@@ -30,13 +30,13 @@ class PooledTrunk(ModuleWithRecords):
         pretrained: Whether timm downloads weights of the backbone.
         attention: Style of ``SecondOrderAttention`` before pooling, as on the global level of ``GlobalLocalTrunk``:
             "printed", "solar" or "normalized" (these with SOLAR's reduction, 2), or None.
-        pool_type: Of ``GlobalPool2d``.
-        num_learners: Into how many slices the embedding is cut that are normalised each for itself, >= 1. 1: the
-            embedding is not normalised.
+        pool_type: Kind of pooling, as in ``GlobalPool2d``.
+        num_learners: Into how many slices the embedding is cut that are normalized each for itself, >= 1. 1: the
+            embedding is not normalized.
         feature_channels: C; needed for a module without timm's ``num_features``.
-        collect_stats: As in PML.
-        weights: Of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state dict, or
-            "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``.
+        collect_stats: Whether to collect statistics, as in PML.
+        weights: Weights of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state
+            dict, or "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``.
         **timm_kwargs: Passed to ``timm.create_model``: ``in_chans=1`` for grayscale, ``output_stride=8`` for small
             images, as in ``GlobalLocalTrunk``.
 
@@ -64,7 +64,7 @@ class PooledTrunk(ModuleWithRecords):
         True
 
     Source:
-        No paper's: what the field's baselines have. Initialisation is PyTorch's.
+        No paper's: what the field's baselines have. Initialization is PyTorch's.
     """
 
     def __init__(

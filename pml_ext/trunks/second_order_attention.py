@@ -19,7 +19,7 @@ _SOLAR_REDUCTIONS = {"local": 4, "global": 2}  # as released with SOLAR, for con
 
 
 class SecondOrderAttention(ModuleWithRecords):
-    r"""Add to each position what it gathers from all positions that resemble it.
+    r"""Add to each position of a map what it gathers from all positions that resemble it.
 
     $$A = \mathrm{softmax}(\zeta Q K^\top), \qquad F' = F + \varphi(A V)$$
 
@@ -42,8 +42,8 @@ class SecondOrderAttention(ModuleWithRecords):
             at all alike. That needs the explicit matrix.
 
     Attributes:
-        query: 1 x 1 convolution, followed by BatchNorm and ReLU but for style "printed".
-        key: Likewise.
+        query: 1 x 1 convolution, followed by BatchNorm and ReLU except in style "printed".
+        key: 1 x 1 convolution, followed by the same layers as ``query``.
         value: 1 x 1 convolution.
         out: $\varphi$, a 1 x 1 convolution.
         norm: What follows it: BatchNorm in style "normalized", else nothing.
@@ -52,7 +52,7 @@ class SecondOrderAttention(ModuleWithRecords):
         - features: ``(B, C, H, W)``, floating point. Output: the same.
 
     Raises:
-        TypeError: If ``attention_scale`` is no number, or requires a gradient, which it would not get.
+        TypeError: If ``attention_scale`` is not a number, or requires a gradient, which it would not get.
         ValueError: If an argument or the shape of the features breaks a rule.
 
     Examples:
@@ -159,10 +159,10 @@ def attention_of_level(
     """Return the attention of a feature level, with SOLAR's reduction where it divides the channels, or the identity.
 
     Args:
-        level: Of the map.
-        channels: Of the map.
-        style: Of the attention; "printed" has no reduction. None: no attention.
-        collect_stats: As in PML.
+        level: Level of the map.
+        channels: Channels of the map.
+        style: Style of the attention; "printed" has no reduction. None: no attention.
+        collect_stats: Whether to collect statistics, as in PML.
     """
     if style is None:
         return nn.Identity()
