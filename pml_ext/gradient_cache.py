@@ -78,7 +78,7 @@ def cached_backward(
             what the trunk returns have different lengths, the loss does not depend on the embeddings, or a
             ``DistributedDataParallel`` has ``static_graph``.
         RuntimeError: If the second pass has other images or gives other embeddings than the first: the images change
-            between passes, or the network uses its own random generator. The gradients are wrong then.
+            between passes, or the network uses its own random generator. The gradients are then wrong.
 
     Examples:
         >>> from pml_ext.losses import MultiSimilarityLoss
@@ -93,7 +93,7 @@ def cached_backward(
 
     Source:
         Gao, Zhang, Han, Callan: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
-        2021. The paper keeps one random state a chunk, and does not treat buffers.
+        2021. The paper keeps one random state for each chunk, and does not treat buffers.
     """
     check_count("chunk_size", chunk_size)
     if not isinstance(trunk, nn.Module):

@@ -13,7 +13,7 @@ from pml_ext.datasets.labels import as_labels, label_values
 
 
 class ClassSubset(torch.utils.data.Dataset[tuple[Any, int]]):
-    """View of a labeled data set: the samples of some classes, with labels 0, 1, ... and a transform of its own.
+    """View of some classes of a labeled data set, with labels 0, 1, ... and its own transform.
 
     The view holds a shallow copy of the data set (attributes copied, data shared) whose ``transform`` and
     ``target_transform`` are None, takes images from there and applies its own transform. Views of one data set, and

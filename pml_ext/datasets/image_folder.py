@@ -11,7 +11,7 @@ from pml_ext.datasets.image_reader import ImageReader
 
 
 class ImageFolder(ImageFiles):
-    """Images in one sub-folder for each class; more of them may lie in folders inside it.
+    """Images in one sub-folder for each class, also in folders inside it.
 
     Files are images if they end with png, jpg, jpeg, jpe, jfif, bmp, webp, tif, tiff, gif, ppm, pgm, pbm or pnm, in any
     case. What else there is does not count, and a warning counts and names it: other files, hidden files and folders

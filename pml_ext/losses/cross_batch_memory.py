@@ -19,14 +19,14 @@ from pml_ext.validation import already_valid, check_batch, check_enqueue_mask, c
 
 
 class CrossBatchMemory(PmlCrossBatchMemory):
-    """Compare each batch with the embeddings of earlier batches too.
+    """PML's cross-batch memory: compare each batch with the embeddings of earlier batches too.
 
-    PML's class, with these changes. It takes ``HybridLoss`` where the pair part is a loss that PML admits: the pair
-    part sees the memory, the proxy part the batch; and ``EnsembleLoss`` of such losses, whose divergence sees the
-    batch. The state dict holds the position in the queue; without it, as in PML's, a loaded memory counts as empty. No
-    sample is compared with itself, in a batch of one row neither. Bad input is refused before it enters the memory,
-    which stays float32 or better. Without a miner, ``MultiSimilarityLoss``, ``SupConLoss``, ``NTXentLoss`` and
-    ``ContrastiveLoss`` of this package, also inside composites, need no list of all pairs, nor a matrix of them: a
+    It differs from PML's class as follows. It takes a ``HybridLoss`` whose pair part is a loss that PML accepts: the
+    pair part sees the memory, the proxy part the batch. It takes an ``EnsembleLoss`` of such losses, whose divergence
+    sees the batch. The state dict holds the position in the queue; without it, as in PML's, a loaded memory counts as
+    empty. No sample is compared with itself, not even in a batch of one row. Bad input is refused before it enters the
+    memory, which stays in float32 or wider. Without a miner, ``MultiSimilarityLoss``, ``SupConLoss``, ``NTXentLoss``
+    and ``ContrastiveLoss`` of this package, also inside composites, need no list of all pairs, nor a matrix of them: a
     memory may hold millions.
     Where ``enqueue_mask`` lets nothing in, the memory stays as it is (PML's counts as full from then on).
 

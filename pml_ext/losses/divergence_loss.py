@@ -8,7 +8,7 @@ from pml_ext.types import Indices, LossDict
 
 
 class DivergenceLoss(DivergenceMixin, BaseLoss):
-    r"""Push the learners' vectors of one image apart, with a hinge.
+    r"""Push the learners' vectors of one image apart with a hinge loss.
 
     $$\ell_i = \sum_{p < q} [m - \lVert b_p(x_i) - b_q(x_i) \rVert^2]_+$$
 

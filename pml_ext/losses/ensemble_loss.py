@@ -21,7 +21,7 @@ from pml_ext.validation import already_valid, check_count, check_settings, scala
 
 
 class EnsembleLoss(LogitsMixin, BaseLoss):
-    r"""Train M learners, whose vectors lie side by side in one embedding, and keep them different.
+    r"""Train M learners whose vectors lie side by side in one embedding, and keep them different.
 
     $$L = \sum_{m} L_m(b_m) + \lambda \, L_\text{div}(b_1, \ldots, b_M)$$
 

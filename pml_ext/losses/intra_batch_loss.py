@@ -25,19 +25,19 @@ _OLD_NAMES = {
 
 
 class IntraBatchLoss(LogitsMixin, BaseLoss):
-    r"""Let the embeddings of a batch exchange messages before they are classified, and classify them raw as well.
+    r"""Let the embeddings of a batch exchange messages, then classify both the refined and the raw embeddings.
 
     $$L = w_r \, \mathrm{LS}\big(W_r \, \mathrm{BN}(R(\hat{X})) / T\big) + w_0 \, \mathrm{LS}\big((W_0 X + b) / T\big)$$
 
     $X$: the embeddings. $\hat{X}$: the same, normalized to length 1. $R$: the refiner, through which each sample's
-    gradient carries what the batch knows. LS: cross-entropy with label smoothing. The bias of the batch norm stays 0.
+    gradient depends on the whole batch. LS: cross-entropy with label smoothing. The bias of the batch norm stays 0.
     At test time the loss is gone and the trunk's embeddings are used as they are.
 
     Give it batches of few classes with many samples each (PML's ``MPerClassSampler``), and its parameters to an
     optimizer.
 
     Args:
-        num_classes: C. May be None where both losses are given.
+        num_classes: C. May be None if both losses are given.
         embedding_size: D.
         refiner: $R$: a module that takes ``(B, D)`` and has ``out_features``. Default: ``IntraBatchRefiner(D)`` (one
             head for an odd D).

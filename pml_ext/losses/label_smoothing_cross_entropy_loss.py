@@ -17,7 +17,7 @@ from pml_ext.validation import as_number, check_count, check_settings, scalar
 
 
 class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
-    r"""Classify embeddings by a linear map.
+    r"""Classify embeddings by a linear map, with label smoothing.
 
     $$\ell_i = -w_i \sum_c t_{ic} \log \mathrm{softmax}_c\big((W x_i + b) / T\big), \qquad
     t_{ic} = (1 - \epsilon) [c = y_i] + \epsilon / C$$

@@ -17,7 +17,7 @@ from pml_ext.validation import as_number, check_settings, scalar
 
 
 class NTXentLoss(BasePairLoss):
-    r"""Cross entropy of each positive pair among itself and its anchor's negatives, also known as InfoNCE.
+    r"""InfoNCE: cross-entropy of each positive pair against the negatives of its anchor.
 
     $$\ell_{ij} = \log\Big(1 + \sum_{k \in N_i} e^{(s_{ik} - s_{ij}) / \tau}\Big), \quad j \in P_i$$
 

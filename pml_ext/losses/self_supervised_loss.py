@@ -14,7 +14,7 @@ class SelfSupervisedLoss(PmlSelfSupervisedLoss):
     """Compare two views of each sample, without labels.
 
     PML's class, which takes the ``MultiSimilarityLoss`` of this package and an ``EnsembleLoss`` of such losses too.
-    Losses with proxies are refused: the labels made here are positions in the batch, so that a proxy would stand for
+    Losses with proxies are refused: the labels made here are positions in the batch, so a proxy would stand for
     another sample in every batch.
 
     Args:

@@ -16,7 +16,7 @@ from pml_ext.validation import as_number, check_settings, scalar
 
 
 class SupConLoss(BasePairLoss):
-    r"""Cross entropy of each anchor's positives among all that it is compared with, the mean over its positives.
+    r"""Cross-entropy of an anchor's positives among all its pairs, averaged over the positives.
 
     $$\ell_i = \log \sum_{j \in P_i \cup N_i} e^{s_{ij} / \tau} - \frac{1}{|P_i|} \sum_{j \in P_i} s_{ij} / \tau$$
 

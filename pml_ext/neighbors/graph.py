@@ -10,7 +10,7 @@ from pml_ext.validation import check_batch, check_count, check_mini_batches
 
 @torch.no_grad()
 def knn_graph(embeddings: Tensor, k: int, batch: Tensor | None = None) -> Tensor:
-    """Return edges from each sample's nearest neighbors by cosine to the sample.
+    """Return a graph with edges from each sample's nearest neighbors by cosine to the sample.
 
     Neighbors that are equally similar come in their order.
 

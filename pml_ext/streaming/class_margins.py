@@ -15,7 +15,7 @@ _ROWS = 1024
 
 
 class ClassMargins(NamedTuple):
-    r"""$m_{yj} = a + b \, d_{yj}$ for two classes that are both described, 0 for the others.
+    r"""Margins $m_{yj} = a + b \, d_{yj}$ for two classes that are both described, 0 for the others.
 
     Attributes:
         table: ``(C, E)``, rows whose squared distance or distance is $d$, zeros for a class that is not described;

@@ -47,7 +47,7 @@ def margin_softmax_loss(
     shard: Shard | None = None,
     memory: int = 0,
 ) -> Tensor:
-    r"""Return the cross entropy of each sample, exactly, in memory that does not grow with batch times classes.
+    r"""Return each sample's exact cross-entropy, in memory that does not grow with batch times classes.
 
     $$L_i = \log\Big(1 + \sum_{j \ne y_i} e^{s (c_{ij} + m + m_{y_i j} - c_{i y_i})}\Big)$$
 

@@ -25,7 +25,7 @@ def multi_similarity_loss(
     own: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Return the Multi-Similarity loss of each sample, exactly, in memory that does not grow with the square.
+    r"""Return each sample's exact Multi-Similarity loss, in memory that does not grow with the square of the batch.
 
     $$\ell_i = \frac1\alpha \log\Big(1 + \sum_{j \in P_i} e^{-\alpha (s_{ij} - \lambda)}\Big)
              + \frac1\beta \log\Big(1 + \sum_{j \in N_i} e^{\beta (s_{ij} - \lambda)}\Big)$$

@@ -35,7 +35,7 @@ def proxy_anchor_loss(
     chunk_size: int | None = None,
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Return the two parts of the Proxy-Anchor loss, exactly, in memory that does not grow with batch times classes.
+    r"""Return the two exact parts of the Proxy-Anchor loss, in memory that does not grow with batch times classes.
 
     $$P_c = \log\Big(1 + \sum_{i: y_i = c} e^{-\alpha (s_{ic} - \delta) + b_i}\Big) \qquad
       N_c = \log\Big(1 + \sum_{i: y_i \ne c} e^{\alpha (s_{ic} + \delta) + b_i}\Big)$$

@@ -15,11 +15,11 @@ from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style, a
 
 
 class GlobalLocalTrunk(ModuleWithRecords):
-    r"""A local head on an early feature level, a global head on a late one, side by side in one embedding.
+    r"""Put a local head on an early feature level and a global head on a late one, side by side in one embedding.
 
-    Each head: second-order attention, pooling, a linear map to half of the embedding. The two halves are concatenated
-    and normalized once. The global level is computed from the backbone's own features, not from those that local
-    attention has changed.
+    Each head has second-order attention, pooling, and a linear map to half of the embedding. The two halves are
+    concatenated and normalized once. The global level is computed from the backbone's own features, not from those that
+    local attention has changed.
 
     Args:
         backbone: Name of a timm model (``timm.list_models()``), or a module that returns two feature maps (local,
@@ -143,7 +143,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
     @leaves_no_trace_where_refused
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how much each position of the two levels is looked at, ``(B, H, W)`` each, the mean over lookers.
+        """Return the attention that each position of both levels gets, ``(B, H, W)`` each, the mean over positions.
 
         Raises:
             ValueError: If the trunk has no attention.

@@ -37,8 +37,8 @@ class IntraBatchRefiner(ModuleWithRecords):
 
     Without ``edge_index`` attention is computed densely, as one fused product, else along edges.
 
-    It belongs in a loss (``IntraBatchLoss``): gradients then carry what the batch knows, and the trunk's embeddings
-    are used as they are at test time.
+    It belongs in a loss (``IntraBatchLoss``): gradients then depend on the whole batch, and at test time the
+    trunk's embeddings are used as they are.
 
     Args:
         embedding_size: D >= 1.
@@ -143,7 +143,7 @@ class IntraBatchRefiner(ModuleWithRecords):
 
     @torch.no_grad()
     def attention_weights(self, embeddings: Tensor) -> Tensor:
-        """Return who listens to whom in a batch, ``(L, h, B, B)``: rows receive, columns send.
+        """Return the attention weights of a batch, ``(L, h, B, B)``: rows receive, columns send.
 
         Rows sum to 1 less what the null message gets. Without dropout. The embeddings should have length 1, as
         ``IntraBatchLoss`` gives them.

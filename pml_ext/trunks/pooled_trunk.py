@@ -31,7 +31,7 @@ class PooledTrunk(ModuleWithRecords):
         attention: Style of ``SecondOrderAttention`` before pooling, as on the global level of ``GlobalLocalTrunk``:
             "printed", "solar" or "normalized" (these with SOLAR's reduction, 2), or None.
         pool_type: Kind of pooling, as in ``GlobalPool2d``.
-        num_learners: Into how many slices the embedding is cut that are normalized each for itself, >= 1. 1: the
+        num_learners: Number of slices of the embedding, each of which is normalized by itself, >= 1. With 1, the
             embedding is not normalized.
         feature_channels: C; needed for a module without timm's ``num_features``.
         collect_stats: Whether to collect statistics, as in PML.
@@ -52,7 +52,7 @@ class PooledTrunk(ModuleWithRecords):
 
     Raises:
         TypeError: If ``backbone`` is neither name nor module.
-        ValueError: If an argument breaks a rule, or the backbone gives something else than one map with positions.
+        ValueError: If an argument breaks a rule, or the backbone does not return one map with positions.
 
     Examples:
         >>> import torch
@@ -64,7 +64,7 @@ class PooledTrunk(ModuleWithRecords):
         True
 
     Source:
-        No paper's: what the field's baselines have. Initialization is PyTorch's.
+        Not from a paper; this is the head of the field's baselines. Initialization is PyTorch's.
     """
 
     def __init__(

@@ -34,12 +34,12 @@ class SecondOrderAttention(ModuleWithRecords):
             "normalized": as "solar", but BatchNorm, whose weight starts at zero, follows $\varphi$, which starts as
             PyTorch starts it: likewise the identity. In training, what is added has the mean (over batch and positions)
             and the spread that BatchNorm's bias and weight give it: it cannot outgrow them, as in "solar" at a high
-            learning rate from scratch. Not so where that BatchNorm is frozen.
+            learning rate from scratch. A frozen BatchNorm sets no such limit.
         attention_scale: $\zeta$ > 0. None: that of the style. At the widths of MHGL (1024, 2048) attention without
             scaling saturates.
         **kwargs: Passed to PML's ``ModuleWithRecords`` (``collect_stats``). With statistics,
-            ``attention_entropy`` is that of the last forward: 0 where each position looks at one only, 1 where it looks
-            at all alike. That needs the explicit matrix.
+            ``attention_entropy`` is that of the last forward: 0 if each position looks at one only, 1 if it looks at
+            all equally. That needs the explicit matrix.
 
     Attributes:
         query: 1 x 1 convolution, followed by BatchNorm and ReLU except in style "printed".
