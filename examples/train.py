@@ -87,6 +87,7 @@ def main(
     chunk_size=None,
     settings=(),
     test_classes=0.5,
+    split_seed=0,
     validation_classes=None,
     class_embeddings=None,
     root=None,
@@ -110,7 +111,9 @@ def main(
     if old is not None and white == "largest":  # which was found when the run began
         white = old.get("reader", {}).get("white", white)
     reader = ImageReader(background, turn, white)
-    opened = open_data(data, test_classes, class_embeddings, root, download, seed, reader)
+    if old is not None and "split_seed" not in old.get("data", {}):  # a former version tested on the last classes
+        split_seed = None
+    opened = open_data(data, test_classes, class_embeddings, root, download, seed, reader, split_seed)
     before = {} if old is None else old.get("data", {})
     opened = without(opened, before.get("left_out", []))
     prints = fingerprints(opened)
@@ -185,6 +188,7 @@ def main(
             "source": str(data),
             "root": None if root is None else str(root),
             "test_classes": test_classes,
+            "split_seed": split_seed,
             "validation_classes": validation_classes,
             "class_embeddings": None if class_embeddings is None else str(class_embeddings),
             "images": {name: len(view) for name, view in sizes.items()},
@@ -464,10 +468,13 @@ if __name__ == "__main__":
         help="settings of the recipe",
     )  # fmt: skip
     command.add_argument("--test-classes", type=number, default=0.5, help="share or number, for data without a split")
+    command.add_argument("--split-seed", type=int, default=0, help="draws the test classes, for data without a split")
     command.add_argument(
         "--validation-classes", type=number, help="share or number of training classes; default: 0.2, 0 if they are few"
     )
-    command.add_argument("--class-embeddings", help=".npy or .npz file with a row for each class")
+    command.add_argument(
+        "--class-embeddings", help="names (of the classes), or a .npy or .npz file with a row for each class"
+    )
     command.add_argument("--root", help="folder of a data set with a name")
     command.add_argument("--download", action="store_true", help="download it if it is not there")
     command.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")

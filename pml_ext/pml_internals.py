@@ -7,7 +7,10 @@ differs there are public hooks (``get_default_distance``) and names of wrappers,
 """
 
 import functools
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,13 +29,30 @@ from pytorch_metric_learning.utils import module_with_records as pml_records
 from torch import Tensor
 
 from pml_ext.types import LossDict
+from pml_ext.validation import check_module
 
 PmlCrossBatchMemory: Any = pml_losses.CrossBatchMemory  # PML's own, also where its namespace is patched with ours
 PmlSelfSupervisedLoss: Any = pml_losses.SelfSupervisedLoss
 
 
 class _Records:
-    """Settings and statistics that PML's record keeper writes down."""
+    """Settings and statistics that PML's record keeper writes down.
+
+    Attributes:
+        instead: What to write in place of an argument that there is not, by its name.
+    """
+
+    instead: Mapping[str, str] = MappingProxyType({})
+
+    def __init__(self, **kwargs: Any) -> None:
+        try:
+            super().__init__(**kwargs)
+        except TypeError as error:  # of PML's last base class, about what no class has taken
+            name = re.match(r"ModuleWithRecords\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+            if name is None:
+                raise
+            cure = self.instead.get(name[1], f"it has {', '.join(_arguments(type(self)))}")
+            raise TypeError(f"{type(self).__name__} has no argument {name[1]}: {cure}") from None
 
     def record(self, *settings: str, statistics: Sequence[str] = ()) -> None:
         """Name attributes to be recorded: settings always, statistics (0 at each forward) with ``collect_stats``."""
@@ -67,6 +87,19 @@ class LossFunction(_Records, BaseMetricLossFunction):
     """
 
     sub_losses: tuple[str, ...] = ("loss",)
+    instead = MappingProxyType(
+        {"miner": "pass what the miner finds, loss_func(embeddings, labels, indices_tuple)"}
+        | dict.fromkeys(("weight_init_func", "weight_regularizer", "weight_reg_weight"), "losses with proxies have it")
+    )
+
+    def __init__(self, **kwargs: Any) -> None:
+        for name, example in (
+            ("distance", "CosineSimilarity()"),
+            ("reducer", "MeanReducer()"),
+            ("embedding_regularizer", "LpRegularizer()"),
+        ):
+            check_module(name, kwargs.get(name), example)
+        super().__init__(**kwargs)
 
     def _sub_loss_names(self) -> list[str]:
         return [*self.sub_losses]
@@ -137,6 +170,17 @@ class LossFunction(_Records, BaseMetricLossFunction):
         return ", ".join(f"{name}={value}" for name, value in settings_of(self).items())
 
 
+def _arguments(kind: type) -> list[str]:
+    """Return the names of a class's arguments, PML's included."""
+    names = dict[str, None]()
+    for base in kind.__mro__:
+        parameters = inspect.signature(vars(base).get("__init__", lambda: None)).parameters.values()
+        names |= {p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if base.__name__ == "ModuleWithRecords" and base.__module__ == pml_records.__name__:
+            break
+    return [name for name in names if name != "self"]
+
+
 def _is_by_sums(reducer: Any) -> bool:
     """Whether a reducer is PML's own mean, sum, or mean of what is not 0, without statistics."""
     if reducer.collect_stats or type(reducer) not in (AvgNonZeroReducer, MeanReducer, SumReducer):
@@ -146,6 +190,13 @@ def _is_by_sums(reducer: Any) -> bool:
 
 class RegularizedWeights(pml_mixins.WeightRegularizerMixin):
     """Weights with an initialization (``weight_init_func``) and a regularizer; comes before ``LossFunction``."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        draw = kwargs.get("weight_init_func")
+        if draw is not None and not callable(draw):
+            raise TypeError(f"weight_init_func must be a function such as torch.nn.init.normal_, got {draw!r}")
+        check_module("weight_regularizer", kwargs.get("weight_regularizer"), "LpRegularizer()")
+        super().__init__(**kwargs)
 
     def regularize_weights(self, terms: LossDict, weights: Tensor) -> None:
         """Add the weights' regularization to the terms."""

@@ -146,7 +146,44 @@ def check_number(name: str, value: Any) -> None:
     else:
         good = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not good:
-        raise TypeError(f"{name} must be a number or a tensor of one number, got {value!r}")
+        raise TypeError(f"{name} must be a number or a tensor of one number, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message: of modules, which print many lines, and of classes what they are."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, torch.nn.Module):
+        kind = type(value).__name__
+        return f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}"
+    return repr(value)
+
+
+def check_module(name: str, value: Any, example: str) -> None:
+    """Check that an argument is a module, and not the class of one or its name.
+
+    Args:
+        name: Of the argument.
+        value: What is given; None passes.
+        example: What could be given.
+
+    Raises:
+        TypeError: If it is no module.
+    """
+    if value is not None and not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name} must be an object such as {example}, got {shown(value)}")
+
+
+def check_miner(miner: Any) -> None:
+    """Check that a miner can be called with embeddings and labels, which a class cannot.
+
+    Raises:
+        TypeError: If not.
+    """
+    if isinstance(miner, type):
+        raise TypeError(f"miner must be an object, got the class {miner.__name__}: {miner.__name__}()")
+    if miner is not None and not callable(miner):
+        raise TypeError(f"miner must be callable, got {type(miner).__name__}")
 
 
 def is_learned(*settings: Any) -> bool:
@@ -178,7 +215,7 @@ def check_count(name: str, value: Any) -> None:
         ValueError: If it is not an integer >= 1; the message names it.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        raise ValueError(f"{name} must be an integer >= 1, got {shown(value)}")
 
 
 def check_batch(
@@ -402,7 +439,9 @@ def _check_indices_form(
     indices_tuple: Indices, num_anchors: int, num_refs: int
 ) -> list[tuple[str, Tensor, int | None]]:
     if not isinstance(indices_tuple, tuple | list) or len(indices_tuple) not in (3, 4):
-        got = f"{len(indices_tuple)} elements" if isinstance(indices_tuple, tuple | list) else type(indices_tuple)
+        got = f"{len(indices_tuple)} elements" if isinstance(indices_tuple, tuple | list) else shown(indices_tuple)
+        if callable(indices_tuple) and not isinstance(indices_tuple, type):
+            got += ": what a miner finds, indices_tuple = miner(embeddings, labels)"
         raise ValueError(f"indices_tuple must be a tuple of 3 or 4 tensors, got {got}")
     limits = (num_anchors, num_refs, num_refs) if len(indices_tuple) == 3 else (num_anchors, num_refs) * 2
     checks: list[tuple[str, Tensor, int | None]] = []

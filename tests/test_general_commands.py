@@ -206,6 +206,23 @@ def test_resume_of_a_run_killed_in_its_first_epoch(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.trains
+def test_a_run_of_a_former_version_keeps_its_test_classes(photos, tmp_path, monkeypatch):
+    """It tested on the last classes, and kept nothing of a seed that draws them."""
+    run(photos, tmp_path / "new", epochs=1)
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["data"]["split_seed"] == 0
+    with pytest.raises(ValueError, match=r"--resume must go on with the data\.split_seed of config\.json, 0, got 1"):
+        run(photos, tmp_path / "new", epochs=2, resume=True, split_seed=1)
+    run(photos, tmp_path / "old", epochs=1, split_seed=None)
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    assert config["data"].pop("split_seed") is None
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    run(photos, tmp_path / "old", epochs=2, resume=True)
+    fingerprints = load_run(tmp_path / "old", "cpu").config["data"]["fingerprints"]
+    assert fingerprints == train.fingerprints(open_data(photos, split_seed=None))
+
+
+@pytest.mark.trains
 def test_seeds(data, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(data, tmp_path / name, seed=seed, epochs=1, validation_classes=0)  # whose choice depends on the seed, too
@@ -296,7 +313,7 @@ def test_no_class_is_seen_twice(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipes, "embed", watched)
     monkeypatch.setattr(recipes, "Trainer", trainer)
-    run(tmp_path / "flat.npz", tmp_path / "run", test_classes=3)
+    run(tmp_path / "flat.npz", tmp_path / "run", test_classes=3, split_seed=None)
     validation, again, test = seen["embedded"]
     assert test == {5, 6, 7}  # once, at the end
     assert validation == again
@@ -448,18 +465,18 @@ def test_broken_images_are_found_before_the_training(tmp_path, capsys):
         path.write_bytes(path.read_bytes()[:200])
     five = ", ".join(map(str, broken[:5]))
     with pytest.raises(ValueError, match="cannot read") as error:
-        run(photos, out)
+        run(photos, out, split_seed=None)
     assert str(error.value).startswith(
         f"cannot read 6 of 48 images (--skip-broken: leave them out): {five} and 1 more; "
     )
     assert not out.exists()
-    result = run(photos, out, skip_broken=True)
+    result = run(photos, out, skip_broken=True, split_seed=None)
     assert f"warning: skipped 6 of 48 images that cannot be read: {five} and 1 more" in capsys.readouterr().err
     counts = load_run(out).config["data"]["images"]
     assert (counts["train"] + counts["validation"], counts["test"]) == (20, 22)
     for path in broken:
         path.unlink()
-    assert run(photos, out, resume=True) == result
+    assert run(photos, out, resume=True, split_seed=None) == result
 
 
 @pytest.mark.trains
@@ -471,12 +488,12 @@ def test_resume_with_more_epochs_and_without_a_file_that_broke(tmp_path, monkeyp
     given += [2, "--set", "schedule=step"]
     (photos / "class1" / "09.png").write_bytes(b"no image")
     assert "--skip-broken: leave them out" in command("train", given, monkeypatch, capsys)[1]
-    os.rename(photos / "class0" / "00.png", photos / "class0" / "99.png")
+    os.rename(photos / "class2" / "12.png", photos / "class2" / "99.png")
     message = (
         "train.py: error: --data must have the images that the run began with, got other files or labels for train "
     )
     assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
-    os.rename(photos / "class0" / "99.png", photos / "class0" / "00.png")
+    os.rename(photos / "class2" / "99.png", photos / "class2" / "12.png")
     (out / "lock.json").write_text(json.dumps({"process": 7, "host": "elsewhere", "since": "noon"}))
     message = f"train.py: error: --out must be free, got {out}, which another process writes to (process 7 on elsewhere"
     assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
@@ -686,13 +703,13 @@ def test_classes_that_lose_all_images(tmp_path, capsys):
 def test_images_that_turn_out_to_be_broken_are_skipped(tmp_path, capsys):
     """In training, validation and test: their checksums are right, their pixels cut."""
     photos = write_folder(tmp_path / "photos")
-    opened = open_data(photos).hold_out(2)
+    opened = open_data(photos, split_seed=None).hold_out(2)
     trained, validated = opened.train.class_names[0], opened.test.class_names[0]
     broken = [sorted((photos / name).iterdir())[2] for name in (trained, validated, "class6")]
     for path in broken:
         write_png(path, 8, 0, [[9] * SIDE] * SIDE, keep=12)
     with pytest.warns(UserWarning, match=f"cannot read image {broken[0]}: .*; another image of its class") as warned:
-        result = run(photos, tmp_path / "run", skip_broken=True)
+        result = run(photos, tmp_path / "run", skip_broken=True, split_seed=None)
     assert len([w for w in warned if "cannot read image" in str(w.message)]) == 1  # though there are two epochs
     printed = capsys.readouterr().err
     one = f"warning: 1 of 12 images to train with cannot be read, others took their places: {broken[0]}"
@@ -700,7 +717,7 @@ def test_images_that_turn_out_to_be_broken_are_skipped(tmp_path, capsys):
     one = f"warning: tested without 1 of 24 images that cannot be read: {broken[2]}"
     assert one in printed.splitlines()
     broken[2].unlink()
-    opened = open_data(photos)
+    opened = open_data(photos, split_seed=None)
     loaded = load_run(tmp_path / "run", "cpu")
     opened.test.transform = loaded.recipe.transforms.test
     metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
@@ -714,7 +731,7 @@ def test_a_class_whose_pixels_are_all_broken_is_left_out(tmp_path, capsys):
     lost = [path for name in ("class1", "class6") for path in (photos / name).iterdir()]
     for path in [*lost, photos / "class0" / "00.png"]:  # one of another class, which is the first of it
         write_png(path, 8, 0, [[9] * SIDE] * SIDE, keep=12)
-    result = run(photos, tmp_path / "run", skip_broken=True, validation_classes=0)
+    result = run(photos, tmp_path / "run", skip_broken=True, validation_classes=0, split_seed=None)
     assert result["epoch"] == 2
     printed = capsys.readouterr().err.splitlines()
     assert "warning: left out 2 classes without images that can be read: class1, class6" in printed
@@ -734,18 +751,18 @@ def test_images_are_read_everywhere_as_in_the_training(tmp_path):
     photos = write_10_bits(tmp_path / "photos")
     images, labels = make_images()
     largest = 4 * int(images[labels < CLASSES // 2].max())
-    given = {"background": "black", "turn": False, "white": "largest"}
+    given = {"background": "black", "turn": False, "white": "largest", "split_seed": None}
     run(photos, tmp_path / "run", **given)
     reader = ImageReader("black", False, largest)
     loaded = load_run(tmp_path / "run", "cpu")
     assert loaded.reader == reader
     embeddings, paths = embed.main(tmp_path / "run", photos, device="cpu")
-    opened = open_data(photos, reader=reader)
+    opened = open_data(photos, reader=reader, split_seed=None)
     opened.train.transform = loaded.recipe.transforms.test
     expected = recipes.embed(loaded.recipe.trunk, opened.train)[0].numpy()
     np.testing.assert_allclose(embeddings[: len(expected)], expected, atol=1e-5)
     assert search.main(tmp_path / "run", photos / paths[3], k=1, device="cpu")[0] == (pytest.approx(1), paths[3])
-    plain = open_data(photos)
+    plain = open_data(photos, split_seed=None)
     plain.train.transform = loaded.recipe.transforms.test
     assert np.abs(recipes.embed(loaded.recipe.trunk, plain.train)[0].numpy() - expected).max() > 0.01
 
@@ -755,7 +772,7 @@ def test_images_are_read_everywhere_as_in_the_training(tmp_path):
         run(photos, tmp_path / "run", resume=True, epochs=3, **given)
     photos = write_10_bits(tmp_path / "photos")
     with pytest.raises(ValueError, match=rf"reader.background: 'black', got 'white'; .*white: {largest}, got 65535"):
-        run(photos, tmp_path / "run", resume=True)
+        run(photos, tmp_path / "run", resume=True, split_seed=None)
     with pytest.warns(UserWarning, match="cosine schedule"):
         assert run(photos, tmp_path / "run", resume=True, epochs=3, **given)["epoch"] >= 1
     assert load_run(tmp_path / "run").reader == reader

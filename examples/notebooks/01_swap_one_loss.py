@@ -201,7 +201,7 @@ titled(shown, "HybridLoss, unseen characters")
 # ## What if the optimizer forgets the proxies?
 #
 # The most usual mistake with losses that have parameters. Nothing fails: the proxies stay random, and PML's losses say
-# nothing. Losses of pml_ext warn once after 100 batches.
+# nothing. Losses of pml_ext warn once after 10 batches.
 
 # +
 forgotten = HybridLoss(num_classes=8, embedding_size=4)

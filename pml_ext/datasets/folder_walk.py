@@ -10,6 +10,10 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+_UNREAD = (  # images by their ending, of kinds that are not read
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".exr", ".dcm"),
+    *(".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
+)
 _OF_SYSTEMS = (  # folders that storage systems put among the user's: thumbnails, snapshots, what was deleted
     *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "recycler"),
     *("__macosx", "lost+found", "system volume information"),
@@ -108,7 +112,14 @@ class FolderWalk:
         first = sorted(self.left_out, key=lambda p: (not p.endswith(os.sep), p))  # folders
         names = ", ".join(os.path.relpath(p, root) + os.sep * p.endswith(os.sep) for p in first[:5])
         more = f" and {len(self.left_out) - 5} more" if len(self.left_out) > 5 else ""
-        warnings.warn(f"left out of {root} ({counted}): {names}{more}", stacklevel=3)
+        unread = self.unread_images()
+        warnings.warn(f"left out of {root} ({counted}): {names}{more}{'; ' if unread else ''}{unread}", stacklevel=3)
+
+    def unread_images(self) -> str:
+        """Return which of the files that have been left out are images, and what helps; nothing if none is."""
+        kinds = Counter(kind for kind in (Path(path).suffix.lower() for path in self.left_out) if kind in _UNREAD)
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        return f"images of kinds that are not read: {counted} (save them as .jpg or .png)" if kinds else ""
 
     def _leave_out(self, entry: "os.DirEntry[str]") -> bool:
         """Return whether an entry is not an image, and note it."""

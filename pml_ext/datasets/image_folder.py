@@ -14,9 +14,10 @@ class ImageFolder(ImageFiles):
     """Images in one sub-folder for each class, also in folders inside it.
 
     Files are images if they end with png, jpg, jpeg, jpe, jfif, bmp, webp, tif, tiff, gif, ppm, pgm, pbm or pnm, in any
-    case. What else there is does not count, and a warning counts and names it: other files, hidden files and folders
-    (whose names begin with a dot), folders of storage systems such as ``@eaDir``, empty class folders. Links to folders
-    are followed where they lead to a folder that has not been read yet and does not hold this one.
+    case. What else there is does not count, and a warning counts and names it: images of other kinds (HEIC, AVIF, raw
+    files of cameras, ...), other files, hidden files and folders (whose names begin with a dot), folders of storage
+    systems such as ``@eaDir``, empty class folders. Links to folders are followed where they lead to a folder that has
+    not been read yet and does not hold this one.
 
     Args:
         root: The folder.
@@ -112,5 +113,7 @@ def images_of_classes(
     for root, names in zip(roots, folders, strict=True):
         of_classes.append({folder: images[root / folder] for folder in names if images[root / folder]})
         if not of_classes[-1]:
-            raise ValueError(f"{name} must have a sub-folder with images for each class, got {root} without any")
+            unread = walk.unread_images()
+            got = f"{root} without any{': ' if unread else ''}{unread}"
+            raise ValueError(f"{name} must have a sub-folder with images for each class, got {got}")
     return of_classes

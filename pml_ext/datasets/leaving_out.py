@@ -16,7 +16,7 @@ from pml_ext.datasets.retrieval_data import RetrievalData
 
 
 def views_of(data: RetrievalData) -> dict[str, ClassSubset]:
-    """Return the parts that data has: "train", "test", and perhaps "gallery"."""
+    """Return the parts that data has: "train", perhaps "test" and "gallery"."""
     parts = {"train": data.train, "test": data.test, "gallery": data.gallery}
     return {name: view for name, view in parts.items() if view is not None}
 
@@ -95,8 +95,8 @@ def without_broken(data: RetrievalData, broken: dict[str, dict[int, str]]) -> tu
     lost = [(view, c) for name, view in views.items() for c in view.classes if c not in left[name]]
     names = [str(c if view.class_names is None else view.class_names[view.classes.index(c)]) for view, c in lost]
     names = list(dict.fromkeys(names))
-    if len(classes["train"]) < 2 or not classes["test"]:
-        counts = f"{len(classes['train'])} and {len(classes['test'])}"
+    if len(classes["train"]) < 2 or not classes.get("test", True):
+        counts = f"{len(classes['train'])} and {len(classes.get('test', []))}"
         some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise ValueError(
             f"data must have >= 2 training and >= 1 test classes that can be read, got {counts}, and not {some}"

@@ -16,6 +16,7 @@ class RetrievalData:
     Args:
         train: Training images, labels 0 to ``num_classes - 1``.
         test: Test images: the queries. Their labels begin at 0 again and have nothing to do with those of ``train``.
+            None: all classes are training classes.
         gallery: Where queries are looked up, with the labels of ``test``. None: every test image is a query against
             all other test images.
         class_embeddings: ``(num_classes, E)``, float32, a description of each class of ``train``, or None.
@@ -34,7 +35,7 @@ class RetrievalData:
     """
 
     train: ClassSubset
-    test: ClassSubset
+    test: ClassSubset | None
     gallery: ClassSubset | None = None
     class_embeddings: Tensor | None = None
     in_channels: int = 3
@@ -62,8 +63,8 @@ class RetrievalData:
 
         Returns:
             Data whose ``train`` has the other classes, relabeled in their order, with their rows of
-            ``class_embeddings``, and whose ``test`` has the validation classes, with the transform of this ``test``.
-            ``gallery`` is None.
+            ``class_embeddings``, and whose ``test`` has the validation classes, with the transform of this ``test``,
+            None without one. ``gallery`` is None.
 
         Raises:
             TypeError: If ``val_classes`` is not a number.
@@ -73,12 +74,12 @@ class RetrievalData:
         order = torch.randperm(self.num_classes, generator=torch.Generator().manual_seed(seed))
         held, rest = order[:count].sort().values, order[count:].sort().values
         validation = ClassSubset(self.train, held)
-        validation.transform = self.test.transform
+        validation.transform = None if self.test is None else self.test.transform
         rows = None if self.class_embeddings is None else self.class_embeddings[rest]
         return replace(self, train=ClassSubset(self.train, rest), test=validation, gallery=None, class_embeddings=rows)
 
 
-def number_of_classes(name: str, value: float, num_classes: int, smallest: int) -> int:
+def number_of_classes(name: str, value: float, num_classes: int, smallest: int, none: bool = False) -> int:
     """Return how many of ``num_classes`` classes are cut off, at least 2 being left.
 
     Args:
@@ -86,6 +87,7 @@ def number_of_classes(name: str, value: float, num_classes: int, smallest: int) 
         value: A share (a float in (0, 1), rounded to what is possible), or a number (an integer).
         num_classes: Number of classes of the whole.
         smallest: The least that may be cut off.
+        none: Whether 0, of none at all, may be too.
 
     Raises:
         TypeError: If ``value`` is not a number.
@@ -93,6 +95,8 @@ def number_of_classes(name: str, value: float, num_classes: int, smallest: int) 
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a share or a number of classes, got {value!r}")
+    if none and value == 0:
+        return 0
     largest = num_classes - 2
     if largest < smallest:
         raise ValueError(f"{name} must cut off >= {smallest} classes and leave >= 2, got {num_classes} classes in all")

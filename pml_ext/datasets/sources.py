@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pml_ext.class_embeddings import from_text
 from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.csv_file import read_csv
 from pml_ext.datasets.folder_walk import FolderWalk
@@ -37,6 +39,7 @@ def open_data(
     download: bool = False,
     seed: int = 0,
     reader: ImageReader | None = None,
+    split_seed: int | None = 0,
 ) -> RetrievalData:
     r"""Open a data set and split its classes into training and test classes.
 
@@ -55,26 +58,31 @@ def open_data(
     - A file ``.csv`` with the columns ``path`` (relative to the file's folder), ``label`` (any text) and, where there
       is a split, ``split``: train and test, or train, query and gallery. Other columns are ignored.
 
-    Without a split, the last classes are the test classes, in the sorted order of labels or folder names; labels of a
-    CSV file are sorted as numbers if all of them are integers. What a folder holds beside that is left out, and a
-    warning counts and names it (see ``ImageFolder``); folders named like splits (val, valid, queries, probe, ...) are
-    an error where they are not classes. Images are
-    RGB PIL images of files, gray PIL images of ``Glyphs``, uint8 tensors ``(C, H, W)`` of an ``.npz`` file: transforms
-    begin with torchvision's ``v2.ToImage()``, which takes all of them.
+    Without a split, the test classes are drawn at random by ``split_seed``. Classes keep the sorted order of labels or
+    folder names; labels of a CSV file are sorted as numbers if all of them are integers. What a folder holds beside
+    that is left out, and a warning counts and names it (see ``ImageFolder``); folders named like splits (val, valid,
+    queries, probe, ...) are an error where they are not classes. Images are RGB PIL images of files, gray PIL images of
+    ``Glyphs``, uint8 tensors ``(C, H, W)`` of an ``.npz`` file: transforms begin with torchvision's ``v2.ToImage()``,
+    which takes all of them.
 
     Args:
         source: Name (in any case; PML's class names too), file or folder. A folder with one of the names: "./cub".
-        test_classes: Share of the classes (0 to 1, both excluded; rounded), or their number, an integer >= 1. Only used
-            where the data comes without a split; at least 2 training classes must be left.
+        test_classes: Share of the classes (below 1; rounded), or their number, an integer. 0: all classes are training
+            classes, and ``test`` is None. Only used where the data comes without a split; at least 2 training classes
+            must be left.
         class_embeddings: Descriptions of the classes from a second modality: array, tensor, or path of a ``.npy`` or
             ``.npz`` file (array ``embeddings``, ``class_embeddings``, or the only one). ``(C, E)``, floating point, a
             row for each label value of the data set, or for each training class in the order of labels. Rows of
-            training classes must be finite. Replaces those of the ``.npz`` data set.
+            training classes must be finite. Replaces those of the ``.npz`` data set. "names": the names of the training
+            classes, with spaces for underscores, as ``class_embeddings.from_text`` embeds them with "tfidf", which
+            needs no download but knows of words only their letters; "names:MODEL": with another of its models.
         root: Folder of PML's data sets and of ``InShop``; others ignore it.
         download: Whether PML downloads the data set if ``root`` is missing or empty.
         seed: Seed of the jitter of ``Glyphs``.
         reader: How image files are read. None: ``ImageReader()``. For ``white="largest"`` the training images are read
             once, and their largest value is used for all.
+        split_seed: Which test classes are drawn where the data comes without a split, the same ones for the same
+            classes. None: the last ones, as in version 0.1.0.
 
     Returns:
         The data; its transforms are None and may be set.
@@ -94,7 +102,9 @@ def open_data(
         raise TypeError(f"source must be a name or a path, got {source!r}")
     largest = reader is not None and reader.white == "largest"
     opened_by = replace(reader, white=65535) if reader is not None and largest else reader
-    request = _Request(source, test_classes, class_embeddings, root, download, seed, opened_by)
+    if split_seed is not None and (not isinstance(split_seed, Integral) or isinstance(split_seed, bool)):
+        raise TypeError(f"split_seed must be an integer or None, got {split_seed!r}")
+    request = _Request(source, test_classes, class_embeddings, root, download, seed, opened_by, split_seed)
     data = _opener(source)(request)
     if reader is not None and largest and isinstance(data.train.dataset, ImageFiles):
         files = data.train.dataset
@@ -104,6 +114,8 @@ def open_data(
                 view.dataset.reader = reader
     if class_embeddings is None:
         return data
+    if isinstance(class_embeddings, str) and class_embeddings.partition(":")[0] == "names":
+        return replace(data, class_embeddings=_embedded_names(data, class_embeddings.partition(":")[2] or "tfidf"))
     return replace(data, class_embeddings=_training_rows(_load_embeddings(class_embeddings), data))
 
 
@@ -116,6 +128,7 @@ class _Request:
     download: bool
     seed: int
     reader: ImageReader | None
+    split_seed: int | None
 
     @property
     def path(self) -> Path:
@@ -223,8 +236,8 @@ def _open_npz(request: _Request) -> RetrievalData:
     if "split" in arrays:
         train, test = _classes_of_splits(path, arrays["split"], dataset.labels)
     else:
-        train, test = _last_classes(request, label_values(dataset.labels))
-    data = _split(dataset, train, test, path.stem, dataset.in_channels)
+        train, test = _drawn_classes(request, label_values(dataset.labels))
+    data = _split(dataset, train, test, path.stem, dataset.in_channels, "split" in arrays)
     if "class_embeddings" in arrays and request.class_embeddings is None:
         return replace(data, class_embeddings=_training_rows(_load_embeddings(arrays["class_embeddings"]), data))
     return data
@@ -236,7 +249,7 @@ def _open_folder(request: _Request) -> RetrievalData:
     if not splits:
         (images,) = images_of_classes(walk, "source", [request.path])
         walk.warn(request.path)
-        return _of_last_classes(request, name, images)
+        return _of_drawn_classes(request, name, images)
     others = [folder for folder in walk.class_folders([request.path])[0] if folder not in splits]
     walk.left_out += [str(request.path / folder) + os.sep for folder in others]
     parts = images_of_classes(walk, "source", [request.path / split for split in splits])
@@ -248,15 +261,15 @@ def _open_csv(request: _Request) -> RetrievalData:
     splits = read_csv(request.path)
     if None not in splits:
         return _of_splits(request, request.path.stem, {str(split): images for split, images in splits.items()})
-    return _of_last_classes(request, request.path.stem, splits[None])
+    return _of_drawn_classes(request, request.path.stem, splits[None])
 
 
-def _of_last_classes(request: _Request, name: str, images: dict[str, list[str]]) -> RetrievalData:
-    """Return the data of classes, sorted, with their images, whose last ones are the test classes."""
+def _of_drawn_classes(request: _Request, name: str, images: dict[str, list[str]]) -> RetrievalData:
+    """Return the data of classes, sorted, with their images, from which the test classes are drawn."""
     paths = [path for c in images for path in images[c]]
     labels = [label for label, c in enumerate(images) for _ in images[c]]
     dataset = ImageFiles(paths, labels, None, list(images), request.reader)
-    return _split(dataset, *_last_classes(request, list(range(len(images)))), name, 3)
+    return _split(dataset, *_drawn_classes(request, list(range(len(images)))), name, 3, False)
 
 
 def _of_splits(request: _Request, name: str, splits: dict[str, dict[str, list[str]]]) -> RetrievalData:
@@ -296,23 +309,34 @@ _OPENERS: dict[str, Callable[[_Request], RetrievalData]] = {
 }
 
 
-def _split(dataset: Any, train: list[int], test: list[int], name: str, in_channels: int) -> RetrievalData:
+def _split(
+    dataset: Any, train: list[int], test: list[int], name: str, in_channels: int, tested: bool = True
+) -> RetrievalData:
+    """Return the data of two lists of labels, of which that for the test may be empty unless it is to be ``tested``."""
     both = sorted(set(train) & set(test))
     if both:
         raise ValueError(f"{name}: no class may be both in training and test, got label {both[0]}")
-    if len(train) < 2 or not test:
+    if len(train) < 2 or (tested and not test):
         raise ValueError(f"{name}: must have >= 2 training and >= 1 test classes, got {len(train)} and {len(test)}")
-    return RetrievalData(ClassSubset(dataset, train), ClassSubset(dataset, test), in_channels=in_channels, name=name)
+    test_view = ClassSubset(dataset, test) if test else None
+    return RetrievalData(ClassSubset(dataset, train), test_view, in_channels=in_channels, name=name)
 
 
-def _last_classes(request: _Request, classes: list[int]) -> tuple[list[int], list[int]]:
-    if len(classes) < 3:
+def _drawn_classes(request: _Request, classes: list[int]) -> tuple[list[int], list[int]]:
+    """Return the labels of training and test classes, both in their order."""
+    fewest = 2 if request.test_classes == 0 else 3
+    if len(classes) < fewest:
         raise ValueError(
-            f"{request.path} without a split (train and test) must have >= 3 classes, 2 of them to train with, "
+            f"{request.path} without a split (train and test) must have >= {fewest} classes, 2 of them to train with, "
             f"got {len(classes)}"
         )
-    first = len(classes) - number_of_classes("test_classes", request.test_classes, len(classes), smallest=1)
-    return classes[:first], classes[first:]
+    count = number_of_classes("test_classes", request.test_classes, len(classes), smallest=1, none=True)
+    if request.split_seed is None:
+        return classes[: len(classes) - count], classes[len(classes) - count :]
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(int(request.split_seed))).tolist()
+    held = set(order[:count])
+    train, test = ([label for i, label in enumerate(classes) if (i in held) == tested] for tested in (False, True))
+    return train, test
 
 
 def _classes_of_splits(path: Path, split: Any, labels: Tensor) -> tuple[list[int], list[int]]:
@@ -333,6 +357,15 @@ def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
             return {key: file[key] for key in file.files if not keys or key in keys}
     except Exception as error:  # zipfile.BadZipFile, EOFError, zlib.error, and for pickled arrays ValueError
         raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _embedded_names(data: RetrievalData, model: str) -> Tensor:
+    """Return the text embeddings of the training classes' names."""
+    names = [name.replace("_", " ").strip() for name in data.train.class_names or []]
+    if not any(re.search(r"[^\W\d]", name) for name in names):
+        got = f"{names[0]!r}, {names[1]!r}, ..." if names else "none"
+        raise ValueError(f"class_embeddings must not be 'names' where the names of classes have no letters, got {got}")
+    return from_text(names, model)
 
 
 def _load_embeddings(source: Any) -> Tensor:

@@ -116,6 +116,10 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
             if word not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {word!r}")
         check_settings(positive={"scale": scale}, finite={"margin_scale": margin_scale, "base_margin": base_margin})
+        if isinstance(class_embeddings, str | list | tuple) and any(isinstance(x, str) for x in class_embeddings):
+            raise TypeError(
+                "class_embeddings must be numbers, got text: pml_ext.class_embeddings.from_text(names) embeds names"
+            )
         if class_embeddings is not None and class_distances is not None:
             raise ValueError("class_embeddings and class_distances must not both be given, got both")
         self.class_metric = class_metric

@@ -9,7 +9,7 @@ from pytorch_metric_learning.reducers import DoNothingReducer
 from torch import Tensor
 
 from pml_ext.types import Indices
-from pml_ext.validation import check_indices_tuple, check_number, validation_enabled
+from pml_ext.validation import check_indices_tuple, check_number, shown, validation_enabled
 
 
 def check_child(name: str, child: Any) -> None:
@@ -20,7 +20,7 @@ def check_child(name: str, child: Any) -> None:
         ValueError: If its reducer is a ``DoNothingReducer``.
     """
     if not isinstance(child, BaseMetricLossFunction):
-        raise TypeError(f"{name} must be a BaseMetricLossFunction, got {type(child).__name__}")
+        raise TypeError(f"{name} must be a BaseMetricLossFunction, got {shown(child)}")
     if isinstance(child.reducer, DoNothingReducer):
         raise ValueError(f"{name} must reduce its losses to one number, got a loss with DoNothingReducer")
 

@@ -15,7 +15,15 @@ from pml_ext.pml_internals import PmlCrossBatchMemory, clear_statistics, values_
 from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
 from pml_ext.refused import unchanged_where_refused
 from pml_ext.types import Indices
-from pml_ext.validation import already_valid, check_batch, check_enqueue_mask, check_indices_tuple, validation_wanted
+from pml_ext.validation import (
+    already_valid,
+    check_batch,
+    check_enqueue_mask,
+    check_indices_tuple,
+    check_miner,
+    check_module,
+    validation_wanted,
+)
 
 
 class CrossBatchMemory(PmlCrossBatchMemory):
@@ -69,6 +77,8 @@ class CrossBatchMemory(PmlCrossBatchMemory):
     def __init__(
         self, loss: Any, embedding_size: int, memory_size: int = 1024, miner: Any = None, **kwargs: Any
     ) -> None:
+        check_module("loss", loss, "MultiSimilarityLoss()")
+        check_miner(miner)
         if isinstance(loss, HybridLoss | EnsembleLoss):
             for name, child in compared_losses(loss):
                 if isinstance(child, HybridLoss | EnsembleLoss):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pml_ext.losses.logits import LogitsMixin, logits_of
 from pml_ext.pml_internals import reduced_term
 from pml_ext.reducers import BatchAverageReducer
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, check_count, check_settings, scalar
+from pml_ext.validation import already_valid, check_count, check_miner, check_settings, scalar, shown
 
 
 class EnsembleLoss(LogitsMixin, BaseLoss):
@@ -89,6 +90,9 @@ class EnsembleLoss(LogitsMixin, BaseLoss):
     sub_losses = ("learner_loss", "divergence_loss")
     needs_labels = False  # or the learners' loss asks for them
     takes_refs = True
+    instead = MappingProxyType(
+        {**BaseLoss.instead, "divergence": "it makes its DivergenceLoss, with divergence_weight and divergence_margin"}
+    )
 
     def __init__(
         self,
@@ -99,11 +103,14 @@ class EnsembleLoss(LogitsMixin, BaseLoss):
         miner: Callable[..., Indices] | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(num_learners, nn.Module):
+            raise TypeError(
+                f"num_learners must be an integer, got {shown(num_learners)}: EnsembleLoss(loss, num_learners)"
+            )
         check_count("num_learners", num_learners)
         check_settings({"divergence_margin": divergence_margin})
         check_weights(divergence_weight=divergence_weight)
-        if miner is not None and not callable(miner):
-            raise TypeError(f"miner must be callable, got {type(miner).__name__}")
+        check_miner(miner)
         if kwargs.get("distance") is not None:
             raise ValueError(f"distance must be given to loss itself, got {type(kwargs['distance']).__name__}")
         super().__init__(**kwargs)
@@ -188,7 +195,7 @@ class EnsembleLoss(LogitsMixin, BaseLoss):
 def _one_for_each(loss: Any, num_learners: int) -> dict[str, BaseMetricLossFunction]:
     """Return the learners' losses, or the one that all share, under names that PML's record keeper can use."""
     if isinstance(loss, BaseMetricLossFunction):
-        check_child("loss", loss)
+        _check_learner("loss", loss)
         if not any(True for _ in loss.parameters()):
             return {"shared": loss}
         made = [_drawn_afresh(copy.deepcopy(loss), num_learners) for _ in range(num_learners)]
@@ -197,20 +204,37 @@ def _one_for_each(loss: Any, num_learners: int) -> dict[str, BaseMetricLossFunct
         if len(made) != num_learners:
             raise ValueError(f"loss must be num_learners = {num_learners} losses, got a list of {len(made)}")
     elif callable(loss) and not isinstance(loss, nn.Module):
-        made = [loss() for _ in range(num_learners)]
+        made = [_made_by(loss) for _ in range(num_learners)]
     else:
         raise TypeError(
-            "loss must be a BaseMetricLossFunction, a list of them or a function that makes one, got "
-            f"{type(loss).__name__}"
+            f"loss must be a BaseMetricLossFunction, a list of them or a function that makes one, got {shown(loss)}"
         )
     seen: set[int] = set()
     for m, child in enumerate(made):
-        check_child(f"loss[{m}]", child)
+        _check_learner(f"loss[{m}]", child)
         parameters = {id(p) for p in child.parameters()}
         if parameters & seen:
             raise ValueError(f"loss must be one of its own for each learner, got loss[{m}] with parameters of another")
         seen |= parameters
     return {f"learner_{m}": child for m, child in enumerate(made)}
+
+
+def _made_by(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except TypeError as error:
+        if not isinstance(make, type):
+            raise
+        raise TypeError(f"loss must be a loss with its arguments, got {shown(make)}: {error}") from error
+
+
+def _check_learner(name: str, loss: Any) -> None:
+    check_child(name, loss)
+    if isinstance(loss, DivergenceLoss):
+        raise ValueError(
+            f"{name} must be what a learner is trained with, got a DivergenceLoss, which EnsembleLoss adds itself: "
+            "EnsembleLoss(loss, num_learners, divergence_weight, divergence_margin)"
+        )
 
 
 def _drawn_afresh(loss: BaseMetricLossFunction, num_learners: int) -> BaseMetricLossFunction:

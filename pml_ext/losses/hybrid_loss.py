@@ -15,7 +15,7 @@ from pml_ext.losses.multi_similarity_loss import MultiSimilarityLoss
 from pml_ext.losses.proxy_anchor_loss import ProxyAnchorLoss
 from pml_ext.pml_internals import reduced_term
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, scalar
+from pml_ext.validation import already_valid, check_miner, scalar, shown
 
 _PROXY_ARGUMENTS = ("weight_init_func", "weight_regularizer", "weight_reg_weight", "process_group")
 
@@ -81,8 +81,11 @@ class HybridLoss(LogitsMixin, BaseLoss):
         **kwargs: Any,
     ) -> None:
         check_weights(pair_weight=pair_weight, proxy_weight=proxy_weight)
-        if miner is not None and not callable(miner):
-            raise TypeError(f"miner must be callable, got {type(miner).__name__}")
+        check_miner(miner)
+        for name, size in (("num_classes", num_classes), ("embedding_size", embedding_size)):
+            if isinstance(size, torch.nn.Module):
+                cure = "HybridLoss(pair_loss=..., proxy_loss=...)"
+                raise TypeError(f"{name} must be an integer, got {shown(size)}: {cure}")
         proxy_kwargs = {name: kwargs.pop(name) for name in _PROXY_ARGUMENTS if name in kwargs}
         if proxy_loss is not None and any(value is not None for value in proxy_kwargs.values()):
             names = ", ".join(proxy_kwargs)

@@ -14,7 +14,7 @@ from pml_ext.losses.logits import LogitsMixin, logits_of
 from pml_ext.pml_internals import reduced_term
 from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
 from pml_ext.types import Indices, LossDict
-from pml_ext.validation import already_valid, check_batch, check_count, inside_a_loss, scalar, validation_wanted
+from pml_ext.validation import already_valid, check_batch, check_count, inside_a_loss, scalar, shown, validation_wanted
 
 _OLD_NAMES = {
     "norms.layer_0.": "norm.",
@@ -117,7 +117,7 @@ class IntraBatchLoss(LogitsMixin, BaseLoss):
             if given is not None and not weight:
                 raise ValueError(f"{name} must not be given where its weight is 0, got a {type(given).__name__}")
         if refiner is not None and not isinstance(refiner, nn.Module):
-            raise TypeError(f"refiner must be a torch.nn.Module, got {type(refiner).__name__}")
+            raise TypeError(f"refiner must be a torch.nn.Module, got {shown(refiner)}")
         super().__init__(**kwargs)
         settings: dict[str, Any] = {"temperature": temperature, "label_smoothing": label_smoothing}
         self.refined_weight, self.raw_weight = refined_weight, raw_weight

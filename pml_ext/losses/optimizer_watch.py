@@ -2,11 +2,12 @@
 
 import gc
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-_BATCHES = 100
+_BATCHES = 10
 _SAMPLE = 8  # numbers of each parameter that are compared
 _AT_ONCE = 1 << 20  # gradients that are looked through
 
@@ -41,7 +42,9 @@ class OptimizerWatch:
                     unchanged.append(name)
                 positions = _positions(parameter)
                 self._samples[name] = positions, _values(parameter, positions)
-        unchanged = [name for name in unchanged if not _in_an_optimizer(parameters[name])]
+        in_an_optimizer = _of_optimizers(parameters[name] for name in unchanged)
+        self._trained |= {name for name in unchanged if id(parameters[name]) in in_an_optimizer}
+        unchanged = [name for name in unchanged if name not in self._trained]
         self._done = bool(unchanged) or self._trained >= set(parameters)
         if unchanged:
             warnings.warn(
@@ -87,10 +90,13 @@ def _local_gradient(parameter: nn.Parameter) -> Tensor | None:
     return None if grad is None or grad.is_sparse else _local(grad)
 
 
-def _in_an_optimizer(parameter: nn.Parameter) -> bool:
-    """Whether any optimizer has a parameter: one that accumulates gradients may not have stepped for long.
+def _of_optimizers(parameters: Iterable[nn.Parameter]) -> set[int]:
+    """Return the ids of the parameters that any optimizer has: one that accumulates gradients may not have stepped yet.
 
     All objects are looked through, so this is asked before a warning only.
     """
+    wanted = {id(parameter) for parameter in parameters}
+    if not wanted:
+        return set()
     optimizers = [x for x in gc.get_objects() if issubclass(type(x), torch.optim.Optimizer)]
-    return any(p is parameter for x in optimizers for group in x.param_groups for p in group["params"])
+    return wanted & {id(p) for x in optimizers for group in x.param_groups for p in group["params"]}

@@ -7,7 +7,7 @@ from torch import Tensor
 from pml_ext.losses.ensemble_loss import EnsembleLoss
 from pml_ext.pml_internals import PmlSelfSupervisedLoss, values_in
 from pml_ext.precision import full_precision, full_precision_in_backward, upcast_half
-from pml_ext.validation import check_embeddings, check_values
+from pml_ext.validation import check_embeddings, check_module, check_values
 
 
 class SelfSupervisedLoss(PmlSelfSupervisedLoss):
@@ -40,6 +40,7 @@ class SelfSupervisedLoss(PmlSelfSupervisedLoss):
     """
 
     def __init__(self, loss: Any, symmetric: bool = True, **kwargs: Any) -> None:
+        check_module("loss", loss, "NTXentLoss()")
         super().__init__(loss, symmetric=symmetric, **kwargs)
         children = loss.compares_with_refs() if isinstance(loss, EnsembleLoss) else {}
         for name, child in children.items():

@@ -16,9 +16,9 @@ from pml_ext.precision import full_precision, upcast_half
 from pml_ext.refused import leaves_no_trace_where_refused
 from pml_ext.trunks.backbone_weights import Weights, load_weights, timm_model
 from pml_ext.trunks.cut_backbone import cut_backbone, cut_points
-from pml_ext.trunks.model_names import check_model_name, refuse_timm_options
+from pml_ext.trunks.model_names import check_backbone, check_model_name, name_of_timm_model, refuse_timm_options
 from pml_ext.trunks.stage_copy import copy_stage
-from pml_ext.validation import check_count
+from pml_ext.validation import check_count, shown
 
 _USUAL_SPLITS = ("maxpool3", "layer2")  # GoogLeNet, ResNets
 
@@ -61,6 +61,7 @@ class AttentionEnsemble(ModuleWithRecords):
           length 1.
 
     Raises:
+        TypeError: If stem, attention or head is no module.
         ValueError: If an argument breaks a rule, or stem, attention and head do not fit together.
 
     Examples:
@@ -91,9 +92,14 @@ class AttentionEnsemble(ModuleWithRecords):
         collect_stats: bool | None = None,
     ) -> None:
         super().__init__(collect_stats=collect_stats)
+        for name, part in (("stem", stem), ("attention", attention), ("head", head)):
+            if not isinstance(part, nn.Module):
+                cure = "AttentionEnsemble.from_backbone makes the three of a name"
+                raise TypeError(f"{name} must be a torch.nn.Module, got {shown(part)}: {cure}")
         check_count("num_learners", num_learners)
-        if embedding_size < 1 or embedding_size % num_learners:
-            rule = f">= 1 and a multiple of num_learners = {num_learners}"
+        check_count("embedding_size", embedding_size)
+        if embedding_size % num_learners:
+            rule = f"a multiple of num_learners = {num_learners}"
             raise ValueError(f"embedding_size must be {rule}, got {embedding_size}")
         _check_input_size(input_size)
         channels, attention_channels, in_features = _widths(stem, attention, head, input_size)
@@ -152,8 +158,8 @@ class AttentionEnsemble(ModuleWithRecords):
             **timm_kwargs: Passed to ``timm.create_model``. ``output_stride=8`` for small images.
 
         Raises:
-            TypeError: If ``backbone`` is neither name nor module.
-            ValueError: If there is no such model or module, or it cannot be cut there.
+            TypeError: If ``backbone`` is neither name nor module, or timm's model has no such argument.
+            ValueError: If there is no such model or module, it cannot be cut there, or is timm's with a classifier.
 
         Examples:
             >>> size = (1, 64, 64)
@@ -161,15 +167,19 @@ class AttentionEnsemble(ModuleWithRecords):
             >>> trunk(torch.randn(2, 1, 64, 64)).shape
             torch.Size([2, 64])
         """
-        if not isinstance(backbone, str | nn.Module):
-            raise TypeError(f"backbone must be a name or a torch.nn.Module, got {type(backbone).__name__}")
+        check_backbone(backbone)
         if "num_classes" in timm_kwargs:
             raise ValueError("num_classes must not be given: the head ends after pooling")
         _check_input_size(input_size)
+        if timm_kwargs.get("in_chans", input_size[0]) != input_size[0]:
+            raise ValueError(
+                f"in_chans must be the channels of input_size, {input_size}, got {timm_kwargs['in_chans']}"
+            )
         if isinstance(backbone, str):
             backbone = _create(backbone, pretrained, weights, input_size[0], timm_kwargs)
         else:
             refuse_timm_options(pretrained, timm_kwargs)
+            _check_ends_after_pooling(backbone)
             load_weights(backbone, weights)
         if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
             raise ValueError(f"backbone must return maps (B, C, H, W), got a {type(backbone).__name__}, which does not")
@@ -236,6 +246,19 @@ class AttentionEnsemble(ModuleWithRecords):
             context_fn=lambda: (nullcontext(), _buffers_kept(self.head)),
         )
         return pooled
+
+
+def _check_ends_after_pooling(backbone: Any) -> None:
+    """Check that a timm model has no classifier, whose logits would be taken for features."""
+    if not callable(getattr(backbone, "get_classifier", None)):
+        return
+    classifier = backbone.get_classifier()
+    if any(isinstance(x, nn.Linear) for x in (classifier if isinstance(classifier, tuple | list) else [classifier])):
+        name = name_of_timm_model(backbone)
+        raise ValueError(
+            f"backbone must end after pooling, got a {type(backbone).__name__} with a classifier: "
+            f"backbone.reset_classifier(0), or timm.create_model({name}, num_classes=0)"
+        )
 
 
 def _an_eighth(backbone: nn.Module) -> list[str]:

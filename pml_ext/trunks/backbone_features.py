@@ -6,6 +6,7 @@ from pml_ext.trunks.attention_ensemble import AttentionEnsemble
 from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
 from pml_ext.trunks.pooled_trunk import PooledTrunk
 from pml_ext.trunks.wrappers import unwrapped
+from pml_ext.validation import shown
 
 
 class BackboneFeatures(nn.Module):
@@ -31,9 +32,9 @@ class BackboneFeatures(nn.Module):
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
-        inside = unwrapped(trunk)
+        inside = unwrapped(trunk) if isinstance(trunk, nn.Module) else trunk
         if not isinstance(inside, PooledTrunk | GlobalLocalTrunk | AttentionEnsemble):
-            raise TypeError(f"trunk must be a trunk of this package, got {type(inside).__name__}")
+            raise TypeError(f"trunk must be a trunk of this package, such as PooledTrunk(name), got {shown(inside)}")
         self.trunk = inside
 
     def forward(self, images: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
 from pml_ext.trunks.installed_weights import INSTALLED, installed_weights
+from pml_ext.trunks.model_names import arguments_of
+from pml_ext.validation import shown
 
 Weights: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor] | None
 """A file, "installed", or a state dict; None: drawn at random, or downloaded where ``pretrained`` says so."""
@@ -109,7 +111,7 @@ def read_weights(weights: Weights, name: str) -> tuple[dict[str, Tensor], str]:
         if {"trunk", "history"} <= state.keys():
             raise ValueError(f"weights must be the folder of a run instead of its checkpoint, got {source}")
     else:
-        raise TypeError(f"weights must be a file, 'installed' or a state dict, got {type(weights).__name__}")
+        raise TypeError(f"weights must be a file, 'installed' or a state dict, got {shown(weights)}")
     wrong = next((key for key, x in state.items() if not isinstance(x, Tensor)), None)
     if wrong is not None or not state:
         got = "nothing" if wrong is None else f"{wrong!r}: {type(state[wrong]).__name__}"
@@ -121,7 +123,8 @@ def read_weights(weights: Weights, name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    with arguments_of(name):
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     return model
 
 

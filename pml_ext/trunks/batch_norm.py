@@ -6,6 +6,8 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pml_ext.validation import shown
+
 T = TypeVar("T", bound=nn.Module)
 
 
@@ -24,6 +26,7 @@ def freeze_batch_norm(module: T) -> T:
         The module.
 
     Raises:
+        TypeError: If it is no module.
         ValueError: If it has no batch norm.
 
     Examples:
@@ -31,6 +34,8 @@ def freeze_batch_norm(module: T) -> T:
         >>> norm.training, norm.weight.requires_grad
         (False, True)
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {shown(module)}")
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     if not norms:
         raise ValueError(f"module must contain a batch norm, got a {type(module).__name__} without")

@@ -6,6 +6,7 @@ from typing import Any
 from torch import fx, nn
 
 from pml_ext.modes import in_mode
+from pml_ext.validation import shown
 
 
 def cut_backbone(model: nn.Module, split: str) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -26,7 +27,9 @@ def cut_backbone(model: nn.Module, split: str) -> tuple[fx.GraphModule, fx.Graph
             from before the cut is used behind it.
     """
     if split not in dict(model.named_modules()) or not split:
-        raise ValueError(f"split must be one of {', '.join(cut_points(model))} (or a module in one), got {split!r}")
+        raise ValueError(
+            f"split must be one of {', '.join(cut_points(model))} (or a module in one), got {shown(split)}"
+        )
     stem, stem_root = _trace(model, split)
     end = _find(stem, split)
     for node in reversed(_behind(stem, end)):

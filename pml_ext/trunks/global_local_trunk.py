@@ -10,8 +10,15 @@ from pml_ext.precision import full_precision, upcast_half
 from pml_ext.refused import leaves_no_trace_where_refused
 from pml_ext.trunks.backbone_weights import Weights, load_weights, timm_model
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
-from pml_ext.trunks.model_names import check_model_name, count_levels, refuse_timm_options
+from pml_ext.trunks.model_names import (
+    check_backbone,
+    check_model_name,
+    count_levels,
+    name_of_timm_model,
+    refuse_timm_options,
+)
 from pml_ext.trunks.second_order_attention import SecondOrderAttention, Style, attention_of_level, check_attention
+from pml_ext.validation import check_count
 
 
 class GlobalLocalTrunk(ModuleWithRecords):
@@ -49,6 +56,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
         - images: ``(B, in_chans, H, W)``. Output: ``(B, embedding_size)``, rows of length 1.
 
     Raises:
+        TypeError: If ``backbone`` is neither name nor module, or timm's model has no such argument.
         ValueError: If an argument breaks a rule; the message says what is possible.
 
     Examples:
@@ -78,22 +86,20 @@ class GlobalLocalTrunk(ModuleWithRecords):
         **timm_kwargs: Any,
     ) -> None:
         super().__init__(collect_stats=collect_stats)
-        if embedding_size < 2 or embedding_size % 2:
+        check_count("embedding_size", embedding_size)
+        if embedding_size % 2:
             raise ValueError(f"embedding_size must be even and >= 2, got {embedding_size}")
         check_attention(attention)
+        check_backbone(backbone)
         if isinstance(backbone, str):
             backbone = _create(backbone, pretrained, weights, (local_level, global_level), timm_kwargs)
         else:
             refuse_timm_options(pretrained, timm_kwargs)
             load_weights(backbone, weights)
-        if feature_channels is None:
-            if not hasattr(backbone, "feature_info"):
-                raise ValueError("feature_channels must be given for a backbone without feature_info, got None")
-            feature_channels = tuple(backbone.feature_info.channels())  # type: ignore[operator, union-attr]
+        local_channels, global_channels = _two_channels(backbone, feature_channels)
         self.backbone = backbone
         self.out_features = embedding_size
         self.channels_last_maps = getattr(backbone, "output_fmt", None) == "NHWC"
-        local_channels, global_channels = feature_channels
 
         def head(level: Literal["local", "global"], channels: int) -> nn.Sequential:
             block = attention_of_level(level, channels, attention, collect_stats)
@@ -127,9 +133,17 @@ class GlobalLocalTrunk(ModuleWithRecords):
         """Return the backbone's local and global feature map, ``(B, C, H, W)`` each.
 
         Raises:
-            ValueError: If a map has no positions.
+            ValueError: If the backbone gives something else, or a map has no positions.
         """
-        local, glob = self.backbone(images)
+        maps = self.backbone(images)
+        if (
+            not isinstance(maps, tuple | list)
+            or len(maps) != 2
+            or not all(isinstance(x, Tensor) and x.ndim == 4 for x in maps)
+        ):
+            got = f"of {tuple(maps.shape)}" if isinstance(maps, Tensor) else f"of length {len(maps)}"
+            raise ValueError(f"backbone must give two maps (B, C, H, W), got a {type(maps).__name__} {got}")
+        local, glob = maps
         if self.channels_last_maps:
             local, glob = local.permute(0, 3, 1, 2), glob.permute(0, 3, 1, 2)
         for level, features in (("local", local), ("global", glob)):
@@ -155,6 +169,25 @@ class GlobalLocalTrunk(ModuleWithRecords):
             attention = head[0].attention_map(features).mean(1)
             maps.append(attention.reshape(-1, *features.shape[2:]))
         return maps[0], maps[1]
+
+
+def _two_channels(backbone: nn.Module, given: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the channels of a backbone's two maps, as they are given or as timm describes them."""
+    rule = "backbone must return two feature maps, local and global"
+    name = name_of_timm_model(backbone)
+    cure = f"GlobalLocalTrunk({name}), or timm.create_model({name}, features_only=True, out_indices=(-2, -1))"
+    if given is None:
+        info: Any = getattr(backbone, "feature_info", None)
+        if info is None:
+            raise ValueError("feature_channels must be given for a backbone without feature_info, got None")
+        if not hasattr(info, "channels"):
+            raise ValueError(f"{rule}, got a {type(backbone).__name__}, which returns none: {cure}")
+        given = tuple(info.channels())
+        if len(given) != 2:
+            raise ValueError(f"{rule}, got a {type(backbone).__name__} with {len(given)}: {cure}")
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ValueError(f"feature_channels must be the channels of two maps, (local, global), got {given!r}")
+    return given[0], given[1]
 
 
 def _create(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.precision import full_precision, upcast_half
-from pml_ext.validation import check_settings
+from pml_ext.validation import check_settings, shown
 
 PoolType = Literal["avg", "max", "avg+max", "gem"]
 
@@ -46,7 +46,7 @@ class GlobalPool2d(ModuleWithRecords):
     def __init__(self, pool_type: PoolType = "avg+max", p: float = 3.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if pool_type not in get_args(PoolType):
-            raise ValueError(f"pool_type must be one of {', '.join(get_args(PoolType))}, got {pool_type!r}")
+            raise ValueError(f"pool_type must be one of {', '.join(get_args(PoolType))}, got {shown(pool_type)}")
         check_settings({"p": p})
         self.pool_type = pool_type
         self.p = nn.Parameter(torch.full((1,), float(p))) if pool_type == "gem" else None

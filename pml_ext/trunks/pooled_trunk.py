@@ -10,7 +10,13 @@ from pml_ext.precision import full_precision, upcast_half
 from pml_ext.refused import leaves_no_trace_where_refused
 from pml_ext.trunks.backbone_weights import Weights, load_weights, timm_model
 from pml_ext.trunks.global_pool import GlobalPool2d, PoolType
-from pml_ext.trunks.model_names import check_model_name, count_levels, refuse_timm_options
+from pml_ext.trunks.model_names import (
+    check_backbone,
+    check_model_name,
+    count_levels,
+    name_of_timm_model,
+    refuse_timm_options,
+)
 from pml_ext.trunks.second_order_attention import Style, attention_of_level, check_attention
 from pml_ext.validation import check_count
 
@@ -51,7 +57,7 @@ class PooledTrunk(ModuleWithRecords):
         - images: ``(B, in_chans, H, W)``. Output: ``(B, embedding_size)``.
 
     Raises:
-        TypeError: If ``backbone`` is neither name nor module.
+        TypeError: If ``backbone`` is neither name nor module, or timm's model has no such argument.
         ValueError: If an argument breaks a rule, or the backbone does not return one map with positions.
 
     Examples:
@@ -82,12 +88,12 @@ class PooledTrunk(ModuleWithRecords):
     ) -> None:
         super().__init__(collect_stats=collect_stats)
         check_count("num_learners", num_learners)
-        if embedding_size < 1 or embedding_size % num_learners:
-            rule = f">= 1 and a multiple of num_learners = {num_learners}"
+        check_count("embedding_size", embedding_size)
+        if embedding_size % num_learners:
+            rule = f"a multiple of num_learners = {num_learners}"
             raise ValueError(f"embedding_size must be {rule}, got {embedding_size}")
         check_attention(attention)
-        if not isinstance(backbone, str | nn.Module):
-            raise TypeError(f"backbone must be a name or a torch.nn.Module, got {type(backbone).__name__}")
+        check_backbone(backbone)
         if isinstance(backbone, str):
             check_model_name(backbone)
             backbone = _LastMap(backbone, pretrained, weights, timm_kwargs)
@@ -126,7 +132,10 @@ class PooledTrunk(ModuleWithRecords):
         features = self.backbone(images)
         if not isinstance(features, Tensor) or features.ndim != 4:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"backbone must give one map (B, C, H, W), got {got}")
+            name, cure = name_of_timm_model(self.backbone), ""
+            if hasattr(self.backbone, "pretrained_cfg"):
+                cure = f": PooledTrunk({name}), or timm.create_model({name}, num_classes=0, global_pool='')"
+            raise ValueError(f"backbone must give one map (B, C, H, W), got {got}{cure}")
         if not features.shape[2] * features.shape[3]:
             raise ValueError(
                 f"images must be large enough for the backbone, got {tuple(images.shape)}, which leaves features of "

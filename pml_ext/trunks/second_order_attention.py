@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pml_ext.pml_internals import ModuleWithRecords
 from pml_ext.refused import leaves_no_trace_where_refused
-from pml_ext.validation import as_number, check_settings
+from pml_ext.validation import as_number, check_count, check_settings, shown
 
 Style = Literal["printed", "solar", "normalized"]
 
@@ -79,9 +79,11 @@ class SecondOrderAttention(ModuleWithRecords):
     ) -> None:
         super().__init__(**kwargs)
         if style not in get_args(Style):
-            raise ValueError(f"style must be one of {', '.join(get_args(Style))}, got {style!r}")
-        if in_features < 1 or reduction < 1 or in_features % reduction:
-            raise ValueError(f"reduction must be >= 1 and divide in_features = {in_features}, got {reduction}")
+            raise ValueError(f"style must be one of {', '.join(get_args(Style))}, got {shown(style)}")
+        check_count("in_features", in_features)
+        check_count("reduction", reduction)
+        if in_features % reduction:
+            raise ValueError(f"reduction must divide in_features = {in_features}, got {reduction}")
         width = in_features // reduction
         if attention_scale is None:
             attention_scale = 1.0 if style == "printed" else width**-0.5
@@ -150,7 +152,7 @@ def check_attention(attention: Style | None) -> None:
         ValueError: If it is neither None nor a style.
     """
     if attention is not None and attention not in get_args(Style):
-        raise ValueError(f"attention must be None or one of {', '.join(get_args(Style))}, got {attention!r}")
+        raise ValueError(f"attention must be None or one of {', '.join(get_args(Style))}, got {shown(attention)}")
 
 
 def attention_of_level(

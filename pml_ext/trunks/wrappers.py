@@ -36,6 +36,17 @@ def backbone_of(trunk: nn.Module) -> nn.Module | None:
     return backbones[0] if backbones else None
 
 
+def timm_model_of(trunk: nn.Module) -> nn.Module | None:
+    """Return the timm model that a network is, inside wrappers too, or the only one in a ``Sequential``, or None."""
+    trunk = unwrapped(trunk)
+    if callable(getattr(trunk, "get_classifier", None)):
+        return trunk
+    if not isinstance(trunk, nn.Sequential):
+        return None
+    models = [model for model in map(timm_model_of, trunk) if model is not None]
+    return models[0] if len(models) == 1 else None
+
+
 def plain_name(name: str) -> str:
     """Return the name of a parameter or buffer without ``torch.compile``, which may wrap any part of a network."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")

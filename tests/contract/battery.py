@@ -104,7 +104,11 @@ def outcome(name, case, **kwargs):
 
 def describe(error, case):
     """Return an error's type and the first line of its message, with the case's own name left out."""
-    message = re.sub(rf"\b{type(make(case)).__name__}$", "<this loss>", str(error).splitlines()[0])
+    message = re.sub(
+        rf"\b{type(make(case)).__name__}$|^{type(make(case)).__name__}(?= has)",
+        "<this loss>",
+        str(error).splitlines()[0],
+    )
     return f"`{type(error).__name__}: {message}`".replace("|", "\\|")
 
 

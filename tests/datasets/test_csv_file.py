@@ -20,13 +20,16 @@ def values(view):
 
 def test_without_split(tmp_path):
     text = "path,label\nall/a.png,10\nall/b.png,9\nall/c.png,-1\n\nall/d.png,10\nall/e.png,200\n"
-    data = open_data(write(tmp_path, text))
+    data = open_data(write(tmp_path, text), split_seed=None)
     assert data.train.class_names + data.test.class_names == ["-1", "9", "10", "200"]  # as numbers
     assert (values(data.train), values(data.test)) == ([(30, 0), (20, 1)], [(10, 0), (40, 0), (50, 1)])
     assert (data.name, data.in_channels, data.gallery) == ("photos", 3, None)
     assert open_data(str(tmp_path / "photos.csv"), test_classes=1).num_classes == 3
     rows = np.arange(8.0).reshape(4, 2)
-    assert open_data(tmp_path / "photos.csv", class_embeddings=rows).class_embeddings.tolist() == [[0, 1], [2, 3]]
+    assert open_data(tmp_path / "photos.csv", class_embeddings=rows, split_seed=None).class_embeddings.tolist() == [
+        [0, 1],
+        [2, 3],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def test_without_split(tmp_path):
 )
 def test_labels_of_any_kind(labels, names, tmp_path):
     rows = "".join(f'"{label}", all/{name}.png\r\n' for label, name in zip(labels, "abcd", strict=True))
-    data = open_data(write(tmp_path, f"label, path\r\n{rows}", encoding="utf-8-sig"))
+    data = open_data(write(tmp_path, f"label, path\r\n{rows}", encoding="utf-8-sig"), split_seed=None)
     assert data.train.class_names + data.test.class_names == names
 
 

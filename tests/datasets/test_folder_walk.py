@@ -125,7 +125,23 @@ def test_which_files_count(root):
     assert names_below(root, dataset.paths) == sorted([*EIGHT, *(f"c3/{name}" for name in counted)])
     assert sorted(names_below(root, dataset.left_out)) == sorted([*others, "c0/pipe.png", "empty"])
     assert "#recycle/, c1/.git/, c1/@eaDir/, empty/, " in str(warned[0].message)
-    assert str(warned[0].message).endswith(" and 5 more")
+    assert len(warned) == 1
+    unread = "images of kinds that are not read: 1 .heic (save them as .jpg or .png)"
+    assert str(warned[0].message).endswith(f" and 5 more; {unread}")
+
+
+def test_images_of_kinds_that_are_not_read(tmp_path):
+    """One warning counts them all, also those that it does not name; where there are no others, the error does."""
+    for i in range(3):
+        touch(tmp_path / "a" / f"{i}.HEIC", tmp_path / "b" / f"{i}.heic", tmp_path / "b" / f"{i}.txt")
+    touch(tmp_path / "b" / "0.avif")
+    unread = r"images of kinds that are not read: 6 \.heic, 1 \.avif \(save them as \.jpg or \.png\)$"
+    with pytest.raises(ValueError, match=f"must have a sub-folder with images .* without any: {unread}"):
+        open_data(tmp_path)
+    touch(tmp_path / "a" / "0.webp", tmp_path / "b" / "0.tiff")
+    with pytest.warns(UserWarning, match=rf"left out of .* \(6 \.heic, 3 \.txt, 1 \.avif\): .*; {unread}") as warned:
+        assert names_below(tmp_path, find_images(tmp_path)) == ["a/0.webp", "b/0.tiff"]
+    assert len(warned) == 1
 
 
 def test_nothing_is_said_where_nothing_is_left_out(root, recwarn):

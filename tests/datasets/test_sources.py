@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pml_ext.datasets import Glyphs, ImageReader, open_data
+from pml_ext.class_embeddings import from_text
+from pml_ext.datasets import Glyphs, ImageReader, open_data, sources
 from tests.datasets.test_in_shop import ROWS, make_in_shop
 
 LABELS = np.array([4, 0, 1, 4, 3, 1, 3, 0])  # 2 is missing
@@ -59,17 +60,106 @@ def test_npz_with_split(tmp_path):
     ("test_classes", "train", "test"),
     [(0.5, [0, 1], [3, 4]), (1, [0, 1, 3], [4]), (2, [0, 1], [3, 4]), (0.01, [0, 1, 3], [4]), (0.99, [0, 1], [3, 4])],
 )
-def test_npz_without_split(tmp_path, test_classes, train, test):
-    data = open_data(write_npz(tmp_path / "toy.npz", split=None), test_classes)
+def test_the_last_classes_of_npz_without_split(tmp_path, test_classes, train, test):
+    data = open_data(write_npz(tmp_path / "toy.npz", split=None), test_classes, split_seed=None)
     assert values_of(data.train) == train
     assert values_of(data.test) == test
+
+
+def write_folder(path, names):
+    for i, name in enumerate(names):
+        save(path / name / "0.png", i)
+    return path
+
+
+def test_drawn_classes(tmp_path):
+    """By seed, whatever is drawn elsewhere; each class is drawn for some seed, and order and sizes stay."""
+    names = [f"class {c}" for c in "abcdefgh"]
+    write_folder(tmp_path, names)
+    torch.manual_seed(1)
+    first = open_data(tmp_path, 3)
+    assert open_data(tmp_path, 3, seed=5, split_seed=0).test.class_names == first.test.class_names
+    others = [open_data(tmp_path, 3, split_seed=seed) for seed in range(12)]
+    for data in (first, *others):
+        assert (data.num_classes, data.test.num_classes) == (5, 3)
+        assert sorted([*data.train.class_names, *data.test.class_names]) == names
+        assert data.train.class_names == sorted(data.train.class_names)
+        assert [names[i] for i in values_of(data.test)] == data.test.class_names == sorted(data.test.class_names)
+    assert {name for data in others for name in data.test.class_names} == set(names)
+    assert first.test.class_names == ["class a", "class e", "class h"]  # resumed runs need them again
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{name}/0.png,{name}\n" for name in names))
+    assert open_data(tmp_path / "list.csv", 3).test.class_names == first.test.class_names
+
+
+def test_drawn_classes_of_npz(tmp_path):
+    path = write_npz(tmp_path / "toy.npz", split=None)
+    tests = {tuple(values_of(open_data(path, 1, split_seed=seed).test)) for seed in range(9)}
+    assert tests == {(0,), (1,), (3,), (4,)}
+
+
+def test_a_split_is_not_drawn(tmp_path):
+    for seed in (0, 1, None):
+        assert values_of(open_data(write_npz(tmp_path / "toy.npz"), 1, split_seed=seed).test) == [3, 4]
+        assert len(open_data(tmp_path / "toy.npz", 0, split_seed=seed).test) == 4
+
+
+@pytest.mark.parametrize("split_seed", [0, None])
+def test_data_without_a_test(tmp_path, split_seed):
+    data = open_data(write_folder(tmp_path, ["ant", "bee"]), test_classes=0, split_seed=split_seed)
+    assert (values_of(data.train), data.test, data.gallery) == ([0, 1], None, None)
+    write_folder(tmp_path, ["ant", "bee", "cat", "dog", "eel"])
+    data = open_data(tmp_path, 0, class_embeddings=ROWS_OF, split_seed=split_seed)
+    held = data.hold_out(2)
+    assert (held.num_classes, held.test.num_classes, held.test.transform) == (3, 2, None)
+    assert held.class_embeddings.tolist() == ROWS_OF[held.train.classes].tolist()
+    assert open_data(write_npz(tmp_path / "toy.npz", split=None), 0).num_classes == 4
+    with pytest.raises(ValueError, match="must have >= 2 classes, 2 of them to train with, got 1"):
+        open_data(write_folder(tmp_path / "one", ["ant"]), test_classes=0)
+
+
+@pytest.mark.parametrize("split_seed", ["0", 0.5, True])
+def test_bad_split_seed(tmp_path, split_seed):
+    with pytest.raises(TypeError, match=f"split_seed must be an integer or None, got {split_seed!r}"):
+        open_data(tmp_path, split_seed=split_seed)
+
+
+def test_names_of_classes_as_embeddings(tmp_path):
+    write_folder(tmp_path, ["polar_bear", "brown_bear", "grass_hopper", "bear"])
+    data = open_data(tmp_path, 1, class_embeddings="names", split_seed=None)  # without the polar bear
+    assert data.train.class_names == ["bear", "brown_bear", "grass_hopper"]
+    expected = from_text(["bear", "brown bear", "grass hopper"], "tfidf")
+    assert torch.equal(data.class_embeddings, expected)
+    assert (
+        data.class_embeddings[0] @ data.class_embeddings[1] > 0.3 > data.class_embeddings[0] @ data.class_embeddings[2]
+    )
+    rows = open_data(tmp_path, 0, class_embeddings="names").hold_out(2, seed=1)
+    assert rows.class_embeddings.shape[0] == 2
+    arrays = write_npz(tmp_path / "toy.npz", class_embeddings=ROWS_OF)
+    assert torch.equal(open_data(arrays, class_embeddings="names").class_embeddings, from_text(["a", "b"], "tfidf"))
+
+
+def test_names_of_classes_by_another_model(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sources, "from_text", lambda *args: calls.append(args) or torch.ones(3, 2))
+    write_folder(tmp_path, ["ant", "bee_1", "cat", "dog"])
+    open_data(tmp_path, 1, class_embeddings="names:all-MiniLM-L6-v2", split_seed=None)
+    assert calls == [(["ant", "bee 1", "cat"], "all-MiniLM-L6-v2")]
+
+
+def test_names_that_say_nothing(tmp_path):
+    write_folder(tmp_path, ["001", "0_2", "3"])
+    with pytest.raises(ValueError, match="where the names of classes have no letters, got '001', '0 2', "):
+        open_data(tmp_path, 1, class_embeddings="names", split_seed=None)
+    with pytest.raises(ValueError, match="where the names of classes have no letters, got none"):
+        open_data(write_npz(tmp_path / "toy.npz", class_names=None), class_embeddings="names")
 
 
 @pytest.mark.parametrize(
     ("test_classes", "error", "message"),
     [
         (3, ValueError, "test_classes must be 1 to 2 of 4 classes, got 3"),
-        (0, ValueError, "test_classes must be 1 to 2 of 4 classes, got 0"),
+        (-1, ValueError, "test_classes must be 1 to 2 of 4 classes, got -1"),
+        (False, TypeError, "test_classes must be a share or a number of classes, got False"),
         (1.0, ValueError, r"test_classes must be a share between 0 and 1 or an integer, got 1\.0"),
         (None, TypeError, "test_classes must be a share or a number of classes, got None"),
     ],
@@ -181,13 +271,13 @@ def test_folder(tmp_path):
     for i, name in enumerate(["ant", "bee", "cat", "dog"]):
         save(tmp_path / name / "0.png", i)
         save(tmp_path / name / "more" / "1.jpg", i)
-    data = open_data(tmp_path, test_classes=1)
+    data = open_data(tmp_path, test_classes=1, split_seed=None)
     assert (values_of(data.train), values_of(data.test)) == ([0, 1, 2], [3])
     assert (data.train.class_names, data.test.class_names) == (["ant", "bee", "cat"], ["dog"])
     assert (data.in_channels, data.name) == (3, tmp_path.name)
     assert data.train[0][0].mode == "RGB"
-    assert open_data(str(tmp_path)).test.class_names == ["cat", "dog"]
-    rows = open_data(tmp_path, class_embeddings=ROWS_OF[:4]).class_embeddings
+    assert open_data(str(tmp_path), split_seed=None).test.class_names == ["cat", "dog"]
+    rows = open_data(tmp_path, class_embeddings=ROWS_OF[:4], split_seed=None).class_embeddings
     assert rows.tolist() == [[0, 1], [2, 3]]
 
 
@@ -412,7 +502,7 @@ def test_the_largest_value_of_the_training_images_becomes_white(layout, tmp_path
         folder = tmp_path / ("train" if i < 2 else "test") / name if layout == "splits" else tmp_path / name
         folder.mkdir(parents=True)
         Image.fromarray(np.array([[0, 500 * (i + 1)]], dtype=np.uint16)).save(folder / "0.png")
-    data = open_data(tmp_path, reader=ImageReader(turn=False, white="largest"))
+    data = open_data(tmp_path, reader=ImageReader(turn=False, white="largest"), split_seed=None)
     for view in (data.train, data.test):
         assert view.dataset.reader == ImageReader(turn=False, white=1000)
     assert [np.asarray(image).max() for image, _ in data.train] == [128, 255]

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.reducers import MeanReducer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from pml_ext.losses import MultiSimilarityLoss, ProxyAnchorLoss
+from pml_ext.regularizers import DivergenceRegularizer
+from pml_ext.trunks import GlobalPool2d
 from tests.contract.cases import CASES, LABELS, NUM_CLASSES, SIZE, embeddings, grads_of, make
 
 WITH_NETWORK = {name: case for name, case in CASES.items() if name.startswith("IntraBatchLoss")}
@@ -31,6 +36,46 @@ def cuda_rules(without_validation, monkeypatch):
     except (AssertionError, RuntimeError) as error:  # torch 2.5
         pytest.skip(f"the fake tensors of this torch need a CUDA driver: {error}")
     return mode
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "rule"),
+    [
+        ("distance", CosineSimilarity, r"an object such as CosineSimilarity\(\), got the class CosineSimilarity"),
+        ("distance", "cosine", r"an object such as CosineSimilarity\(\), got 'cosine'"),
+        ("reducer", MeanReducer, r"an object such as MeanReducer\(\), got the class MeanReducer"),
+        ("embedding_regularizer", 0.1, r"an object such as LpRegularizer\(\), got 0\.1"),
+        ("weight_regularizer", 0.1, r"an object such as LpRegularizer\(\), got 0\.1"),
+        ("weight_init_func", "normal", r"a function such as torch.nn.init.normal_, got 'normal'"),
+    ],
+)
+def test_parts_of_the_wrong_kind(name, given, rule):
+    with pytest.raises(TypeError, match=f"{name} must be {rule}"):
+        ProxyAnchorLoss(3, 2, **{name: given})
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (
+            lambda: ProxyAnchorLoss(3, 2, scale=3),
+            "ProxyAnchorLoss has no argument scale: it has num_classes, .*alpha.*reducer",
+        ),
+        (
+            lambda: MultiSimilarityLoss(miner=3),
+            r"no argument miner: pass what the miner finds, loss_func\(embeddings, ",
+        ),
+        (lambda: MultiSimilarityLoss(weight_init_func=3), "no argument weight_init_func: losses with proxies have it"),
+        (
+            lambda: GlobalPool2d(pooling="avg"),
+            "GlobalPool2d has no argument pooling: it has pool_type, p, collect_stats$",
+        ),
+        (lambda: DivergenceRegularizer(4, m=1), "DivergenceRegularizer has no argument m: it has num_learners, margin"),
+    ],
+)
+def test_unknown_arguments(make_it, message):
+    with pytest.raises(TypeError, match=message):
+        make_it()
 
 
 @pytest.mark.parametrize("labels_device", ["cpu", "cuda"])

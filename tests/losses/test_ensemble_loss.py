@@ -328,10 +328,10 @@ SHARED = ProxyAnchorLoss(NUM_CLASSES, D)
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"loss": "contrastive"}, TypeError, "loss must be a BaseMetricLossFunction, a list .* got str"),
-        ({"loss": losses.MultipleLosses([MultiSimilarityLoss()])}, TypeError, "loss must be .* got MultipleLosses"),
+        ({"loss": "contrastive"}, TypeError, "loss must be a BaseMetricLossFunction, a list .* got 'contrastive'"),
+        ({"loss": losses.MultipleLosses([MultiSimilarityLoss()])}, TypeError, "loss must be .* got a MultipleLosses"),
         ({"loss": [MultiSimilarityLoss()]}, ValueError, "loss must be num_learners = 2 losses, got a list of 1"),
-        ({"loss": [MultiSimilarityLoss(), 3]}, TypeError, r"loss\[1\] must be a BaseMetricLossFunction, got int"),
+        ({"loss": [MultiSimilarityLoss(), 3]}, TypeError, r"loss\[1\] must be a BaseMetricLossFunction, got 3"),
         ({"loss": [SHARED, SHARED]}, ValueError, r"one of its own for each learner, got loss\[1\]"),
         ({"loss": lambda: SHARED}, ValueError, r"one of its own for each learner, got loss\[1\]"),
         ({"loss": MultiSimilarityLoss(reducer=DoNothingReducer())}, ValueError, "loss must reduce its losses"),
@@ -339,6 +339,25 @@ SHARED = ProxyAnchorLoss(NUM_CLASSES, D)
         ({"divergence_weight": -1}, ValueError, "divergence_weight must be >= 0 and finite, got -1"),
         ({"divergence_margin": 0}, ValueError, "divergence_margin must be > 0 and finite, got 0"),
         ({"miner": 3}, TypeError, "miner must be callable, got int"),
+        (
+            {"miner": miners.BatchHardMiner},
+            TypeError,
+            r"miner must be an object, .*class BatchHardMiner: BatchHardMiner\(\)",
+        ),
+        ({"divergence": DivergenceLoss(2)}, TypeError, "EnsembleLoss has no argument divergence: .* divergence_weight"),
+        ({"loss": DivergenceLoss(2)}, ValueError, "loss must be what a learner is trained with, got a DivergenceLoss"),
+        ({"loss": [MultiSimilarityLoss(), DivergenceLoss(2)]}, ValueError, r"loss\[1\] must be what a learner"),
+        ({"loss": ProxyAnchorLoss}, TypeError, "loss must be a loss with its arguments, got the class ProxyAnchorLoss"),
+        (
+            {"num_learners": MultiSimilarityLoss()},
+            TypeError,
+            r"num_learners must be .* EnsembleLoss\(loss, num_learners\)",
+        ),
+        (
+            {"divergence_weight": DivergenceLoss(2)},
+            TypeError,
+            "divergence_weight must be a number .* got a DivergenceLoss",
+        ),
         ({"distance": CosineSimilarity()}, ValueError, "distance must be given to loss itself, got CosineSimilarity"),
     ],
 )

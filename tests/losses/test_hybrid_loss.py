@@ -272,17 +272,30 @@ def test_sizes_are_needed_for_the_default_proxy_loss_alone():
         custom(EMB[:, :4], LABELS)
 
 
+def test_losses_in_place_of_sizes():
+    with pytest.raises(
+        TypeError, match=r"num_classes must be .* got a Multi.*: HybridLoss\(pair_loss=\.\.\., proxy_loss"
+    ):
+        HybridLoss(MultiSimilarityLoss(), ProxyAnchorLoss(3, 2))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
         ({"pair_weight": -1}, ValueError, "pair_weight must be >= 0 and finite, got -1"),
         ({"proxy_weight": float("nan")}, ValueError, "proxy_weight must be >= 0 and finite, got nan"),
         ({"miner": 3}, TypeError, "miner must be callable, got int"),
-        ({"pair_loss": torch.nn.Identity()}, TypeError, "pair_loss must be a BaseMetricLossFunction, got Identity"),
+        (
+            {"miner": miners.BatchHardMiner},
+            TypeError,
+            r"miner must be an object, .*class BatchHardMiner: BatchHardMiner\(\)",
+        ),
+        ({"pair_loss": MultiSimilarityLoss}, TypeError, "pair_loss must be .* got the class MultiSimilarityLoss"),
+        ({"pair_loss": torch.nn.Identity()}, TypeError, "pair_loss must be a BaseMetricLossFunction, got an Identity"),
         (
             {"pair_loss": CrossBatchMemory(MultiSimilarityLoss(), SIZE)},
             TypeError,
-            "pair_loss must be a BaseMetricLossFunction, got CrossBatchMemory",
+            "pair_loss must be a BaseMetricLossFunction, got a CrossBatchMemory",
         ),
         (
             {"pair_loss": MultiSimilarityLoss(reducer=DoNothingReducer())},

@@ -293,6 +293,18 @@ def test_self_supervised_is_pml(symmetric):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("given", [MultiSimilarityLoss, "multi_similarity", 5])
+@pytest.mark.parametrize("wrapper", [lambda loss: CrossBatchMemory(loss, 5), SelfSupervisedLoss])
+def test_losses_of_the_wrong_kind(wrapper, given):
+    with pytest.raises(TypeError, match=r"loss must be an object such as \w+\(\), got (the class Multi|'multi|5)"):
+        wrapper(given)
+
+
+def test_a_class_in_place_of_a_miner():
+    with pytest.raises(TypeError, match=r"miner must be an object, got the class BatchHardMiner: BatchHardMiner\(\)"):
+        CrossBatchMemory(MultiSimilarityLoss(), 5, miner=miners.BatchHardMiner)
+
+
 def test_two_views_must_match():
     with pytest.raises(ValueError, match=r"ref_emb must have the shape of embeddings, \(8, 5\), got \(6, 5\)"):
         SelfSupervisedLoss(MultiSimilarityLoss())(EMBEDDINGS, EMBEDDINGS[:6])

@@ -399,8 +399,33 @@ class TestFromBackbone:
 
 
 def test_backbone_must_be_a_name_or_a_module():
-    with pytest.raises(TypeError, match=r"backbone must be a name or a torch\.nn\.Module, got NoneType"):
+    with pytest.raises(TypeError, match=r"backbone must be a name or a torch\.nn\.Module, got None"):
         AttentionEnsemble.from_backbone(None)
+
+
+def test_names_in_place_of_the_three_parts():
+    with pytest.raises(
+        TypeError, match=r"stem must be a torch.nn.Module, got 'resnet18': AttentionEnsemble.from_backbone"
+    ):
+        AttentionEnsemble("resnet18", *parts()[1:])
+    with pytest.raises(TypeError, match=r"head must be a torch.nn.Module, got the class Flatten"):
+        AttentionEnsemble(*parts()[:2], nn.Flatten)
+
+
+def test_a_classifier_is_no_head():
+    """Its logits would pass for features."""
+    network = pytest.importorskip("timm").create_model("resnet10t", num_classes=5)
+    with pytest.raises(
+        ValueError, match=r"with a classifier: backbone\.reset_classifier\(0\), .*'resnet10t', num_classes=0"
+    ):
+        AttentionEnsemble.from_backbone(network, input_size=(3, 32, 32))
+    network.reset_classifier(0)
+    AttentionEnsemble.from_backbone(network, input_size=(3, 32, 32))
+
+
+def test_channels_of_the_network_and_of_its_images():
+    with pytest.raises(ValueError, match=r"in_chans must be the channels of input_size, \(3, 224, 224\), got 1"):
+        AttentionEnsemble.from_backbone("resnet10t", in_chans=1)
 
 
 def replaced(position, module):
@@ -413,7 +438,7 @@ def replaced(position, module):
     ("modules", "kwargs", "message"),
     [
         (parts(), {"num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
-        (parts(), {"embedding_size": 10}, "embedding_size must be >= 1 and a multiple of num_learners = 4, got 10"),
+        (parts(), {"embedding_size": 10}, "embedding_size must be a multiple of num_learners = 4, got 10"),
         (replaced(0, nn.Flatten()), {}, r"stem must give one map \(B, C, H, W\), got \(1, 3072\)"),
         (
             replaced(1, nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 5, 1))),

@@ -28,5 +28,9 @@ def test_features_are_those_of_the_backbone_whatever_the_head(kind):
 
 
 def test_other_networks_are_refused():
-    with pytest.raises(TypeError, match="trunk must be a trunk of this package, got Linear"):
+    with pytest.raises(
+        TypeError, match="trunk must be a trunk of this package, such as PooledTrunk\\(name\\), got a Linear"
+    ):
         BackboneFeatures(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="got 'resnet18'"):
+        BackboneFeatures("resnet18")

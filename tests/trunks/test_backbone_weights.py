@@ -144,7 +144,7 @@ def test_a_network_of_ones_own():
     ("wrong", "error", "message"),
     [
         ("nowhere.pth", FileNotFoundError, r"weights must be a file, .*, got nowhere.pth \(none there\)"),
-        (3, TypeError, "weights must be a file, 'installed' or a state dict, got int"),
+        (3, TypeError, "weights must be a file, 'installed' or a state dict, got 3"),
         ({}, ValueError, "weights must hold tensors by their names, got a state dict with nothing"),
         ({"a": 1}, ValueError, "weights must hold tensors by their names, got a state dict with 'a': int"),
     ],

@@ -39,6 +39,8 @@ def test_norms_of_timm():
 def test_no_batch_norm():
     with pytest.raises(ValueError, match="module must contain a batch norm, got a Linear without"):
         freeze_batch_norm(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got 'resnet18'"):
+        freeze_batch_norm("resnet18")
 
 
 def test_norms_in_the_place_of_others_are_frozen():

@@ -335,6 +335,46 @@ def test_bad_arguments(kwargs, message):
         GlobalLocalTrunk(**({"backbone": "resnet18", "embedding_size": 8} | kwargs))
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: timm.create_model("resnet10t"),
+            r"got a ResNet, which returns none: GlobalLocalTrunk\('resnet10t'\), or",
+        ),
+        (lambda: timm.create_model("resnet10t", features_only=True), r"got a FeatureListNet with 5: .*\(-2, -1\)\)"),
+    ],
+)
+def test_a_timm_model_without_two_maps(make, message):
+    with pytest.raises(ValueError, match=f"backbone must return two feature maps, local and global, {message}"):
+        GlobalLocalTrunk(make())
+    cured = timm.create_model("resnet10t", features_only=True, out_indices=(-2, -1))
+    assert GlobalLocalTrunk(cured, embedding_size=8)(torch.randn(2, 3, 64, 64)).shape == (2, 8)
+
+
+def test_a_backbone_that_gives_no_maps():
+    """A batch of two rows could be taken for two maps."""
+    trunk = GlobalLocalTrunk(nn.Flatten(), embedding_size=8, feature_channels=(2, 2))
+    with pytest.raises(ValueError, match=r"backbone must give two maps \(B, C, H, W\), got a Tensor of \(2, 12\)"):
+        trunk(torch.randn(2, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"feature_channels must be the channels of two maps, .*got 64"):
+        GlobalLocalTrunk(nn.Flatten(), feature_channels=64)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"backbone": 64}, "backbone must be a name or a torch.nn.Module, got 64"),
+        ({"embeding_size": 8}, "embeding_size is an argument neither of the trunk nor of timm's resnet18"),
+        ({"features_only": True}, "features_only must not be given: the trunk gives it to timm's resnet18"),
+        ({"weights": nn.ReLU()}, "weights must be a file, 'installed' or a state dict, got a ReLU"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        GlobalLocalTrunk(**({"backbone": "resnet18", "embedding_size": 8} | kwargs))
+
+
 def test_paper_learning_rates():
     groups = param_groups(make_small(), losses.ProxyAnchorLoss(3, 16))
     rates = {group["name"].split(",")[0]: group["lr"] for group in groups}

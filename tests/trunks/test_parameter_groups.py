@@ -97,12 +97,66 @@ def test_a_backbone_that_cannot_be_told():
     net.trunk = Trunk()
     for trunk in (net, nn.Linear(2, 2)):
         with pytest.raises(
-            ValueError, match=r"head_lr must be None for a trunk .* got 0\.2 for a (Module|Linear) with"
+            ValueError, match=r"head_lr must be None for a trunk .* got 0\.2 for a (Module|Linear): keep .* backbone"
         ):
             param_groups(trunk, lr=0.1, head_lr=0.2)
         assert rates(param_groups(trunk, lr=0.1), trunk) == {0.1}
     with pytest.raises(ValueError, match="trunk must have one part with the attribute backbone, got 2"):
         param_groups(nn.Sequential(Trunk(), Trunk()))
+
+
+def timm_resnet(**kwargs):
+    return pytest.importorskip("timm").create_model("resnet10t", **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel], ids=["alone", "wrapped"])
+def test_the_classifier_of_a_timm_model_is_new(wrap):
+    net = timm_resnet(num_classes=8)
+    groups = param_groups(wrap(net), HybridLoss(3, 8), 0.1, 0.2, 0.3)
+    assert rates(groups, net.fc) == {0.2}
+    assert rates(groups, net.conv1) == rates(groups, net.layer4) == {0.1}
+    assert sum(len(group["params"]) for group in groups) == 1 + len(list(net.parameters()))
+
+
+def test_layers_behind_a_timm_model_are_new():
+    net = nn.Sequential(timm_resnet(num_classes=0), nn.Linear(512, 8))
+    groups = param_groups(net, lr=0.1, head_lr=0.2)
+    assert (rates(groups, net[0]), rates(groups, net[1])) == ({0.1}, {0.2})
+    two = nn.Sequential(net[0], timm_resnet(num_classes=0))
+    assert rates(param_groups(two, lr=0.1), two) == {0.1}
+
+
+def test_a_timm_model_with_two_classifiers():
+    net = pytest.importorskip("timm").create_model("deit_tiny_distilled_patch16_224", num_classes=5)
+    groups = param_groups(net, lr=0.1, head_lr=0.2)
+    assert (rates(groups, net.blocks), rates(groups, net.head), rates(groups, net.head_dist)) == ({0.1}, {0.2}, {0.2})
+
+
+def test_head_lr_without_new_layers():
+    net = Trunk()
+    del net.head
+    for trunk, kind in ((timm_resnet(num_classes=0), "ResNet"), (net, "Trunk")):
+        with pytest.raises(ValueError, match=rf"head_lr must be None .* got 0\.2 for a {kind}: add one, as in timm"):
+            param_groups(trunk, lr=0.1, head_lr=0.2)
+
+
+@pytest.mark.parametrize("loss_func", [HybridLoss(3, 2), MultipleLosses([HybridLoss(3, 2)])])
+def test_swapped_arguments(loss_func):
+    with pytest.raises(
+        TypeError, match=r"trunk must be the network, got the loss .*: param_groups\(trunk, loss_func\)"
+    ):
+        param_groups(loss_func, Trunk())
+
+
+def test_no_modules():
+    with pytest.raises(TypeError, match=r"trunk must be .* got generator: the module itself, not its parameters\(\)"):
+        param_groups(Trunk().parameters())
+    with pytest.raises(TypeError, match=r"trunk must be .* got list: torch\.nn\.Sequential\(\.\.\.\)"):
+        param_groups([Trunk()])
+    with pytest.raises(TypeError, match=r"loss_func must be .* got list: torch\.nn\.ModuleList\(\.\.\.\)"):
+        param_groups(Trunk(), [HybridLoss(3, 2)])
+    with pytest.raises(TypeError, match=r"loss_func must be a torch\.nn\.Module, got float$"):
+        param_groups(Trunk(), 1e-3)
 
 
 def test_a_loss_inside_of_the_network():

@@ -150,14 +150,24 @@ def test_statistics_parameter_groups_and_frozen_norms():
     assert not trunk.train().backbone[1].training
 
 
+def test_a_timm_model_with_its_head():
+    trunk = PooledTrunk(timm.create_model("resnet10t", num_classes=7), embedding_size=8)
+    with pytest.raises(
+        ValueError, match=r"got \(2, 7\): PooledTrunk\('resnet10t'\), or .* num_classes=0, global_pool=''\)"
+    ):
+        trunk(IMAGES.expand(2, 3, *IMAGES.shape[2:]))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"embedding_size": 0}, ValueError, "embedding_size must be >= 1 and a multiple of num_learners = 1, got 0"),
-        ({"num_learners": 3}, ValueError, "embedding_size must be >= 1 and a multiple of num_learners = 3, got 8"),
+        ({"embedding_size": 0}, ValueError, "embedding_size must be an integer >= 1, got 0"),
+        ({"embedding_size": "8"}, ValueError, "embedding_size must be an integer >= 1, got '8'"),
+        ({"backbone": PooledTrunk}, TypeError, "backbone must be a name .* got the class PooledTrunk"),
+        ({"num_learners": 3}, ValueError, "embedding_size must be a multiple of num_learners = 3, got 8"),
         ({"num_learners": 0}, ValueError, "num_learners must be an integer >= 1, got 0"),
         ({"backbone": "resnet5O"}, ValueError, "backbone must be a timm model such as .*resnet50.*, got 'resnet5O'"),
-        ({"backbone": None}, TypeError, r"backbone must be a name or a torch\.nn\.Module, got NoneType"),
+        ({"backbone": None}, TypeError, r"backbone must be a name or a torch\.nn\.Module, got None"),
         ({"attention": "none"}, ValueError, "attention must be None or one of printed, solar, normalized, got 'none'"),
         ({"pool_type": "mean"}, ValueError, "pool_type must be one of avg, max"),
         ({"backbone": nn.ReLU()}, ValueError, "feature_channels must be given for a backbone without num_features"),

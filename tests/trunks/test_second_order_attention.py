@@ -247,8 +247,8 @@ def test_statistics():
     ("kwargs", "message"),
     [
         ({"style": "new"}, "style must be one of printed, solar, normalized, got 'new'"),
-        ({"reduction": 3}, "reduction must be >= 1 and divide in_features = 8, got 3"),
-        ({"reduction": 0}, "reduction must be >= 1 and divide in_features = 8, got 0"),
+        ({"reduction": 3}, "reduction must divide in_features = 8, got 3"),
+        ({"reduction": 0}, "reduction must be an integer >= 1, got 0"),
         ({"attention_scale": math.inf}, "attention_scale must be > 0 and finite, got inf"),
         ({"attention_scale": -1.0}, r"attention_scale must be > 0 and finite, got -1\.0"),
     ],
