@@ -148,7 +148,7 @@ def test_citation():
 @pytest.fixture
 def check_release(tmp_path):
     """Return a function that runs .ci/check_release for a tag and a change log."""
-    for path in (".ci/check_release", "pml_ext/__init__.py", "CITATION.cff"):
+    for path in (".ci/check_release", "pml_ext/__init__.py", "CITATION.cff", "mkdocs.yml"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
 

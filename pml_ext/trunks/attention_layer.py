@@ -18,7 +18,7 @@ class AttentionLayer(nn.Module):
     Args:
         embedding_size: D.
         heads: h, divides D.
-        dropout: Of attention weights, messages and the feed-forward part, 0 to 1.
+        dropout: Dropout of attention weights, messages and the feed-forward part, 0 to 1.
         null_message: Whether attention has one more sender, with score 0 and message 0.
     """
 
@@ -59,7 +59,7 @@ class DotAttention(MessagePassing):
     Args:
         embedding_size: D.
         heads: h, divides D.
-        dropout: Of the weights.
+        dropout: Dropout of the weights.
         null_message: Whether there is the 1.
     """
 

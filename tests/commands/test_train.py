@@ -452,7 +452,7 @@ def test_skip_broken(trained, tmp_path, capsys):
         assert results == [(pytest.approx(1, abs=1e-5), query)]
     for path in photos.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="must have an image that can be read, got 48 that cannot"):
+    with pytest.raises(ValueError, match="must have at least one image that can be read, got 48 that cannot"):
         embed_folder(folder, photos, tmp_path / "index", skip_broken=True)
 
 
@@ -508,7 +508,7 @@ def test_resume_with_more_epochs_and_without_a_file_that_broke(tmp_path, monkeyp
     os.rename(photos / "class2" / "99.png", photos / "class2" / "12.png")
     (out / "lock.json").write_text(json.dumps({"process": 7, "host": "elsewhere", "since": "noon"}))
     message = (
-        f"pml-ext train: error: --out must be free, got {out}, which another process writes (process 7 on elsewhere"
+        f"pml-ext train: error: --out must be free, got {out}, which another process writes to (process 7 on elsewhere"
     )
     assert command("train", [*given, "--skip-broken"], capsys)[1].startswith(message)
     (out / "lock.json").unlink()
@@ -602,7 +602,7 @@ def bad_data(kind, folder):
         (
             "plain",
             "--background nothing",
-            "error: --background must be a colour, as 'white' or '#ffffff', got 'nothing'",
+            "error: --background must be a color, such as 'white' or '#ffffff', got 'nothing'",
         ),
         ("plain", "--epochs two", "argument --epochs: invalid int value: 'two'"),
         (
@@ -617,7 +617,7 @@ def bad_data(kind, folder):
             "3 training classes (of 8; the others are test classes) "
             "are too few for --validation-classes 0.2: give 0 or, for data without a split, fewer --test-classes",
         ),
-        ("plain", "--device nowhere", "error: --device must be there, got 'nowhere'"),
+        ("plain", "--device nowhere", "error: --device must be available, got 'nowhere'"),
         (
             "plain",
             "--class-embeddings missing.npy",

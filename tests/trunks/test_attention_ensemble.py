@@ -366,7 +366,7 @@ class TestFromBackbone:
             ({"backbone": "resnet5O"}, "backbone must be a timm model such as .*resnet50.*, got 'resnet5O'"),
             ({"backbone": "googlnet"}, "backbone must be a timm model such as googlenet.* got 'googlnet'"),
             ({"split": "layer7"}, r"split must be one of conv1, .* layer2, layer2\.0, .* got 'layer7'"),
-            ({"split": "layer2.0.conv1"}, r"got 'layer2\.0\.conv1', which .* passes by"),
+            ({"split": "layer2.0.conv1"}, r"got 'layer2\.0\.conv1', which .* bypasses"),
             ({"split": "global_pool"}, r"stem must give one map \(B, C, H, W\), got \(1, 512\)"),
             (
                 {"backbone": "vit_tiny_patch16_224", "input_size": (3, 224, 224)},
@@ -378,7 +378,7 @@ class TestFromBackbone:
             ),
             (
                 {"backbone": "swin_tiny_patch4_window7_224", "split": "layers.1"},
-                r"backbone must have maps of \(B, C, H, W\), got a SwinTransformer",
+                r"backbone must return maps \(B, C, H, W\), got a SwinTransformer",
             ),
             (
                 {"backbone": "googlenet", "input_size": (1, 64, 64)},
