@@ -623,7 +623,7 @@ def test_mean_cosine():
 
 def test_gradients_reach_other_samples_by_messages_only():
     from pml_ext.losses import IntraBatchLoss
-    from pml_ext.recipes.intra_batch import SilentRefiner
+    from pml_ext.recipes.silent_refiner import SilentRefiner
 
     torch.manual_seed(0)
     embeddings, labels = torch.randn(8, 6), torch.arange(8) // 2

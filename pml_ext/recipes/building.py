@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pml_ext.modes import in_mode
-from pml_ext.recipes.adaptive_margin import ADAPTIVE_MARGIN
-from pml_ext.recipes.attention_ensemble import ATTENTION_ENSEMBLE
-from pml_ext.recipes.baselines import BASELINES
-from pml_ext.recipes.combined import COMBINED
-from pml_ext.recipes.intra_batch import INTRA_BATCH
-from pml_ext.recipes.mhgl import MHGL
+from pml_ext.recipes.methods import RECIPES
 from pml_ext.recipes.networks import matched_state
-from pml_ext.recipes.parts import Method
 from pml_ext.recipes.pixel_scaling import with_pixel_scaling
 from pml_ext.recipes.run_checkpoint import chosen_checkpoint
 from pml_ext.recipes.settings import Settings, settle
@@ -26,16 +20,6 @@ from pml_ext.trunks.batch_norm import freeze_batch_norm, has_batch_norm
 from pml_ext.trunks.frozen_stages import freeze_stages
 from pml_ext.trunks.wrappers import backbone_of, unwrapped
 from pml_ext.validation import check_count
-
-RECIPES: dict[str, Method] = {
-    "mhgl": MHGL,
-    "intra_batch": INTRA_BATCH,
-    "attention_ensemble": ATTENTION_ENSEMBLE,
-    "adaptive_margin": ADAPTIVE_MARGIN,
-    "combined": COMBINED,
-    **BASELINES,
-}
-"""The recipes by name, with their settings."""
 
 
 def recipe(

@@ -1,14 +1,14 @@
-"""Numbers of a training, and where each comes from."""
+"""Numbers of a training, and where each comes from: readable without torch, whose import takes seconds."""
 
 import math
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor, nn
+from pml_ext.extras import INSTALLED
 
-from pml_ext.trunks.installed_weights import INSTALLED
+if TYPE_CHECKING:
+    from torch import nn
 
 Numbers = dict[str, tuple[Any, str]]
 """Name to value and source."""
@@ -147,7 +147,7 @@ def _plain(value: Any) -> Any:
     """Return numbers of NumPy and tensors, alone or in lists, as numbers of Python, which all files know."""
     if isinstance(value, list | tuple | range):
         return [_plain(x) for x in value]
-    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _named(value: Any) -> Any:

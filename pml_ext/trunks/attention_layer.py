@@ -1,11 +1,15 @@
 """One round of messages between samples: attention, projection, feed-forward (IBC)."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import scatter, to_dense_batch
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch_geometric calls it
+    from torch_geometric.nn import MessagePassing
+    from torch_geometric.utils import scatter, to_dense_batch
 
 
 class AttentionLayer(nn.Module):

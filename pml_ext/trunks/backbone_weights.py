@@ -16,7 +16,8 @@ from huggingface_hub import constants
 from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
-from pml_ext.trunks.installed_weights import INSTALLED, installed_weights
+from pml_ext.extras import INSTALLED
+from pml_ext.trunks.installed_weights import installed_weights
 from pml_ext.trunks.model_names import arguments_of
 from pml_ext.validation import shown
 
