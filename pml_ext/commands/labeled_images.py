@@ -20,7 +20,7 @@ class LabeledImages(NamedTuple):
 
     Attributes:
         views: Queries, and the gallery if there is one, with the transform of the run.
-        source: Of what they are.
+        source: Where they come from.
         own: Whether these are the test classes of the run.
     """
 

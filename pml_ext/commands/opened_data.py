@@ -105,7 +105,7 @@ def refuse_broken(paths: Sequence[str], of: int, first: str, skip_broken: bool) 
     """Warn of image files that cannot be read, or refuse them.
 
     Args:
-        paths: Of the files.
+        paths: The paths of these files.
         of: How many images there are.
         first: What is wrong with the first.
         skip_broken: Whether they may be left out.
