@@ -29,6 +29,7 @@ ATTENTION_ENSEMBLE = Method(
         "all": {
             "num_learners": (8, PAPER),
             "masks": (True, PAPER),
+            "split": (None, "as AttentionEnsemble.from_backbone: an eighth of the resolution"),
             "learner_loss": ("contrastive", PAPER),
             "base": (0.5, "PML's default, for multi_similarity only"),
             "divergence_weight": (1.0, PAPER),

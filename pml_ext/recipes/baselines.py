@@ -32,7 +32,7 @@ def _triplet(s: Settings, num_classes: int) -> tuple[Any, Any]:
 
 
 def _multi_similarity(s: Settings, num_classes: int) -> tuple[Any, Any]:
-    return MultiSimilarityLoss(s.alpha, s.beta, s.base), None
+    return MultiSimilarityLoss(s.alpha, s.beta, s.base, epsilon=s.epsilon), None
 
 
 def _proxy_anchor(s: Settings, num_classes: int) -> tuple[Any, Any]:
@@ -57,7 +57,9 @@ def _cross_entropy(s: Settings, num_classes: int) -> tuple[Any, Any]:
 BASELINES: dict[str, Method] = {
     "contrastive": _plain({"pos_margin": (0.0, _PML), "neg_margin": (1.0, _PML)}, _contrastive),
     "triplet": _plain({"margin": (0.2, OURS), "type_of_triplets": ("semihard", OURS)}, _triplet),
-    "multi_similarity": _plain({"alpha": (2, _PML), "beta": (50, _PML), "base": (0.5, _PML)}, _multi_similarity),
+    "multi_similarity": _plain(
+        {"alpha": (2, _PML), "beta": (50, _PML), "base": (0.5, _PML), "epsilon": (None, _PML)}, _multi_similarity
+    ),
     "proxy_anchor": _plain({"margin": (0.1, PROXY_ANCHOR), "alpha": (32, PROXY_ANCHOR)}, _proxy_anchor),
     "cosface": _plain({"margin": (0.35, _PML), "scale": (64.0, _PML)}, _cosface, small={"scale": (16.0, OURS)}),
     "normalized_softmax": _plain({"temperature": (0.05, _PML)}, _normalized_softmax),
