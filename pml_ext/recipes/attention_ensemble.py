@@ -35,6 +35,7 @@ ATTENTION_ENSEMBLE = Method(
             "divergence_weight": (1.0, PAPER),
             "divergence_margin": (1.0, PAPER),
         },
+        "finetune": {"split": (16, "ours: learners share all but the last stages")},
         "small": {"num_learners": (4, OURS), "learner_loss": ("multi_similarity", OURS)},
         "paper": {
             "backbone": ("googlenet", PAPER),
