@@ -169,8 +169,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         preset: One of PRESETS.
         own: The recipe's numbers by preset; those of "all" for each preset, those of "paper" for each of the papers'.
         given: By the user; None stands for "as the preset has it". With an ``image_size`` alone, ``resize`` follows;
-            with another ``backbone`` or ``pretrained``, the preset's ``weights`` are not used. With another ``backbone``,
-            no stage is frozen unless ``frozen_stages`` says so.
+            with another ``backbone`` or ``pretrained``, the preset's ``weights`` are not used; with another
+            ``backbone``, or without weights, no stage is frozen unless ``frozen_stages`` says so.
 
     Raises:
         ValueError: If preset or a name is unknown, a text is given for a number or the other way round, or a
@@ -200,6 +200,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         numbers[name] = (value, "given")
+    if not numbers["pretrained"][0] and numbers["weights"][0] is None and given.get("frozen_stages") is None:
+        numbers["frozen_stages"] = (0, "ours: nothing is pretrained")
     if given.get("image_size") and not given.get("resize") and usual_resize:
         numbers["resize"] = (round(usual_resize * given["image_size"] / usual_size), "as the preset, for image_size")
     return Settings(preset, numbers)

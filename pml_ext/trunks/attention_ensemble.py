@@ -247,7 +247,7 @@ def _split_of(backbone: nn.Module, split: str | int | None) -> str:
     if found is None and split is None:
         raise ValueError(f"split must be given for this backbone, one of {', '.join(cut_points(backbone))}")
     if found is None:
-        known = ", ".join(map(str, stages)) or "none: give the name of a module"
+        known = ", ".join(map(str, sorted(stages))) or "none: give the name of a module"
         raise ValueError(f"split must be a module's name or one of this backbone's reductions ({known}), got {split!r}")
     return str(found)
 
