@@ -25,8 +25,9 @@ import pytest
 from PIL import Image
 
 import pml_ext
-from examples import train
 from pml_ext import losses
+from pml_ext.commands import train
+from pml_ext.commands.parser import make_parser
 from tests.contract.cases import CASES
 from tests.datasets.test_in_shop import make_in_shop
 from tests.needs import needs
@@ -111,7 +112,7 @@ def test_no_block_escapes():
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory):
-    """What the pages take for granted: folders of images, a data set, a run of examples/train.py."""
+    """What the pages take for granted: folders of images, a data set, a run of ``pml-ext train``."""
     folder = tmp_path_factory.mktemp("sandbox")
     rng = np.random.default_rng(0)
 
@@ -128,8 +129,9 @@ def sandbox(tmp_path_factory):
     draw(folder / "data" / "flowers" / "test", "lily tulip")
     make_in_shop(folder / "data" / "in_shop")
     small = {"width": 4, "batch_size": 16}
-    with mock.patch.object(train, "draw"):  # pictures take longer than the training, and no page looks at them
-        train.main("mhgl", folder / "photos", folder / "runs" / "photos", epochs=1, settings=small, device="cpu")
+    nothing = {"draw_curves": mock.DEFAULT, "draw_gallery": mock.DEFAULT, "write_run_report": mock.DEFAULT}
+    with mock.patch.multiple(train, **nothing):  # they take longer than the training, and no page looks at them
+        train.main(folder / "photos", folder / "runs" / "photos", "mhgl", epochs=1, settings=small, device="cpu")
     return folder
 
 
@@ -205,7 +207,7 @@ def commands():
         (b.page, line) for b in BLOCKS if b.language == "bash" for line in b.code.replace("\\\n", " ").splitlines()
     ]
     for page, text in PAGES.items():
-        inline = re.findall(r"`((?:python|torchrun|pip) [^`]+)`", FENCE.sub("", text))
+        inline = re.findall(r"`((?:python|torchrun|pip|pml-ext) [^`]+)`", FENCE.sub("", text))
         lines += [(page, line.replace("\n", " ")) for line in inline]
     split = [(page, shlex.split(part, comments=True)) for page, line in lines for part in line.split("&&")]
     return [(page, words) for page, words in split if words]
@@ -261,6 +263,20 @@ def test_commands_are_accepted(words, monkeypatch, capsys):
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
     pytest.fail(f"{name} has no parser")
+
+
+@pytest.mark.parametrize(
+    "words",
+    sorted({tuple(words[1:]) for _, words in commands() if words[0] == "pml-ext" and len(words) > 2}),
+    ids=" ".join,
+)
+def test_commands_of_the_package_are_accepted(words, capsys):
+    parser = make_parser(words[0])
+    parser.allow_abbrev = False
+    try:
+        parser.parse_args(words[1:])
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
 
 
 def declared_extras():

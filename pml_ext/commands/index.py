@@ -23,7 +23,7 @@ class Index(NamedTuple):
 
     Attributes:
         embeddings: ``(N, D)``, float32.
-        paths: Of the N images, relative to ``origin["folder"]``.
+        paths: Paths of the N images, relative to ``origin["folder"]``.
         origin: What ``index.json`` holds.
     """
 
@@ -38,7 +38,7 @@ def write_index(out: Path, embeddings: "np.ndarray[Any, Any]", paths: Sequence[s
     Args:
         out: Its folder.
         embeddings: ``(N, D)``, float32.
-        paths: Of the N images.
+        paths: Paths of the N images.
         origin: What else ``index.json`` is to hold: the folder, and the checksum of the network.
 
     Raises:

@@ -12,7 +12,7 @@ COMMANDS = {
     "train": "train a network on images, and test it on classes that it has never seen",
     "embed": "embed a folder of images with a trained network, and index them",
     "search": "find the images most similar to an image",
-    "evaluate": "measure how well a trained network retrieves labelled images",
+    "evaluate": "measure how well a trained network retrieves labeled images",
     "report": "write an HTML file about what a trained network finds and misses",
     "recipes": "list the recipes, or the settings of one and where each comes from",
     "doctor": "show versions, extras and devices, and what would work",

@@ -29,12 +29,12 @@ def write_run_report(
     """Write the report of a run, or of one against another.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         run: The run.
-        title: Of the page.
-        source: Of the images.
+        title: Title of the page.
+        source: Source of the images.
         views: Queries and, if there is one, gallery.
-        embedded: Of the views.
+        embedded: Embeddings and labels of the views.
         other: Another run, its title, and what it makes of the views.
     """
     given: dict[str, Any] = {"names": file_names(views[0])}

@@ -51,7 +51,7 @@ def retrieval_gallery(
         queries: Indices of the queries. None: ``num_queries`` random ones, each of another class while there are any.
         num_queries: Rows.
         num_neighbors: Neighbors in a row. Fewer if there are fewer images.
-        seed: Of the random queries.
+        seed: Seed of the random queries.
         path: Where to save the picture; folders are made. None: nowhere.
         searched: Indices of the images that can be neighbors. None: all.
         names: N strings or paths, written under the pictures; of long ones the end. None: the paths of ``images`` below

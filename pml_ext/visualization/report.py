@@ -101,28 +101,29 @@ def retrieval_report(
             tensors, arrays ``(H, W)`` or ``(H, W, 3)``, or paths; or a data set of images or (image, label), without
             a normalization. Numbers are uint8 or floats in 0 to 1. Only what is shown is read. None: no pictures.
         class_names: That of label i at index i, or a dict from labels to names. None: "class i"; strings as they are.
-        path: Of the file. Folders are made, an older file is replaced.
+        path: Path of the file. Folders are made, an older file is replaced.
         gallery: ``(M, D)``, what is searched. None: every image searches all others.
         gallery_labels: ``(M,)``, as ``labels``.
         gallery_images: M images, as ``images``; both or none.
         names: N strings or paths that tell images apart, shown beside the pictures. None: the paths of ``images`` below
             the folder that all of them share, where ``images`` are paths or a data set that has them.
         gallery_names: M strings or paths, as ``names``.
-        title: Of the page. None: "Retrieval report".
+        title: Title of the page. None: "Retrieval report".
         about: What the head of the page tells, from names to values, such as recipe, epoch and date. Values are written
             as ``str`` gives them; one that is a mapping, such as settings, can be unfolded.
         other: ``(N, D2)``, embeddings of the same images by another run, such as the one before a change. Differences
             are those of ``embeddings`` minus ``other``.
         other_gallery: ``(M, D2)``, embeddings of the gallery by that run.
-        other_title: Of that run. None: "the other run" (and "this run" is the first one, if ``title`` is None).
-        other_about: As ``about``, of that run. What differs is in bold.
+        other_title: Title of that run. None: "the other run" (and "this run" is the first one, if ``title`` is None).
+        other_about: The same as ``about``, of that run. What differs is in bold.
         num_queries: How many of the worst queries (lowest AP@R, of these with the most similar neighbor), of random
             ones, and of those that are better in each of two runs, >= 1.
         num_neighbors: Neighbors that are shown, >= 1. Fewer if there are fewer images.
-        num_pairs: Of confused classes, >= 1.
+        num_pairs: Number of pairs of confused classes, >= 1.
         num_points: Images on the map, >= 0, drawn at random where there are more images. 0: no map.
-        method: Of the map: "tsne", or "umap", which needs the package umap-learn. For fewer than 5 points it is t-SNE.
-        seed: Of random queries, of the choice of points and of the map. The same seed gives the same file.
+        method: Method of the map: "tsne", or "umap", which needs the package umap-learn. For fewer than 5 points it is
+            t-SNE.
+        seed: Seed of random queries, of the choice of points and of the map. The same seed gives the same file.
         progress: Whether to show progress bars.
 
     Returns:
@@ -131,7 +132,7 @@ def retrieval_report(
     Raises:
         ImportError: If ``method`` is "umap" and umap-learn is not installed; the message names the extra.
         TypeError: If embeddings are not floating point, labels of another kind, names or titles no strings, ``about``
-            is no mapping, or images are of no known kind.
+            is not a mapping, or images are of no known kind.
         ValueError: If lengths differ, embeddings are not finite, no image has a match, a label has no name, an image
             cannot be read or has values out of range, an argument is given without the one that it belongs to, both
             runs have one title, or a setting breaks a rule.

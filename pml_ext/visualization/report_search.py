@@ -53,7 +53,7 @@ def search_all(unit: Tensor, gallery: Tensor, codes: ClassCodes, num_neighbors: 
     Args:
         unit: ``(N, D)``, rows of length 1.
         gallery: ``(M, D)``, likewise; ``unit`` itself if the queries search each other.
-        codes: Of both.
+        codes: Class codes of both.
         num_neighbors: That are kept, fewer if there are fewer.
         progress: Whether to show a progress bar.
 
