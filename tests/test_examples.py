@@ -18,15 +18,11 @@ pytestmark = pytest.mark.trains
 RUNS = {
     "adaptive_margin",
     "attention_ensemble",
-    "command_line",  # in test_general_commands.py, as those that use it
     "distributed_accelerate",
     "distributed_fabric",
-    "embed",  # in test_general_commands.py, as search and train
     "global_local",
     "intra_batch",
     "quickstart",
-    "search",
-    "train",
     "train_distributed",
 }
 

@@ -228,8 +228,8 @@ draw_worst()
 
 # ## What to try next
 #
-# - More epochs, and your own images: `open_data("photos/")`; from the command line `examples/train.py`,
-#   `examples/embed.py` and `examples/search.py` (`docs/recipes.md`, `docs/datasets.md`).
+# - More epochs, and your own images: `open_data("photos/")`; from the command line `pml-ext train`,
+#   `pml-ext embed` and `pml-ext search` (`docs/commands.md`, `docs/datasets.md`).
 # - Open `report.html` in a browser: `docs/visualization.md` shows what is in it.
 # - Other recipes: `recipe("mhgl", ...)`, `recipe("attention_ensemble", ...)`; what they do: notebooks
 #   `02_global_and_local_heads`, `03_attention_ensemble` and `04_intra_batch_connections`.

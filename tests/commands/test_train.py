@@ -452,7 +452,7 @@ def test_skip_broken(trained, tmp_path, capsys):
         assert results == [(pytest.approx(1, abs=1e-5), query)]
     for path in photos.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="must have an image that can be read, got 48 that cannot"):
+    with pytest.raises(ValueError, match="must have at least one image that can be read, got 48 that cannot"):
         embed_folder(folder, photos, tmp_path / "index", skip_broken=True)
 
 

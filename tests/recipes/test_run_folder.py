@@ -35,7 +35,7 @@ def test_a_config_that_knows_more_is_kept(tmp_path):
     trained(tmp_path / "first")
     config = read_config(tmp_path / "first") | {"seed": 3}
     config["versions"]["torch"] = "of then"
-    write_config(tmp_path / "second", config)  # as train.py does
+    write_config(tmp_path / "second", config)  # as ``pml-ext train`` does
     trained(tmp_path / "second")
     assert read_config(tmp_path / "second") == config
 
