@@ -129,7 +129,7 @@ def sandbox(tmp_path_factory):
     draw(folder / "data" / "flowers" / "test", "lily tulip")
     make_in_shop(folder / "data" / "in_shop")
     small = {"width": 4, "batch_size": 16}
-    pictures = {name: mock.DEFAULT for name in ("draw_curves", "draw_gallery", "write_run_report")}
+    pictures = dict.fromkeys(("draw_curves", "draw_gallery", "write_run_report"), mock.DEFAULT)
     with mock.patch.multiple(train, **pictures):  # they take longer than the training, and no page looks at them
         train.main(folder / "photos", folder / "runs" / "photos", "mhgl", epochs=1, settings=small, device="cpu")
     return folder
