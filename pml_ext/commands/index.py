@@ -23,7 +23,7 @@ class Index(NamedTuple):
 
     Attributes:
         embeddings: ``(N, D)``, float32.
-        paths: Paths of the N images, relative to ``origin["folder"]``.
+        paths: N paths of images, relative to ``origin["folder"]``.
         origin: What ``index.json`` holds.
     """
 
@@ -36,9 +36,9 @@ def write_index(out: Path, embeddings: "np.ndarray[Any, Any]", paths: Sequence[s
     """Write all of an index, or nothing.
 
     Args:
-        out: Its folder.
+        out: The index's folder.
         embeddings: ``(N, D)``, float32.
-        paths: Paths of the N images.
+        paths: N paths of images.
         origin: What else ``index.json`` is to hold: the folder, and the checksum of the network.
 
     Raises:

@@ -20,7 +20,7 @@ class LabeledImages(NamedTuple):
 
     Attributes:
         views: Queries, and the gallery if there is one, with the transform of the run.
-        source: What they are, for messages.
+        source: Where they come from.
         own: Whether these are the test classes of the run.
     """
 
@@ -37,7 +37,7 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
         data: None, and what the run was trained on: its test classes. Else all images, or of data with a split those of
             ``test``, or of ``query`` and ``gallery``.
         everything: Whether to take all images in any case.
-        root: Folder of a data set with a name, as in ``open_data``.
+        root: As in ``open_data``.
 
     Raises:
         FileNotFoundError: If data is not there.

@@ -34,7 +34,7 @@ class Embedder:
 
     Args:
         skip_broken: Whether it may.
-        autocast: dtype of the network's forward pass, as in ``Trainer``.
+        autocast: As in ``Trainer``.
         workers: Processes that load images.
         batch_size: Images at a time.
     """
@@ -105,7 +105,7 @@ def refuse_broken(paths: Sequence[str], of: int, first: str, skip_broken: bool) 
     """Warn of image files that cannot be read, or refuse them.
 
     Args:
-        paths: Paths of the files.
+        paths: The paths of these files.
         of: How many images there are.
         first: What is wrong with the first.
         skip_broken: Whether they may be left out.

@@ -29,12 +29,12 @@ def write_run_report(
     """Write the report of a run, or of one against another.
 
     Args:
-        path: Path of the file.
+        path: Where the file goes.
         run: The run.
-        title: Title of the page.
-        source: Source of the images.
+        title: The page's title.
+        source: Where the images come from.
         views: Queries and, if there is one, gallery.
-        embedded: Embeddings and labels of the views.
+        embedded: What the run makes of the views.
         other: Another run, its title, and what it makes of the views.
     """
     given: dict[str, Any] = {"names": file_names(views[0])}

@@ -97,7 +97,7 @@ def test_overview(capsys):
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines if line.startswith("  ")] == list(parser.COMMANDS)
     with pytest.raises(SystemExit) as stopped:
-        main(["trian"])
+        main(["retrain"])
     assert stopped.value.code == 2
     line = "pml-ext: error: the command must be one of train, embed, search, "
     assert capsys.readouterr().err.startswith(line)
