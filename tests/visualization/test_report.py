@@ -264,7 +264,7 @@ def test_what_a_class_leads_to(report):
 
 
 def test_pictures_of_the_worst_classes(report, monkeypatch):
-    monkeypatch.setattr("pml_ext.visualization.report._CLASSES_WITH_PICTURES", 2)
+    monkeypatch.setattr("pml_ext.visualization.report_choice._CLASSES_WITH_PICTURES", 2)
     labels = torch.arange(60) // 2
     page = report(torch.randn(60, 4), labels, torch.rand(60, 4, 4), num_queries=1, num_neighbors=2)
     rows = list(page.data["details"].values())
