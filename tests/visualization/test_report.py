@@ -211,6 +211,7 @@ def test_names_cannot_run(report):
     files = [f"{EVIL[i % 4]}/{EVIL[(i + 1) % 4]}" for i in range(60)]
     page = report(embeddings, labels, images, EVIL, title=EVIL[1], names=files, num_points=60)
     assert len(page.all("script")) == 2 and not page.all("b", id="bold")
+    assert not set("<>&") & set(re.search(r'id="data">(.*)</script>\n<script>', page.text)[1])
     assert all(img["src"].startswith("data:image/webp;base64,") for img in page.all("img") if "src" in img)
     assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
     assert {row[0] for row in page.tables["class-table"][1:]} == set(EVIL) == set(page.data["names"])
