@@ -67,48 +67,52 @@ def retrieval_report(
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
-    """Write one HTML file about the retrieval of each image among all others, or in a gallery, by cosine.
+    """Write one HTML file about how well embeddings retrieve: each image among all others, or in a gallery, by cosine.
 
-    It has P@1, R-precision and MAP@R, overall and of each class; the worst and some random queries with their nearest
-    neighbors; the most confused classes; a map of the embeddings; and histograms of the similarities. A class opens to
-    show its worst queries and the classes it is taken for. With ``other``, the report compares two runs: which classes
-    and queries are better in the one, and which in the other.
+    The file has P@1, R-precision and MAP@R, overall and of each class; the worst and some random queries with their
+    nearest neighbors; the most confused classes; a map of the embeddings; and histograms of the similarities. A class
+    opens to show its worst queries and the classes it is taken for. With ``other``, the report compares two runs: which
+    classes and queries are better in the one, and which in the other.
 
     The file loads nothing and can be sent around: its scripts and (small) pictures are inside, and all texts are
     escaped. Metrics are those of ``pml_ext.evaluation.retrieval_metrics`` for embeddings of length 1. Similarities are
-    computed in chunks. For 50,000 images the file is smaller than 15 MB, and memory stays below 1 GB above the
-    embeddings.
+    computed in chunks: for 50,000 images the peak of memory is less than 1 GB above the embeddings, and the file is
+    smaller than 15 MB.
 
     Args:
-        embeddings: ``(N, D)``, floating point, finite, a tensor or an array. Normalized here, computed on the CPU.
+        embeddings: ``(N, D)``, floating point, finite, a tensor or an array. They are normalized here; the report is
+            computed on the CPU.
         labels: ``(N,)``, integers, strings or bools, as in ``retrieval_metrics``. A class without a match is searched,
-            but has no say in the metrics: it is listed.
+            but does not count in the metrics; the report names it.
         images: N images: a tensor ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``; a sequence of PIL images,
             tensors, arrays ``(H, W)`` or ``(H, W, 3)``, or paths; or a data set of images or (image, label), without
             a normalization. Numbers are uint8 or floats in 0 to 1. Only what is shown is read. None: no pictures.
-        class_names: That of label i at index i, or a dict from labels to names. None: "class i"; strings as they are.
-        path: Of the file. Folders are made, an older file is replaced.
-        gallery: ``(M, D)``, what is searched. None: every image searches all others.
-        gallery_labels: ``(M,)``, as ``labels``.
-        gallery_images: M images, as ``images``; both or none.
-        names: N strings or paths that tell images apart, shown beside the pictures. None: the paths of ``images`` below
-            the folder that all of them share, where ``images`` are paths or a data set that has them.
-        gallery_names: M strings or paths, as ``names``.
-        title: Of the page. None: "Retrieval report".
-        about: What the head of the page tells, from names to values, such as recipe, epoch and date. Values are written
-            as ``str`` gives them; one that is a mapping, such as settings, can be unfolded.
+        class_names: A sequence with the name of label i at index i, or a dict from labels to names. None: "class i";
+            labels that are strings are names.
+        path: The file to write. Folders are made; an older file is replaced.
+        gallery: ``(M, D)``, the embeddings that are searched. None: every image searches all others.
+        gallery_labels: ``(M,)``, the labels of the gallery, as ``labels``.
+        gallery_images: M images of the gallery, as ``images``; give both or none.
+        names: N strings or paths by which a reader knows the images, shown with the pictures. None: if ``images`` are
+            paths or a data set that has them, the paths below their common folder.
+        gallery_names: M names of the gallery's images, as ``names``.
+        title: The heading of the page and, with ``other``, the name of this run. None: "Retrieval report", or "this
+            run".
+        about: Facts for the top of the page, a mapping from names to values such as recipe, epoch and date. Values are
+            written by ``str``. A value that is a mapping, such as the settings, can be unfolded.
         other: ``(N, D2)``, embeddings of the same images by another run, such as the one before a change. Differences
-            are those of ``embeddings`` minus ``other``.
-        other_gallery: ``(M, D2)``, embeddings of the gallery by that run.
-        other_title: Of that run. None: "the other run" (and "this run" is the first one, if ``title`` is None).
-        other_about: As ``about``, of that run. What differs is in bold.
-        num_queries: How many of the worst queries (lowest AP@R, of these with the most similar neighbor), of random
-            ones, and of those that are better in each of two runs, >= 1.
-        num_neighbors: Neighbors that are shown, >= 1. Fewer if there are fewer images.
-        num_pairs: Of confused classes, >= 1.
-        num_points: Images on the map, >= 0, drawn at random where there are more images. 0: no map.
-        method: Of the map: "tsne", or "umap", which needs the package umap-learn. For fewer than 5 points it is t-SNE.
-        seed: Of random queries, of the choice of points and of the map. The same seed gives the same file.
+            are ``embeddings`` minus ``other``. None: no comparison.
+        other_gallery: ``(M, D2)``, embeddings of the gallery by the other run.
+        other_title: The name of the other run. None: "the other run".
+        other_about: Facts about the other run, as ``about``. Facts that differ are bold.
+        num_queries: How many queries to show of each kind, >= 1: the worst (lowest AP@R, then the most similar
+            neighbor), random ones, and those that are better in each of two runs.
+        num_neighbors: How many neighbors to show, >= 1. Fewer if there are fewer images.
+        num_pairs: How many confused pairs of classes to show, >= 1.
+        num_points: How many images to show on the map, >= 0. They are drawn at random if there are more. 0: no map.
+        method: How the map is made: "tsne", or "umap", which needs the package umap-learn. Fewer than 5 points are
+            always placed by t-SNE.
+        seed: The seed of random queries, of the points and of the map. The same seed gives the same file.
         progress: Whether to show progress bars.
 
     Returns:

@@ -92,7 +92,7 @@ def test_bad_arguments():
     for bad, message in ((EMB / 0, "embeddings must be finite"), (EMB[:, 0], "embeddings must have shape")):
         with pytest.raises(ValueError, match=message):
             retrieval_gallery(bad, LABELS, IMAGES)
-    with pytest.raises(ValueError, match=r"images\[\d\] must have floats in 0 to 1, got -2 to -2; normalised"):
+    with pytest.raises(ValueError, match=r"images\[\d\] must have floats in 0 to 1, got -2 to -2; normalized"):
         retrieval_gallery(EMB, LABELS, torch.rand(5, 3, 4, 4) * 0 - 2)
     with pytest.raises(ValueError, match=r"queries must be indices in 0 to 4, at least one, got \[5\]"):
         retrieval_gallery(EMB, LABELS, IMAGES, queries=[5])

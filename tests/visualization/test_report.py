@@ -474,7 +474,7 @@ def test_bad_class_names(report, names, error, message):
         (iter([]), TypeError, "images must be a tensor, .*, got list_iterator"),
         (torch.zeros(6, 3, 4, 4, dtype=torch.long), TypeError, "uint8 or floats in 0 to 1, got torch.int64"),
         (torch.zeros(6, 4, 4, 3), ValueError, r"images must have shape .*, got \(6, 4, 4, 3\)"),
-        (torch.zeros(6, 3, 4, 4) - 2, ValueError, r"images\[0\] must have floats in 0 to 1, got -2 to -2; normalised"),
+        (torch.zeros(6, 3, 4, 4) - 2, ValueError, r"images\[0\] must have floats in 0 to 1, got -2 to -2; normalized"),
         (torch.full((6, 4, 4), torch.nan), ValueError, r"images\[0\] must have floats in 0 to 1, got nan"),
         (
             [np.zeros((4, 4), dtype=np.int64)] * 6,
