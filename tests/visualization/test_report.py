@@ -211,6 +211,7 @@ def test_names_cannot_run(report):
     files = [f"{EVIL[i % 4]}/{EVIL[(i + 1) % 4]}" for i in range(60)]
     page = report(embeddings, labels, images, EVIL, title=EVIL[1], names=files, num_points=60)
     assert len(page.all("script")) == 2 and not page.all("b", id="bold")
+    assert not set("<>&") & set(re.search(r'id="data">(.*)</script>\n<script>', page.text)[1])
     assert all(img["src"].startswith("data:image/webp;base64,") for img in page.all("img") if "src" in img)
     assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
     assert {row[0] for row in page.tables["class-table"][1:]} == set(EVIL) == set(page.data["names"])
@@ -264,7 +265,7 @@ def test_what_a_class_leads_to(report):
 
 
 def test_pictures_of_the_worst_classes(report, monkeypatch):
-    monkeypatch.setattr("pml_ext.visualization.report._CLASSES_WITH_PICTURES", 2)
+    monkeypatch.setattr("pml_ext.visualization.report_choice._CLASSES_WITH_PICTURES", 2)
     labels = torch.arange(60) // 2
     page = report(torch.randn(60, 4), labels, torch.rand(60, 4, 4), num_queries=1, num_neighbors=2)
     rows = list(page.data["details"].values())
@@ -289,7 +290,7 @@ def test_structure(report):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     for _, attrs in page.tags:  # what is referred to is there
-        for name in ("aria-labelledby", "aria-describedby", "for"):
+        for name in ("aria-labeledby", "aria-describedby", "for"):
             assert attrs.get(name, "main") in ids
         if attrs.get("href", "").startswith("#"):
             assert attrs["href"][1:] in ids
