@@ -55,10 +55,10 @@ def choose(
     Args:
         searched: This run.
         other: The other run, or None.
-        means: Of the classes in this run.
-        other_means: Of the classes in the other run; empty if there is none.
+        means: Means of the classes in this run.
+        other_means: Means of the classes in the other run; empty if there is none.
         of_query: ``(N,)``, classes.
-        num_queries: Of each kind.
+        num_queries: Number of queries of each kind.
         seed: Seed of what is chosen at random.
     """
     by_score = _worst_first(searched)

@@ -78,7 +78,7 @@ def sortable_table(key: str, caption: str, columns: Iterable[tuple[str, str]], r
         f'<th scope="col" aria-sort="{order}"><button type="button">{name}</button></th>' for name, order in columns
     )
     return (
-        f'<div class="scroll" role="region" aria-labeledby="{key}-caption" tabindex="0">'
+        f'<div class="scroll" role="region" aria-labelledby="{key}-caption" tabindex="0">'
         f'<table class="sortable" id="{key}"><caption id="{key}-caption">{caption}.</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )

@@ -29,7 +29,7 @@ MAX_CLASS_ROWS = 2000
 _MAX_NAMES = 200  # of left-out classes
 _MAX_LEGEND = 12
 _SHAPES = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.5-3.5h7v7h-7z", "M0-4.8 4.5 3.4h-9z", "M0-5 5 0 0 5-5 0z")
-_DIALOG = """<dialog id="class-dialog" aria-labeledby="class-name">
+_DIALOG = """<dialog id="class-dialog" aria-labelledby="class-name">
 <button type="button" id="class-close">Close</button>
 <h2 id="class-name" tabindex="-1"></h2>
 <div id="class-body"></div>
@@ -146,7 +146,7 @@ def render_page(report: Report) -> str:
     sections = [section for section in sections if section[2]]
     links = "".join(f'<li><a href="#{key}">{heading}</a></li>' for key, heading, _ in sections)
     body = "\n".join(
-        f'<section id="{key}" aria-labeledby="h-{key}">\n<h2 id="h-{key}">{heading}{_of_run(report, key)}</h2>\n'
+        f'<section id="{key}" aria-labelledby="h-{key}">\n<h2 id="h-{key}">{heading}{_of_run(report, key)}</h2>\n'
         f"{content}\n</section>"
         for key, heading, content in sections
     )

@@ -290,7 +290,7 @@ def test_structure(report):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     for _, attrs in page.tags:  # what is referred to is there
-        for name in ("aria-labeledby", "aria-describedby", "for"):
+        for name in ("aria-labelledby", "aria-describedby", "for"):
             assert attrs.get(name, "main") in ids
         if attrs.get("href", "").startswith("#"):
             assert attrs["href"][1:] in ids
