@@ -163,12 +163,12 @@ def check_module(name: str, value: Any, example: str) -> None:
     """Check that an argument is a module, and not the class of one or its name.
 
     Args:
-        name: Of the argument.
+        name: Name of the argument.
         value: What is given; None passes.
         example: What could be given.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
     """
     if value is not None and not isinstance(value, torch.nn.Module):
         raise TypeError(f"{name} must be an object such as {example}, got {shown(value)}")

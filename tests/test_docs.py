@@ -25,9 +25,9 @@ import pytest
 from PIL import Image
 
 import pml_ext
+from pml_ext import losses
 from pml_ext.commands import train
 from pml_ext.commands.parser import make_parser
-from pml_ext import losses
 from tests.contract.cases import CASES
 from tests.datasets.test_in_shop import make_in_shop
 from tests.needs import needs
@@ -129,7 +129,7 @@ def sandbox(tmp_path_factory):
     draw(folder / "data" / "flowers" / "test", "lily tulip")
     make_in_shop(folder / "data" / "in_shop")
     small = {"width": 4, "batch_size": 16}
-    pictures = {name: mock.DEFAULT for name in ("draw_curves", "draw_gallery", "write_run_report")}
+    pictures = dict.fromkeys(("draw_curves", "draw_gallery", "write_run_report"), mock.DEFAULT)
     with mock.patch.multiple(train, **pictures):  # they take longer than the training, and no page looks at them
         train.main(folder / "photos", folder / "runs" / "photos", "mhgl", epochs=1, settings=small, device="cpu")
     return folder

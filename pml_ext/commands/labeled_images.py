@@ -37,7 +37,7 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
         data: None, and what the run was trained on: its test classes. Else all images, or of data with a split those of
             ``test``, or of ``query`` and ``gallery``.
         everything: Whether to take all images in any case.
-        root: As in ``open_data``.
+        root: Folder of a data set with a name, as in ``open_data``.
 
     Raises:
         FileNotFoundError: If data is not there.

@@ -34,7 +34,7 @@ class Embedder:
 
     Args:
         skip_broken: Whether it may.
-        autocast: As in ``Trainer``.
+        autocast: dtype of the network's forward pass, as in ``Trainer``.
         workers: Processes that load images.
         batch_size: Images at a time.
     """

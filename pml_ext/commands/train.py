@@ -89,7 +89,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         fitted: Images of training classes.
-        validated: Of validation classes, in one view; none where there are no such classes.
+        validated: Images of validation classes, in one view; none where there are no such classes.
         tested: Queries, and the gallery if there is one; none where all classes are trained.
         validation_classes: Their share or number; 0: there are none.
         made: The recipe.

@@ -61,7 +61,7 @@ class AttentionEnsemble(ModuleWithRecords):
           length 1.
 
     Raises:
-        TypeError: If stem, attention or head is no module.
+        TypeError: If stem, attention or head is not a module.
         ValueError: If an argument breaks a rule, or stem, attention and head do not fit together.
 
     Examples:

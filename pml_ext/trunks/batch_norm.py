@@ -26,7 +26,7 @@ def freeze_batch_norm(module: T) -> T:
         The module.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
         ValueError: If it has no batch norm.
 
     Examples:

@@ -45,7 +45,7 @@ def param_groups(
         Groups with the keys ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out.
 
     Raises:
-        TypeError: If ``trunk`` or ``loss_func`` is no module, or ``trunk`` is a loss.
+        TypeError: If ``trunk`` or ``loss_func`` is not a module, or ``trunk`` is a loss.
         ValueError: If a rate is not positive, ``weight_decay`` is negative, nothing requires a gradient, ``head_lr``
             differs from ``lr`` in a network without known new layers, or the network has two backbones.
 

@@ -49,13 +49,13 @@ def retrieval_gallery(
         labels: ``(N,)``, integers, strings or bools, as in ``retrieval_metrics``.
         images: N images, as in ``retrieval_report``.
         queries: Indices of the queries. None: ``num_queries`` random ones, each of another class while there are any.
-        num_queries: Rows.
-        num_neighbors: Neighbors in a row. Fewer if there are fewer images.
-        seed: Of the random queries.
+        num_queries: How many random queries to draw, a row for each.
+        num_neighbors: How many neighbors to draw in a row. Fewer if there are fewer images.
+        seed: The seed of the random queries.
         path: Where to save the picture; folders are made. None: nowhere.
         searched: Indices of the images that can be neighbors. None: all.
-        names: N strings or paths, written under the pictures; of long ones the end. None: the paths of ``images`` below
-            the folder that all of them share, where ``images`` are paths or a data set that has them.
+        names: N strings or paths to write under the pictures; long ones lose their beginning. None: if ``images`` are
+            paths or a data set that has them, the paths below their common folder.
 
     Returns:
         The matplotlib figure.

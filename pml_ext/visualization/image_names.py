@@ -15,14 +15,14 @@ def image_names(name: str, names: Any, images: Any, length: int) -> Sequence[str
     """Return a name for each image, or None where nobody has given one.
 
     Args:
-        name: Of the argument, for messages.
+        name: Name of the argument, for messages.
         names: ``length`` strings or paths. None: those of ``images``.
-        images: As ``retrieval_report`` takes them. Paths, and data sets that have paths, give names: what comes after
-            the folder that all of them share.
+        images: The images, as ``retrieval_report`` takes them. Paths, and data sets that have paths, give names: what
+            comes after the folder that all of them share.
         length: How many there must be.
 
     Raises:
-        TypeError: If ``names`` is no sequence, or one of them neither a string nor a path.
+        TypeError: If ``names`` is not a sequence, or one of them neither a string nor a path.
         ValueError: If there are more or fewer.
     """
     if names is None:

@@ -18,11 +18,11 @@ from pml_ext.precision import full_precision
 from pml_ext.validation import check_count
 from pml_ext.visualization.image_names import image_names
 from pml_ext.visualization.report_about import facts
-from pml_ext.visualization.report_comparison import MAX_ROWS, ChangedClass, ChangedQuery, Comparison
+from pml_ext.visualization.report_choice import Chosen, choose, class_means, first_of_each
+from pml_ext.visualization.report_comparison import ChangedClass, ChangedQuery, Comparison
 from pml_ext.visualization.report_html import Image, Neighbor, Query
 from pml_ext.visualization.report_map import choose_points, map_method
 from pml_ext.visualization.report_page import (
-    MAX_CLASS_ROWS,
     ClassDetails,
     ClassRow,
     ConfusedPair,
@@ -31,27 +31,13 @@ from pml_ext.visualization.report_page import (
     Report,
     render_page,
 )
-from pml_ext.visualization.report_search import (
-    Confusions,
-    Searched,
-    changed_queries,
-    class_means,
-    confusions,
-    first_of_each,
-    random_queries,
-    search_all,
-    worst_first,
-)
+from pml_ext.visualization.report_search import Confusions, Searched, confusions, search_all
 from pml_ext.visualization.thumbnails import check_images, encode_thumbnails, load_thumbnails
 
 _ROWS_BYTES, _APART_BYTES = 3_500_000, 5_000_000  # of pictures: in rows of the page; on the map and of classes
-_QUERIES_OF_CLASS, _NEIGHBORS_OF_CLASS, _PAIRS_OF_CLASS = 2, 5, 3
-_CLASSES_WITH_PICTURES = 200  # the worst ones; others show names
-_CHANGED_WITH_PICTURES = 50  # of the classes that have lost most, and of those that have gained most
+_NEIGHBORS_OF_CLASS, _PAIRS_OF_CLASS = 5, 3
 _BINS = 2000  # of the fine histogram, from -1 to 1
 _MAX_BARS = 50
-
-_Means = dict[int, tuple[int, tuple[float, ...]]]
 
 
 @torch.no_grad()
@@ -81,48 +67,52 @@ def retrieval_report(
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
-    """Write one HTML file about the retrieval of each image among all others, or in a gallery, by cosine.
+    """Write one HTML file about how well embeddings retrieve: each image among all others, or in a gallery, by cosine.
 
-    It has P@1, R-precision and MAP@R, overall and of each class; the worst and some random queries with their nearest
-    neighbors; the most confused classes; a map of the embeddings; and histograms of the similarities. A class opens to
-    show its worst queries and the classes it is taken for. With ``other``, the report compares two runs: which classes
-    and queries are better in the one, and which in the other.
+    The file has P@1, R-precision and MAP@R, overall and of each class; the worst and some random queries with their
+    nearest neighbors; the most confused classes; a map of the embeddings; and histograms of the similarities. A class
+    opens to show its worst queries and the classes it is taken for. With ``other``, the report compares two runs: which
+    classes and queries are better in the one, and which in the other.
 
     The file loads nothing and can be sent around: its scripts and (small) pictures are inside, and all texts are
     escaped. Metrics are those of ``pml_ext.evaluation.retrieval_metrics`` for embeddings of length 1. Similarities are
-    computed in chunks. For 50,000 images the file is smaller than 15 MB, and memory stays below 1 GB above the
-    embeddings.
+    computed in chunks: for 50,000 images the peak of memory is less than 1 GB above the embeddings, and the file is
+    smaller than 15 MB.
 
     Args:
-        embeddings: ``(N, D)``, floating point, finite, a tensor or an array. Normalized here, computed on the CPU.
+        embeddings: ``(N, D)``, floating point, finite, a tensor or an array. They are normalized here; the report is
+            computed on the CPU.
         labels: ``(N,)``, integers, strings or bools, as in ``retrieval_metrics``. A class without a match is searched,
-            but has no say in the metrics: it is listed.
+            but does not count in the metrics; the report names it.
         images: N images: a tensor ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``; a sequence of PIL images,
             tensors, arrays ``(H, W)`` or ``(H, W, 3)``, or paths; or a data set of images or (image, label), without
             a normalization. Numbers are uint8 or floats in 0 to 1. Only what is shown is read. None: no pictures.
-        class_names: That of label i at index i, or a dict from labels to names. None: "class i"; strings as they are.
-        path: Of the file. Folders are made, an older file is replaced.
-        gallery: ``(M, D)``, what is searched. None: every image searches all others.
-        gallery_labels: ``(M,)``, as ``labels``.
-        gallery_images: M images, as ``images``; both or none.
-        names: N strings or paths that tell images apart, shown beside the pictures. None: the paths of ``images`` below
-            the folder that all of them share, where ``images`` are paths or a data set that has them.
-        gallery_names: M strings or paths, as ``names``.
-        title: Of the page. None: "Retrieval report".
-        about: What the head of the page tells, from names to values, such as recipe, epoch and date. Values are written
-            as ``str`` gives them; one that is a mapping, such as settings, can be unfolded.
+        class_names: A sequence with the name of label i at index i, or a dict from labels to names. None: "class i";
+            labels that are strings are names.
+        path: The file to write. Folders are made; an older file is replaced.
+        gallery: ``(M, D)``, the embeddings that are searched. None: every image searches all others.
+        gallery_labels: ``(M,)``, the labels of the gallery, as ``labels``.
+        gallery_images: M images of the gallery, as ``images``; give both or none.
+        names: N strings or paths by which a reader knows the images, shown with the pictures. None: if ``images`` are
+            paths or a data set that has them, the paths below their common folder.
+        gallery_names: M names of the gallery's images, as ``names``.
+        title: The heading of the page and, with ``other``, the name of this run. None: "Retrieval report", or "this
+            run".
+        about: Facts for the top of the page, a mapping from names to values such as recipe, epoch and date. Values are
+            written by ``str``. A value that is a mapping, such as the settings, can be unfolded.
         other: ``(N, D2)``, embeddings of the same images by another run, such as the one before a change. Differences
-            are those of ``embeddings`` minus ``other``.
-        other_gallery: ``(M, D2)``, embeddings of the gallery by that run.
-        other_title: Of that run. None: "the other run" (and "this run" is the first one, if ``title`` is None).
-        other_about: As ``about``, of that run. What differs is in bold.
-        num_queries: How many of the worst queries (lowest AP@R, of these with the most similar neighbor), of random
-            ones, and of those that are better in each of two runs, >= 1.
-        num_neighbors: Neighbors that are shown, >= 1. Fewer if there are fewer images.
-        num_pairs: Of confused classes, >= 1.
-        num_points: Images on the map, >= 0, drawn at random where there are more images. 0: no map.
-        method: Of the map: "tsne", or "umap", which needs the package umap-learn. For fewer than 5 points it is t-SNE.
-        seed: Of random queries, of the choice of points and of the map. The same seed gives the same file.
+            are ``embeddings`` minus ``other``. None: no comparison.
+        other_gallery: ``(M, D2)``, embeddings of the gallery by the other run.
+        other_title: The name of the other run. None: "the other run".
+        other_about: Facts about the other run, as ``about``. Facts that differ are bold.
+        num_queries: How many queries to show of each kind, >= 1: the worst (lowest AP@R, then the most similar
+            neighbor), random ones, and those that are better in each of two runs.
+        num_neighbors: How many neighbors to show, >= 1. Fewer if there are fewer images.
+        num_pairs: How many confused pairs of classes to show, >= 1.
+        num_points: How many images to show on the map, >= 0. They are drawn at random if there are more. 0: no map.
+        method: How the map is made: "tsne", or "umap", which needs the package umap-learn. Fewer than 5 points are
+            always placed by t-SNE.
+        seed: The seed of random queries, of the points and of the map. The same seed gives the same file.
         progress: Whether to show progress bars.
 
     Returns:
@@ -131,7 +121,7 @@ def retrieval_report(
     Raises:
         ImportError: If ``method`` is "umap" and umap-learn is not installed; the message names the extra.
         TypeError: If embeddings are not floating point, labels of another kind, names or titles no strings, ``about``
-            is no mapping, or images are of no known kind.
+            is not a mapping, or images are of no known kind.
         ValueError: If lengths differ, embeddings are not finite, no image has a match, a label has no name, an image
             cannot be read or has values out of range, an argument is given without the one that it belongs to, both
             runs have one title, or a setting breaks a rule.
@@ -187,80 +177,61 @@ def retrieval_report(
     if path.is_dir():
         raise ValueError(f"path must be a file, got the folder {path}")
 
-    run = _run(embeddings, None if gallery is None else searched, codes, num_neighbors, progress)
-    other_run = None if others is None else _run(*others, codes, num_neighbors, progress)
+    run = _searched(embeddings, None if gallery is None else searched, codes, num_neighbors, progress)
+    other_run = None if others is None else _searched(*others, codes, num_neighbors, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    means = class_means(run.searched, codes.queries)
-    other_means = None if other_run is None else class_means(other_run.searched, codes.queries)
-    confused = confusions(run.searched, codes.queries, len(codes.classes))
-    by_score = worst_first(run.searched)
-    worst = by_score[:num_queries]
-    random = random_queries(run.searched, num_queries, seed, worst)
-    num_changed, better, worse = (0, 0, 0), list[int](), list[int]()
-    if other_run is not None:
-        num_changed, better, worse = changed_queries(run.searched, other_run.searched, num_queries, seed)
-    ranked = sorted(means, key=lambda code: means[code][1][::-1])
-    changes = [] if other_means is None else _changed_classes(means, other_means, known.class_names)
-    extreme = [row.code for row in changes[: MAX_ROWS // 2] + changes[-MAX_ROWS // 2 :]]
-    detailed = dict.fromkeys(ranked[:MAX_CLASS_ROWS] + extreme)
-    pictured = ranked[:_CLASSES_WITH_PICTURES] + extreme[:_CHANGED_WITH_PICTURES] + extreme[-_CHANGED_WITH_PICTURES:]
-    of_class = {
-        code: [by_score[i] for i in places]
-        for code, places in first_of_each(codes.queries[by_score].numpy(), _QUERIES_OF_CLASS).items()
-    }
+    means = class_means(run, codes.queries)
+    other_means = {} if other_run is None else class_means(other_run, codes.queries)
+    chosen = choose(run, other_run, means, other_means, codes.queries, num_queries, seed)
     on_map = choose_points(len(run.unit), num_points, seed)
     positions = np.empty((0, 2)) if placed_by is None else placed_by.place(run.unit[on_map].numpy(), seed)
-
-    in_rows, elsewhere = dict[int, str](), dict[int, str]()
+    in_rows, apart = dict[int, str](), dict[int, str]()
     if images is not None:
-        rows = [key for query in worst + random for key in run.shown(query)]
-        rows += [key for query in worse + better for each in (run, other_run) if each for key in each.shown(query)]
-        keys = {key for code in pictured for query in of_class[code] for key in run.shown(query, _NEIGHBORS_OF_CLASS)}
-        apart = sorted(keys | set(on_map))
-        thumbnails = _thumbnails(images, gallery_images, len(run.unit), [*rows, *apart], progress)
-        in_rows = encode_thumbnails(thumbnails, rows, _ROWS_BYTES, max_side=96)
-        elsewhere = encode_thumbnails(thumbnails, apart, _APART_BYTES, max_side=64)
-
+        in_rows, apart = _pictures(images, gallery_images, run, other_run, chosen, on_map, progress)
+    comparison = None
+    if other_run is not None:
+        comparison = Comparison(
+            titles,
+            other_run.mean_metrics,
+            chosen.num_changed,
+            [
+                ChangedClass(code, known.class_names[code], means[code].metrics[2], other_means[code].metrics[2])
+                for code in chosen.changed
+            ],
+            *(
+                [ChangedQuery(known.query(run, i, in_rows), known.query(other_run, i, in_rows)) for i in queries]
+                for queries in (chosen.better, chosen.worse)
+            ),
+        )
+    confused = confusions(run, codes.queries, len(codes.classes))
     pairs_of = first_of_each(confused.a, _PAIRS_OF_CLASS)
-    sizes = torch.bincount(codes.queries, minlength=len(codes.classes)).tolist()
-    describe_pair = partial(_confused_pair, confused, known.class_names, sizes)
+    describe_pair = partial(known.pair, confused)
     map_classes, group = torch.unique(codes.queries[on_map], return_inverse=True)
     report = Report(
         title=titles[0] if other is None else " against ".join(titles),
         about=told,
-        comparison=None
-        if other_run is None
-        else Comparison(
-            titles,
-            other_run.searched.mean_metrics,
-            num_changed,
-            changes,
-            *(
-                [ChangedQuery(known.query(run, i, in_rows), known.query(other_run, i, in_rows)) for i in queries]
-                for queries in (better, worse)
-            ),
-        ),
+        comparison=comparison,
         num_images=len(run.unit),
         num_gallery=None if gallery is None else len(run.gallery),
         num_classes=len(torch.unique(codes.queries)),
         embedding_size=run.unit.shape[1],
-        metrics=run.searched.mean_metrics,
-        left_out=[known.class_names[code] for code in torch.unique(codes.queries[run.searched.num_right == 0])],
-        classes=[ClassRow(code, known.class_names[code], *means[code]) for code in ranked],
+        metrics=run.mean_metrics,
+        left_out=[known.class_names[code] for code in torch.unique(codes.queries[run.num_right == 0])],
+        classes=[ClassRow(code, known.class_names[code], *means[code]) for code in chosen.ranked],
         details=[
             ClassDetails(
                 code,
                 known.class_names[code],
                 *means[code],
-                None if other_means is None else other_means[code][1],
+                None if other_run is None else other_means[code].metrics,
                 [describe_pair(i) for i in pairs_of.get(code, [])],
-                [known.query(run, i, {}, _NEIGHBORS_OF_CLASS) for i in of_class[code]],
+                [known.query(run, i, {}, _NEIGHBORS_OF_CLASS) for i in chosen.queries_of[code]],
             )
-            for code in detailed
+            for code in chosen.detailed
         ],
         pairs=[describe_pair(i) for i in range(min(num_pairs, len(confused.a)))],
-        worst=[known.query(run, i, in_rows) for i in worst],
-        random=[known.query(run, i, in_rows) for i in random],
+        worst=[known.query(run, i, in_rows) for i in chosen.worst],
+        random=[known.query(run, i, in_rows) for i in chosen.random],
         points=[
             Point(float(x), float(y), int(c), i, known.file(i))
             for (x, y), c, i in zip(positions, group, on_map, strict=True)
@@ -268,29 +239,10 @@ def retrieval_report(
         map_names=[known.class_names[code] for code in map_classes],
         method="" if placed_by is None else placed_by.name,
         histogram=_similarity_histogram(run.unit, run.gallery, codes, progress),
-        pictures=elsewhere,
+        pictures=apart,
     )
     path.write_text(render_page(report), encoding="utf-8", errors="replace", newline="\n")
     return path
-
-
-class _Run(NamedTuple):
-    """Embeddings of length 1, and what they find."""
-
-    unit: Tensor
-    gallery: Tensor
-    searched: Searched
-
-    def shown(self, query: int, num_neighbors: int | None = None) -> list[int]:
-        """Return the keys of a query and its neighbors: images of the gallery count on behind the queries."""
-        first = 0 if self.gallery is self.unit else len(self.unit)
-        return [query, *(first + i for i in self.searched.nearest[query, :num_neighbors].tolist())]
-
-
-def _run(embeddings: Tensor, gallery: Tensor | None, codes: ClassCodes, num_neighbors: int, progress: bool) -> _Run:
-    unit = unit_embeddings(embeddings.cpu()).float()
-    unit_gallery = unit if gallery is None else unit_embeddings(gallery.cpu()).float()
-    return _Run(unit, unit_gallery, search_all(unit, unit_gallery, codes, num_neighbors, progress))
 
 
 class _Images(NamedTuple):
@@ -315,15 +267,52 @@ class _Images(NamedTuple):
         code = int(codes[index])
         return Image(key, index, code, self.class_names[code], self.file(key), pictures.get(key))
 
-    def query(self, run: _Run, query: int, pictures: Mapping[int, str], num_neighbors: int | None = None) -> Query:
+    def query(self, run: Searched, query: int, pictures: Mapping[int, str], num_neighbors: int | None = None) -> Query:
         """Return what the page tells about a query and its neighbors."""
         asked, *found = (self.image(key, pictures) for key in run.shown(query, num_neighbors))
-        near = run.gallery[run.searched.nearest[query, :num_neighbors]]
-        similarities = (near * run.unit[query]).sum(1).tolist()
+        similarities = run.similarities(query, num_neighbors)
         neighbors = [
             Neighbor(image, image.code == asked.code, value) for image, value in zip(found, similarities, strict=True)
         ]
-        return Query(asked, float(run.searched.metrics[query, 2]), neighbors)
+        return Query(asked, float(run.metrics[query, 2]), neighbors)
+
+    def pair(self, confused: Confusions, i: int) -> ConfusedPair:
+        """Return what the page tells about a pair of classes."""
+        a, b = int(confused.a[i]), int(confused.b[i])
+        size = int(confused.sizes[a])
+        first = confused.num_first(i) / size
+        return ConfusedPair(a, self.class_names[a], b, self.class_names[b], size, first, float(confused.among_r[i]))
+
+
+def _searched(
+    embeddings: Tensor, gallery: Tensor | None, codes: ClassCodes, num_neighbors: int, progress: bool
+) -> Searched:
+    unit = unit_embeddings(embeddings.cpu()).float()
+    unit_gallery = unit if gallery is None else unit_embeddings(gallery.cpu()).float()
+    return search_all(unit, unit_gallery, codes, num_neighbors, progress)
+
+
+def _pictures(
+    images: Any,
+    gallery_images: Any,
+    run: Searched,
+    other_run: Searched | None,
+    chosen: Chosen,
+    on_map: list[int],
+    progress: bool,
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the pictures in rows of the page, and those of the map and of classes, by their keys."""
+    in_rows = [key for query in chosen.worst + chosen.random for key in run.shown(query)]
+    for each in (run, other_run):
+        in_rows += [key for query in chosen.worse + chosen.better if each for key in each.shown(query)]
+    queries = [query for code in chosen.pictured for query in chosen.queries_of[code]]
+    of_classes = {key for query in queries for key in run.shown(query, _NEIGHBORS_OF_CLASS)}
+    apart = sorted(of_classes | set(on_map))
+    thumbnails = _thumbnails(images, gallery_images, len(run.unit), [*in_rows, *apart], progress)
+    return (
+        encode_thumbnails(thumbnails, in_rows, _ROWS_BYTES, max_side=96),
+        encode_thumbnails(thumbnails, apart, _APART_BYTES, max_side=64),
+    )
 
 
 def _thumbnails(
@@ -336,18 +325,6 @@ def _thumbnails(
         loaded = load_thumbnails(gallery_images, of_gallery, progress, "gallery_images")
         thumbnails |= {num_queries + i: thumbnail for i, thumbnail in loaded.items()}
     return thumbnails
-
-
-def _changed_classes(means: _Means, other_means: _Means, names: list[str]) -> list[ChangedClass]:
-    """Return all classes, from the largest loss of MAP@R to the largest gain."""
-    rows = [ChangedClass(code, names[code], values[2], other_means[code][1][2]) for code, (_, values) in means.items()]
-    return sorted(rows, key=lambda row: row.difference)
-
-
-def _confused_pair(confused: Confusions, names: list[str], sizes: list[int], i: int) -> ConfusedPair:
-    a, b = int(confused.a[i]), int(confused.b[i])
-    first = confused.num_first(i) / sizes[a]
-    return ConfusedPair(a, names[a], b, names[b], sizes[a], first, float(confused.among_r[i]))
 
 
 def _check_needs(name: str, value: Any, needed: str, what: Any) -> None:

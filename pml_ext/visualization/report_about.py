@@ -27,7 +27,7 @@ def facts(abouts: Mapping[str, Mapping[str, Any] | None]) -> list[Fact]:
         abouts: Argument -> a mapping from names to values, or None. Values that are mappings may hold more of them.
 
     Raises:
-        TypeError: If one is no mapping, or a name no string; the message names the argument.
+        TypeError: If one is not a mapping, or a name is not a string; the message names the argument.
     """
     for argument, about in abouts.items():
         if about is not None and not isinstance(about, Mapping):
@@ -53,7 +53,7 @@ def about_section(listed: list[Fact], titles: tuple[str, ...]) -> str:
 
     Args:
         listed: The facts.
-        titles: Of the runs; not shown if there is one.
+        titles: Titles of the runs; not shown if there is one.
     """
     plain, folded = [x for x in listed if not x.inside], [x for x in listed if x.inside]
     parts = []

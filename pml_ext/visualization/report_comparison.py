@@ -53,7 +53,7 @@ def comparison_section(comparison: Comparison, noun: str) -> str:
     """Return what got better and worse.
 
     Args:
-        comparison: Of the runs.
+        comparison: Comparison of the runs.
         noun: What a neighbor is called: "image", or "gallery image".
     """
     this, other = comparison.titles

@@ -51,7 +51,7 @@ class ClassRow(NamedTuple):
 
 
 class ConfusedPair(NamedTuple):
-    """Shares of class ``name`` whose neighbours are of class ``other``."""
+    """Shares of class ``name`` whose neighbors are of class ``other``."""
 
     code: int
     name: str
@@ -392,7 +392,7 @@ Page Up and Page Down go through all of them, Escape hides the note.</p>
 
 
 def _look(class_index: int) -> tuple[int, int]:
-    """Return hue (degrees) and shape of a class; 48 classes look different, and neighbours in number very."""
+    """Return hue (degrees) and shape of a class; 48 classes look different, and classes of neighboring numbers very."""
     return 30 * (5 * class_index % 12) + 15, class_index // 12 % len(_SHAPES)
 
 

@@ -1,7 +1,5 @@
 """What a report finds out by searching: metrics and neighbors of each query, and which classes are confused."""
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,18 +12,28 @@ from pml_ext.evaluation.ranking import query_values
 from pml_ext.neighbors.search import search
 
 _PAIRS_AT_ONCE = 1 << 20
-_SAME = 1e-9  # metrics that differ by less are equal
 
 
 class Searched(NamedTuple):
-    """What the search gives for each query: metrics are NaN for those without a match."""
+    """Embeddings of a run, and what they find for each query: metrics are NaN for those without a match."""
 
+    unit: Tensor  # (N, D), rows of length 1
+    gallery: Tensor  # (M, D), likewise; ``unit`` itself where the queries search each other
     metrics: Tensor  # (N, 3), float64: precision at 1, R-precision, AP@R
     num_right: Tensor  # (N,), int64: right images that there are (R)
     nearest: Tensor  # (N, num_neighbors)
     similarity: Tensor  # (N,), of the nearest
     first: dict[int, int]  # code of a pair -> how many queries of the one class have the other as first neighbor
     among_r: Tensor  # (2, n): codes of pairs, and how often they occur among the R nearest
+
+    def shown(self, query: int, num_neighbors: int | None = None) -> list[int]:
+        """Return the keys of a query and its neighbors: images of a gallery count on behind the queries."""
+        first = 0 if self.gallery is self.unit else len(self.unit)
+        return [query, *(first + i for i in self.nearest[query, :num_neighbors].tolist())]
+
+    def similarities(self, query: int, num_neighbors: int | None = None) -> list[float]:
+        """Return the cosines of a query and its neighbors."""
+        return (self.gallery[self.nearest[query, :num_neighbors]] * self.unit[query]).sum(1).tolist()
 
     @property
     def mean_metrics(self) -> tuple[float, ...]:
@@ -40,11 +48,11 @@ class Confusions(NamedTuple):
     b: np.ndarray[Any, Any]  # (n,), int64
     first: dict[int, int]
     among_r: np.ndarray[Any, Any]  # (n,), share of the R nearest
-    num_classes: int
+    sizes: np.ndarray[Any, Any]  # (C,), queries of each class
 
     def num_first(self, i: int) -> int:
         """Return how many queries of the pair's one class have the other as first neighbor."""
-        return self.first.get(int(self.a[i]) * self.num_classes + int(self.b[i]), 0)
+        return self.first.get(int(self.a[i]) * len(self.sizes) + int(self.b[i]), 0)
 
 
 def search_all(unit: Tensor, gallery: Tensor, codes: ClassCodes, num_neighbors: int, progress: bool) -> Searched:
@@ -53,7 +61,7 @@ def search_all(unit: Tensor, gallery: Tensor, codes: ClassCodes, num_neighbors: 
     Args:
         unit: ``(N, D)``, rows of length 1.
         gallery: ``(M, D)``, likewise; ``unit`` itself if the queries search each other.
-        codes: Of both.
+        codes: Class codes of both.
         num_neighbors: That are kept, fewer if there are fewer.
         progress: Whether to show a progress bar.
 
@@ -82,7 +90,8 @@ def search_all(unit: Tensor, gallery: Tensor, codes: ClassCodes, num_neighbors: 
     metrics[num_right == 0] = torch.nan
     similarity = (unit * gallery[nearest[:, 0]]).sum(1)
     found, counts = counted(torch.cat(first), num_classes**2).tolist()
-    return Searched(metrics, num_right, nearest, similarity, dict(zip(found, counts, strict=True)), among_r.total())
+    first_pairs = dict(zip(found, counts, strict=True))
+    return Searched(unit, gallery, metrics, num_right, nearest, similarity, first_pairs, among_r.total())
 
 
 class _PairCounts:
@@ -118,19 +127,6 @@ def counted(codes: Tensor, num_codes: int) -> Tensor:
     return torch.stack([occurring, counts[occurring]])
 
 
-def class_means(searched: Searched, of_query: Tensor) -> dict[int, tuple[int, tuple[float, ...]]]:
-    """Return, for each class with a match, how many queries it has and the means of their metrics."""
-    with_match = searched.num_right > 0
-    classes, inverse, sizes = torch.unique(of_query[with_match], return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(classes), len(METRICS), dtype=torch.float64).index_add_(
-        0, inverse, searched.metrics[with_match]
-    )
-    means = (sums / sizes[:, None]).tolist()
-    return {
-        code: (size, tuple(values)) for code, size, values in zip(classes.tolist(), sizes.tolist(), means, strict=True)
-    }
-
-
 def confusions(searched: Searched, of_query: Tensor, num_classes: int) -> Confusions:
     """Return the confused pairs, those with the largest share among the R nearest first, then the most frequent."""
     pairs, counts = searched.among_r.numpy()
@@ -140,52 +136,5 @@ def confusions(searched: Searched, of_query: Tensor, num_classes: int) -> Confus
     share = counts[different] / num_ranked[a[different]]
     order = np.lexsort((pairs[different], -counts[different], -share))
     kept = different[order]
-    return Confusions(a[kept], b[kept], searched.first, share[order], num_classes)
-
-
-def first_of_each(groups: np.ndarray[Any, Any], limit: int) -> dict[int, list[int]]:
-    """Return the positions of the first ``limit`` entries of each group, in their order."""
-    by_group = np.argsort(groups, kind="stable")
-    values, starts = np.unique(groups[by_group], return_index=True)
-    ends = np.append(starts, len(groups))[1:].tolist()
-    return {
-        value: by_group[start : min(start + limit, end)].tolist()
-        for value, start, end in zip(values.tolist(), starts.tolist(), ends, strict=True)
-    }
-
-
-def worst_first(searched: Searched) -> list[int]:
-    """Return all queries with a match, by AP@R, then those first whose neighbor looks most certain."""
-    scores, certain = searched.metrics[:, 2].tolist(), searched.similarity.tolist()
-    possible = [i for i, score in enumerate(scores) if math.isfinite(score)]
-    return sorted(possible, key=lambda i: (scores[i], -certain[i], i))
-
-
-def random_queries(searched: Searched, num_queries: int, seed: int, taken: Sequence[int]) -> list[int]:
-    """Return random queries with a match that are not taken yet."""
-    order = _shuffled(len(searched.metrics), seed).tolist()
-    left_out = set(taken) | set((searched.num_right == 0).nonzero().flatten().tolist())
-    return [i for i in order if i not in left_out][:num_queries]
-
-
-def changed_queries(
-    searched: Searched, other: Searched, num_queries: int, seed: int
-) -> tuple[tuple[int, int, int], list[int], list[int]]:
-    """Compare the AP@R of each query in two searches.
-
-    Returns:
-        How many queries are better, worse and the same in the first; those that are better by most; and those that are
-        worse by most. Equal ones come in random order.
-    """
-    difference = np.nan_to_num((searched.metrics - other.metrics)[:, 2].numpy())
-    rank = np.argsort(_shuffled(len(difference), seed).numpy())
-    better, worse = (
-        [i for i in np.lexsort((rank, -signed))[:num_queries].tolist() if signed[i] > _SAME]
-        for signed in (difference, -difference)
-    )
-    num_better, num_worse = int((difference > _SAME).sum()), int((difference < -_SAME).sum())
-    return (num_better, num_worse, int((searched.num_right > 0).sum()) - num_better - num_worse), better, worse
-
-
-def _shuffled(length: int, seed: int) -> Tensor:
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    sizes = torch.bincount(of_query, minlength=num_classes).numpy()
+    return Confusions(a[kept], b[kept], searched.first, share[order], sizes)

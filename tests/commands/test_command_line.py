@@ -63,7 +63,7 @@ def test_json_is_alone_on_stdout(capsys):
     assert capsys.readouterr().out == "half of 3\n"
 
 
-def test_warnings_are_as_they_were_afterwards():
+def test_warnings_are_as_they_were_afterward():
     before = warnings.showwarning, list(warnings.filters)
     make().run(lambda number: None, ["3"])
     assert (warnings.showwarning, list(warnings.filters)) == before

@@ -12,7 +12,7 @@ LABELS = torch.tensor([0, 1, 0, 1, 0])
 IMAGES = (torch.arange(5)[:, None, None] * 50).expand(5, 4, 4).to(torch.uint8)
 
 
-def test_neighbours_and_frames(tmp_path):
+def test_neighbors_and_frames(tmp_path):
     figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0, 3], num_neighbors=4, path=tmp_path / "gallery.png")
     axes = np.array(figure.axes).reshape(2, 5)
     shown = [[int(ax.images[0].get_array().flat[0]) // 50 for ax in row] for row in axes]
@@ -36,11 +36,11 @@ def test_neighbours_and_frames(tmp_path):
 )
 def test_kinds_of_images(images):
     figure = retrieval_gallery(EMB, LABELS, images, num_queries=2, num_neighbors=9)
-    assert len(figure.axes) == 2 * 5  # fewer neighbours than asked for
+    assert len(figure.axes) == 2 * 5  # fewer neighbors than asked for
 
 
 def drawn(axis):
-    """The colours of a picture's pixels, as matplotlib maps them."""
+    """The colors of a picture's pixels, as matplotlib maps them."""
     (picture,) = axis.images
     return picture.to_rgba(picture.get_array(), bytes=True)[..., :3]
 
@@ -92,7 +92,7 @@ def test_bad_arguments():
     for bad, message in ((EMB / 0, "embeddings must be finite"), (EMB[:, 0], "embeddings must have shape")):
         with pytest.raises(ValueError, match=message):
             retrieval_gallery(bad, LABELS, IMAGES)
-    with pytest.raises(ValueError, match=r"images\[\d\] must have floats in 0 to 1, got -2 to -2; normalised"):
+    with pytest.raises(ValueError, match=r"images\[\d\] must have floats in 0 to 1, got -2 to -2; normalized"):
         retrieval_gallery(EMB, LABELS, torch.rand(5, 3, 4, 4) * 0 - 2)
     with pytest.raises(ValueError, match=r"queries must be indices in 0 to 4, at least one, got \[5\]"):
         retrieval_gallery(EMB, LABELS, IMAGES, queries=[5])
@@ -128,6 +128,6 @@ def test_what_cannot_be_drawn(changes, kind, message):
 
 
 def test_an_image_that_is_searched_twice_is_shown_once():
-    """The query, too, was its own neighbour where it was named twice."""
+    """The query, too, was its own neighbor where it was named twice."""
     figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0], searched=[3, 0, 1, 0, 3])
     assert [int(axis.images[0].get_array().flat[0]) // 50 for axis in figure.axes] == [0, 1, 3]

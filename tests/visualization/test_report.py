@@ -27,7 +27,7 @@ def use_chunks(monkeypatch):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_metrics_are_those_of_pml(report, monkeypatch, chunked):
     embeddings, labels = clusters()
-    embeddings[40:110] = embeddings[40]  # ties, also across classes, and more of them than neighbours
+    embeddings[40:110] = embeddings[40]  # ties, also across classes, and more of them than neighbors
     labels = torch.cat([3 * labels + 5, torch.tensor([1000, 2000])])  # two classes without a match
     embeddings = torch.cat([embeddings, torch.randn(2, 16)])
     if chunked:
@@ -55,7 +55,7 @@ TOY_LABELS = torch.tensor([4, 7, 4, 7, 4, 9])
 
 def test_by_hand(report):
     page = report(TOY, TOY_LABELS, class_names={4: "cat", 7: "dog", 9: "eel"}, num_queries=2)
-    # Neighbours, R = 2 for cats (0, 2, 4), 1 for dogs (1, 3):
+    # Neighbors, R = 2 for cats (0, 2, 4), 1 for dogs (1, 3):
     # 0: 1 2 | 3 4, AP (0 + 1/2) / 2. 2: 1 0 (0.2 before 0.3), AP 1/4. 4: 3 2, AP 1/4. 1: 0. 3: 2
     assert page.data["classes"] == [["dog", 2, 0, 0, 0], ["cat", 3, 0, 0.5, 0.25]]
     assert page.metrics == pytest.approx([0, 0.3, 0.15])
@@ -211,6 +211,7 @@ def test_names_cannot_run(report):
     files = [f"{EVIL[i % 4]}/{EVIL[(i + 1) % 4]}" for i in range(60)]
     page = report(embeddings, labels, images, EVIL, title=EVIL[1], names=files, num_points=60)
     assert len(page.all("script")) == 2 and not page.all("b", id="bold")
+    assert not set("<>&") & set(re.search(r'id="data">(.*)</script>\n<script>', page.text)[1])
     assert all(img["src"].startswith("data:image/webp;base64,") for img in page.all("img") if "src" in img)
     assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
     assert {row[0] for row in page.tables["class-table"][1:]} == set(EVIL) == set(page.data["names"])
@@ -264,7 +265,7 @@ def test_what_a_class_leads_to(report):
 
 
 def test_pictures_of_the_worst_classes(report, monkeypatch):
-    monkeypatch.setattr("pml_ext.visualization.report._CLASSES_WITH_PICTURES", 2)
+    monkeypatch.setattr("pml_ext.visualization.report_choice._CLASSES_WITH_PICTURES", 2)
     labels = torch.arange(60) // 2
     page = report(torch.randn(60, 4), labels, torch.rand(60, 4, 4), num_queries=1, num_neighbors=2)
     rows = list(page.data["details"].values())
@@ -358,7 +359,7 @@ KINDS = [
 def test_kinds_of_images(kind, tmp_path, report):
     images = images_of_kind(kind, tmp_path)
     page = report(torch.randn(30, 4), torch.arange(30) % 3, images, num_points=9, num_queries=2, num_neighbors=3)
-    assert len([img for img in page.all("img") if "src" in img]) == 2 * 2 * 4  # queries and neighbours
+    assert len([img for img in page.all("img") if "src" in img]) == 2 * 2 * 4  # queries and neighbors
     assert all(page.data["pictures"][str(i)].startswith("data:image/webp;base64,") for _, i in page.data["points"])
     (picture,) = load_thumbnails(images, [7]).values()
     expected = Image.fromarray(images_of_kind("array", tmp_path)[7])
@@ -473,7 +474,7 @@ def test_bad_class_names(report, names, error, message):
         (iter([]), TypeError, "images must be a tensor, .*, got list_iterator"),
         (torch.zeros(6, 3, 4, 4, dtype=torch.long), TypeError, "uint8 or floats in 0 to 1, got torch.int64"),
         (torch.zeros(6, 4, 4, 3), ValueError, r"images must have shape .*, got \(6, 4, 4, 3\)"),
-        (torch.zeros(6, 3, 4, 4) - 2, ValueError, r"images\[0\] must have floats in 0 to 1, got -2 to -2; normalised"),
+        (torch.zeros(6, 3, 4, 4) - 2, ValueError, r"images\[0\] must have floats in 0 to 1, got -2 to -2; normalized"),
         (torch.full((6, 4, 4), torch.nan), ValueError, r"images\[0\] must have floats in 0 to 1, got nan"),
         (
             [np.zeros((4, 4), dtype=np.int64)] * 6,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pml_ext.visualization.report_search import _PairCounts, counted, first_of_each
+from pml_ext.visualization.report_search import _PairCounts, counted
 
 
 @pytest.mark.parametrize("num_codes", [7, 5000])
@@ -21,8 +21,3 @@ def test_pair_counts_take_the_memory_of_what_occurs(monkeypatch, at_once):
         assert sum(x.shape[1] for x in pairs.parts) <= max(at_once, 200) + 40
     codes, counts = np.unique(torch.cat(parts).numpy(), return_counts=True)
     assert pairs.total().tolist() == [codes.tolist(), counts.tolist()]
-
-
-def test_first_of_each():
-    assert first_of_each(np.array([3, 1, 3, 3, 0, 1]), 2) == {0: [4], 1: [1, 5], 3: [0, 2]}
-    assert first_of_each(np.array([], dtype=np.int64), 2) == {}
