@@ -30,6 +30,7 @@ from benchmarks import (
     pair_scaling,
     proxy_scaling,
     refiner,
+    report,
     retrieval_causes,
     second_order_attention,
 )
@@ -698,6 +699,25 @@ def test_evaluation(tmp_path, monkeypatch, capsys):
         ("large", "product"),
     }
     assert evaluation.table(kept["rows"]) in capsys.readouterr().out
+
+
+def test_the_table_of_reports_is_that_of_its_results():
+    page = FOLDER.parent / "docs" / "visualization.md"
+    kept = json.loads((FOLDER / "results" / "report-cpu.json").read_text())
+    assert report.table(kept["rows"]) in page.read_text()
+    assert kept["metadata"]["images"] == report.IMAGES == 50_000
+    assert [row["title"] for row in kept["rows"]] == [case.title for case in report.CASES]
+    assert all(row["peak_mb"] < 1000 and row["file_mb"] < 15 for row in kept["rows"])  # as the docstring says
+
+
+@linux_only
+def test_report(tmp_path, monkeypatch, capsys, in_this_process):
+    cases = [case._replace(classes=4) for case in report.CASES]
+    monkeypatch.setattr(report, "CASES", cases)
+    kept = report.main(images=60, out=tmp_path / "kept.json")
+    assert json.loads((tmp_path / "kept.json").read_text()) == kept
+    assert all(row["file_mb"] > 0 for row in kept["rows"]) and len(kept["rows"]) == 4
+    assert report.table(kept["rows"]) in capsys.readouterr().out
 
 
 def test_the_tables_of_large_batches_are_those_of_their_results():

@@ -52,7 +52,7 @@ ONLY_IN_2 = {  # public in PML 2, gone in 3: parts of this package stand on them
     "evaluation/accuracy_calculator.py": {"utils.accuracy_calculator"},
     "datasets/sources.py": {"datasets"},
 }
-LOADERS = {"__init__.py", "extras.py", "report.py"}
+LOADERS = {"__init__.py", "extras.py", "report_map.py"}
 """Files that load modules by a name in a string: parts of the package on first use, and packages of extras."""
 INTERNAL = re.compile(
     r"_sub_loss_names|_record_these|add_to_recordable_attributes|reset_stats|regularization_to_loss_dict"

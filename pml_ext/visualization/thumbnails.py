@@ -142,7 +142,7 @@ def as_image(item: Any, name: str) -> Any:
         low, high = float(array.min()), float(array.max())
         if not -1e-3 <= low <= high <= 1 + 1e-3:  # NaN, too
             raise ValueError(
-                f"{name} must have floats in 0 to 1, got {low:.3g} to {high:.3g}; normalised for a network?"
+                f"{name} must have floats in 0 to 1, got {low:.3g} to {high:.3g}; normalized for a network?"
             )
         array = (255 * array.clip(0, 1)).round().astype(np.uint8)
     if array.dtype != np.uint8:

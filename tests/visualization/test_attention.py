@@ -62,5 +62,5 @@ def test_bad_arguments():
         attention_overlay(torch.rand(4, 4), torch.rand(1, 2, 2))
     with pytest.raises(ValueError, match=r"image must have 1 or 3 channels, got shape \(4, 4, 4\)"):
         attention_overlay(torch.rand(4, 4, 4), torch.rand(2, 2))
-    with pytest.raises(ValueError, match="image must have floats in 0 to 1, got 3 to 3; normalised for a network"):
+    with pytest.raises(ValueError, match="image must have floats in 0 to 1, got 3 to 3; normalized for a network"):
         attention_overlay(torch.full((4, 4), 3.0), torch.rand(2, 2))
