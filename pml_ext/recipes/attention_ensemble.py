@@ -33,11 +33,13 @@ ATTENTION_ENSEMBLE = Method(
         "all": {
             "num_learners": (8, PAPER),
             "masks": (True, PAPER),
+            "split": (None, "as AttentionEnsemble.from_backbone: an eighth of the resolution"),
             "learner_loss": ("contrastive", PAPER),
             "base": (0.5, "PML's default, for multi_similarity only"),
             "divergence_weight": (1.0, PAPER),
             "divergence_margin": (1.0, PAPER),
         },
+        "finetune": {"split": (16, "ours: learners share all but the last stages")},
         "small": {"num_learners": (4, OURS), "learner_loss": ("multi_similarity", OURS)},
         "paper": {
             "backbone": ("googlenet", PAPER),

@@ -38,7 +38,7 @@ def _triplet(s: Settings, num_classes: int) -> tuple[Any, Any]:
 def _multi_similarity(s: Settings, num_classes: int) -> tuple[Any, Any]:
     from pml_ext.losses import MultiSimilarityLoss  # on use: torch is slow to load
 
-    return MultiSimilarityLoss(s.alpha, s.beta, s.base), None
+    return MultiSimilarityLoss(s.alpha, s.beta, s.base, epsilon=s.epsilon), None
 
 
 def _proxy_anchor(s: Settings, num_classes: int) -> tuple[Any, Any]:
@@ -74,7 +74,9 @@ BASELINES: dict[str, Method] = {
         {"margin": (0.2, OURS), "type_of_triplets": ("semihard", OURS)}, _triplet, "PML's TripletMarginLoss and miner"
     ),
     "multi_similarity": _plain(
-        {"alpha": (2, _PML), "beta": (50, _PML), "base": (0.5, _PML)}, _multi_similarity, "MultiSimilarityLoss"
+        {"alpha": (2, _PML), "beta": (50, _PML), "base": (0.5, _PML), "epsilon": (None, _PML)},
+        _multi_similarity,
+        "MultiSimilarityLoss",
     ),
     "proxy_anchor": _plain(
         {"margin": (0.1, PROXY_ANCHOR), "alpha": (32, PROXY_ANCHOR)}, _proxy_anchor, "ProxyAnchorLoss"

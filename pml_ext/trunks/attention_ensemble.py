@@ -126,7 +126,7 @@ class AttentionEnsemble(ModuleWithRecords):
     def from_backbone(
         cls,
         backbone: str | nn.Module,
-        split: str | None = None,
+        split: str | int | None = None,
         num_learners: int = 8,
         embedding_size: int = 512,
         pretrained: bool = False,
@@ -144,8 +144,9 @@ class AttentionEnsemble(ModuleWithRecords):
             backbone: "googlenet" (torchvision's, the paper's), the name of a timm model, or a module that maps images
                 to pooled features ``(B, F)``. Any network with one map ``(B, C, H, W)`` at the cut; not a vision
                 transformer.
-            split: Name of the module behind which to cut. None: "maxpool3" (GoogLeNet), "layer2" (ResNets), or where
-                timm's model has an eighth of the image's resolution.
+            split: Name of the module behind which to cut, or a number: 16 cuts a timm model behind its first stage with
+                a sixteenth of the image's resolution. The later the cut, the less each learner computes. None:
+                "maxpool3" (GoogLeNet), "layer2" (ResNets), or 8.
             num_learners: M >= 1.
             embedding_size: Size of the embedding of all learners together.
             pretrained: Whether weights of the backbone are downloaded.
@@ -183,11 +184,7 @@ class AttentionEnsemble(ModuleWithRecords):
             load_weights(backbone, weights)
         if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
             raise ValueError(f"backbone must return maps (B, C, H, W), got a {type(backbone).__name__}, which does not")
-        if split is None:
-            names = dict(backbone.named_modules())
-            split = next((name for name in (*_USUAL_SPLITS, *_an_eighth(backbone)) if name in names), None)
-            if split is None:
-                raise ValueError(f"split must be given for this backbone, one of {', '.join(cut_points(backbone))}")
+        split = _split_of(backbone, split)
         stem, head = cut_backbone(backbone, split)
         features = _features(stem, input_size)
         attention = copy_stage(head, features)
@@ -261,10 +258,21 @@ def _check_ends_after_pooling(backbone: Any) -> None:
         )
 
 
-def _an_eighth(backbone: nn.Module) -> list[str]:
-    """Return the first stage of a timm model whose map has an eighth of the resolution of the image."""
+def _split_of(backbone: nn.Module, split: str | int | None) -> str:
+    """Return the name of the module behind which to cut."""
+    if isinstance(split, str):
+        return split
+    modules = dict(backbone.named_modules())
     info: Any = getattr(backbone, "feature_info", ())
-    return [stage["module"] for stage in info if isinstance(stage, dict) and stage.get("reduction") == 8][:1]
+    stages = {x["reduction"]: x["module"] for x in reversed(info) if isinstance(x, dict) and "reduction" in x}
+    usual = _USUAL_SPLITS if split is None else ()
+    found = next((name for name in (*usual, stages.get(8 if split is None else split)) if name in modules), None)
+    if found is None and split is None:
+        raise ValueError(f"split must be given for this backbone, one of {', '.join(cut_points(backbone))}")
+    if found is None:
+        known = ", ".join(map(str, sorted(stages))) or "none: give the name of a module"
+        raise ValueError(f"split must be a module's name or one of this backbone's reductions ({known}), got {split!r}")
+    return str(found)
 
 
 @contextmanager

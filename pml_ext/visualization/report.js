@@ -58,7 +58,7 @@ function openClass(code) {
   const counted = `${images.toLocaleString("en")} ${images === 1 ? "image" : "images"}`;
   const parts = [make("p", "", others ? counted : `${counted}: ${say(metrics)}`)];
   if (others) parts.push(...[metrics, others].map((values, i) => make("p", "", `${data.titles[i]}: ${say(values)}`)));
-  const inRun = others ? `, ${data.titles[0]}` : "";
+  const inRun = others ? ` (${data.titles[0]})` : "";
   parts.push(make("h3", "", `Taken for${inRun}`));
   const list = make("ul", "taken");
   for (const [other, share, first] of pairs) {

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 from pml_ext import recipes
 from pml_ext.commands import report, run_report
@@ -148,21 +149,25 @@ def test_report(trained, photos, tmp_path, capsys):
 
 
 def test_a_report_of_two_runs_reads_each_image_as_each_run_does(trained, photos, tmp_path, capsys):
-    folder, _ = trained
-    other = tmp_path / "other"
+    folder, other = trained[0], tmp_path / "other"
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    for path in photos.rglob("*.png"):
+        image = Image.open(path).convert("LA")
+        image.putalpha(99)  # the backgrounds show
+        image.save(path)
     run(photos, other, test_classes=3, seed=1, image_size=16, background="black", epochs=1)
     with mock.patch.object(run_report, "retrieval_report", return_value=tmp_path / "x.html") as wrote:
-        result = report.main(folder, against=other, device="cpu")
+        result = report.main(folder, photos, against=other, device="cpu")
     (embeddings, labels, *_, path), given = wrote.call_args
-    assert path == folder / "report-against-other.html"
-    opened = open_data(photos, 3)
+    assert path == folder / "report-photos-against-other.html"
+    opened = open_data(photos, 0)
     for one, run_folder in ((embeddings, folder), (given["other"], other)):
         loaded = recipes.load_run(run_folder, "cpu")
-        opened.test.transform, opened.test.dataset.reader = loaded.recipe.transforms.test, loaded.reader
-        torch.testing.assert_close(one, recipes.embed(loaded.recipe.trunk, opened.test)[0])
-    assert labels.tolist() == opened.test.labels.tolist()
+        opened.train.transform, opened.train.dataset.reader = loaded.recipe.transforms.test, loaded.reader
+        torch.testing.assert_close(one, recipes.embed(loaded.recipe.trunk, opened.train)[0])
+    assert labels.tolist() == opened.train.labels.tolist()
     assert (given["title"], given["other_title"]) == (str(folder), str(other))
-    assert given["names"] == file_names(opened.test)
+    assert given["names"] == file_names(opened.train)
     assert given["about"]["settings"]["image_size"] != given["other_about"]["settings"]["image_size"] == 16
     assert list(result["metrics"]) == [str(folder), str(other)]
 

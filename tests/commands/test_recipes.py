@@ -23,7 +23,7 @@ def test_settings_are_those_of_the_recipe(preset, capsys):
     done = capsys.readouterr()
     listed = json.loads(done.out)
     made = recipe("mhgl", 4, preset=preset, pretrained=False, weights=None, backbone="test_resnet")
-    given = ("pretrained", "weights", "backbone", "pixel_mean", "pixel_std")  # of which the last two follow
+    given = ("pretrained", "weights", "backbone", "frozen_stages", "pixel_mean", "pixel_std")  # the last three follow
     for name, value in made.settings.items():
         if name not in given:
             assert json.loads(json.dumps(value)) == listed[name]["value"]
