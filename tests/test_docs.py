@@ -409,6 +409,12 @@ def test_links_lead_to_files(page):
     assert sorted(str(path) for path in links(page) if not path.exists()) == []
 
 
+def test_every_picture_is_described_in_words():
+    described = [alt for text in PAGES.values() for alt in re.findall(r"!\[([^\]]*)\]", without_code(text))]
+    assert len(described) > 5
+    assert all(len(alt.split()) >= 3 for alt in described), described
+
+
 def test_every_picture_is_shown():
     pictures = {path for path in DOCS.rglob("*") if path.suffix in (".png", ".jpg", ".svg", ".gif", ".webp")}
     assert len(pictures) > 5

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-IZE = "normal|initial|recogn|synchron|general|optim|minim|maxim|organ|summar|visual|serial|random"
+IZE = "normal|initial|recogn|synchron|general|optim|minim|maxim|organ|summa[r]|visual|serial|random"
 INSTEAD = {  # a pattern of what is avoided, and what to write
     r"neighbour": "neighbor",
     r"\b(un)?colour": "color",
