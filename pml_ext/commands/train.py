@@ -158,7 +158,7 @@ def train(
         given.setdefault("sampler", old["settings"]["sampler"])
         if old["settings"]["backbone"] != "googlenet":  # others need no weights but those of the checkpoint
             given |= {"weights": None, "pretrained": False}
-            given |= {name: old["settings"][name] for name in ("pixel_mean", "pixel_std")}
+            given |= {name: old["settings"][name] for name in ("pixel_mean", "pixel_std", "frozen_stages")}
 
     def prepare(opened: RetrievalData, checked: bool) -> Prepared:
         count = validation_classes
