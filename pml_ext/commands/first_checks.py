@@ -181,14 +181,18 @@ def _config(folder: str | Path) -> Any:
     return config
 
 
-def check_run(run: str) -> None:
+def check_run(run: str, argument: str = "RUN") -> None:
     """Check that a folder may be one of a run.
+
+    Args:
+        run: The folder.
+        argument: The argument that gives it, for the message.
 
     Raises:
         FileNotFoundError: If it has no config.json.
     """
     if not (Path(run) / "config.json").is_file():
-        raise FileNotFoundError(f"RUN must hold config.json, got {run} without")
+        raise FileNotFoundError(f"{argument} must hold config.json, got {run} without")
 
 
 def check_embed(**options: Any) -> dict[str, Any]:
@@ -215,7 +219,9 @@ def check_of_data(**options: Any) -> dict[str, Any]:
     if options["data"] is not None:
         check_data(options["data"])
     if options.get("against") is not None:
-        check_run(options["against"])
+        check_run(options["against"], "--against")
+        if Path(options["against"]).resolve() == Path(options["run"]).resolve():
+            raise ValueError(f"--against must be another run than RUN, got {options['against']}")
     return options
 
 

@@ -172,10 +172,25 @@ def test_a_report_of_two_runs_reads_each_image_as_each_run_does(trained, photos,
     assert list(result["metrics"]) == [str(folder), str(other)]
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("runs/none", "--against must hold config.json, got runs/none without"),
+        (None, "--against must be another run than RUN, got "),
+    ],
+)
+def test_a_run_that_cannot_be_compared(other, message, trained, capsys):
+    folder, _ = trained
+    with pytest.raises(SystemExit):
+        main(["report", str(folder), "--against", other or f"{folder}/../{folder.name}"])
+    assert capsys.readouterr().err.startswith(f"pml-ext report: error: {message}")
+
+
 def test_where_the_report_goes(trained, photos, tmp_path):
     folder, _ = trained
     with mock.patch.object(run_report, "retrieval_report", side_effect=lambda *given, **_: given[4]):
         assert report.main(folder, device="cpu")["out"] == str(folder / "report.html")
         assert report.main(folder, photos, all_classes=True)["out"] == str(folder / "report-photos.html")
         copied = shutil.copytree(photos, tmp_path / "more")
-        assert report.main(folder, copied, against=folder)["out"].endswith("/report-more-against-photos.html")
+        other = shutil.copytree(folder, tmp_path / "other")
+        assert report.main(folder, copied, against=other)["out"] == str(folder / "report-more-against-other.html")

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from pml_ext.commands.main import main
-from pml_ext.recipes import PRESETS, RECIPES, recipe
+from pml_ext.recipes import DEFAULT_RECIPE, PRESETS, RECIPES, recipe
 
 
 def test_all_recipes_are_listed(capsys):
     main(["recipes"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(RECIPES)
-    assert [line.split()[0] for line in lines if line.endswith("(default)")] == ["mhgl"]
+    assert [line.split()[0] for line in lines if line.endswith("(default)")] == [DEFAULT_RECIPE]
     main(["recipes", "--json"])
     assert set(json.loads(capsys.readouterr().out)) == set(RECIPES)
 
