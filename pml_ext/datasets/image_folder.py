@@ -34,7 +34,7 @@ class ImageFolder(ImageFiles):
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it has no sub-folder with images, one of ``classes`` is missing, empty or there twice, or a class
+        ValueError: If it has no sub-folder with images, one of ``classes`` is missing, empty or named twice, or a class
             has images only in folders inside it; on access: if a file cannot be read, with its path.
 
     Examples:

@@ -91,7 +91,7 @@ def open_data(
         FileNotFoundError: If a file or folder is missing.
         TypeError: If an argument or an array has the wrong type.
         ValueError: If the name is unknown, the data has too few classes, a class is both in training and test, or
-            arrays do not match; the message tells which.
+            arrays do not match; the message names them.
 
     Examples:
         >>> data = open_data("glyphs")
