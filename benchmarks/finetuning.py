@@ -1,6 +1,6 @@
 """What is each method worth behind a pretrained network, on photographs? Zero-shot retrieval, all else the same.
 
-python benchmarks/finetuning.py --data data/cars196 --tune --jobs 2      four trials a row, on validation classes
+python benchmarks/finetuning.py --data data/cars196 --tune --jobs 2      the trials, on validation classes
 python benchmarks/finetuning.py --data data/cars196 --seeds 0 1 2 --jobs 2      the runs on test classes
 python benchmarks/finetuning.py --data data/grocery81 --tuned-on cars196 ...      with what was chosen elsewhere
 python benchmarks/finetuning.py --data data/cars196 --validation --seeds 0 --rows proxy_anchor:lr=1e-3      a trial

@@ -4,47 +4,47 @@ from retrieval_rows import Row
 from retrieval_rows import row_of as small_row_of
 
 _PLAIN = {"levels": "global", "attention": "none", "pool_type": "avg"}
-_RATES = {"lr": (1e-4, 3e-4)}
-_PROXY_WEIGHT = _RATES | {"proxy_weight": (0.1, 1.0)}
-_LEARNERS = {"num_learners": 4, "embedding_size": 256}
+_PROXY_WEIGHT = {"proxy_weight": (0.3, 1.0)}
+_MINING = {"epsilon": (None, 0.1)}
+_SCALE = {"scale": (8.0, 16.0)}
+_TEMPERATURE = {"temperature": (0.1, 0.2)}
+_WIDE = {"embedding_size": 256}
+_LEARNERS = _WIDE | {"num_learners": 4}
 _MULTI_SIMILARITY = {"learner_loss": "multi_similarity"}
-_SCALE = _RATES | {"scale": (8.0, 16.0)}
 
 ROWS: dict[str, Row] = {
     "frozen": Row("frozen", {}, {}),
-    "contrastive": Row("contrastive", {}, _RATES | {"neg_margin": (0.5, 1.0)}),
-    "multi_similarity": Row("multi_similarity", {"epsilon": 0.1}, _RATES | {"base": (0.5, 1.0)}),
-    "proxy_anchor": Row("proxy_anchor", {}, _RATES | {"proxy_lr": (1e-2, 1e-1)}),
-    "normalized_softmax": Row("normalized_softmax", {}, _RATES | {"temperature": (0.05, 0.1)}),
+    "contrastive": Row("contrastive", {}, {"neg_margin": (0.5, 1.0)}),
+    "multi_similarity": Row("multi_similarity", {}, _MINING),
+    "proxy_anchor": Row("proxy_anchor", {}, {"proxy_lr": (3e-2, 1e-1)}),
+    "normalized_softmax": Row("normalized_softmax", {}, {"temperature": (0.05, 0.1)}),
     "cosface": Row("cosface", {}, _SCALE),
     "hybrid": Row("mhgl", _PLAIN, _PROXY_WEIGHT),
     "hybrid, avg+max": Row("mhgl", _PLAIN | {"pool_type": "avg+max"}, _PROXY_WEIGHT),
     "mhgl, no attention": Row("mhgl", {"attention": "none"}, _PROXY_WEIGHT),
     "mhgl": Row("mhgl", {"attention": "normalized"}, _PROXY_WEIGHT),
-    "multi_similarity, 256 numbers": Row(
-        "multi_similarity", {"epsilon": 0.1, "embedding_size": 256}, _RATES | {"base": (0.5, 1.0)}
-    ),
-    "4 learners": Row(
-        "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY | {"divergence_weight": 0.0}, _RATES | {"base": (0.5, 1.0)}
-    ),
-    "4 learners, divergence": Row(
-        "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY, _RATES | {"divergence_weight": (0.1, 1.0)}
-    ),
-    "smoothed cross-entropy": Row("intra_batch", {"refined_weight": 0.0}, _RATES | {"temperature": (0.1, 0.2)}),
-    "refiner without messages": Row("intra_batch", {"messages": False}, _RATES | {"temperature": (0.1, 0.2)}),
-    "refiner": Row("intra_batch", {}, _RATES | {"temperature": (0.1, 0.2)}),
+    "smoothed cross-entropy": Row("intra_batch", {"refined_weight": 0.0}, _TEMPERATURE),
+    "refiner without messages": Row("intra_batch", {"messages": False}, _TEMPERATURE),
+    "refiner": Row("intra_batch", {}, _TEMPERATURE),
     "no margin": Row("adaptive_margin", {"margin_scale": 0.0}, _SCALE),
     "constant margin": Row("adaptive_margin", {"margin_scale": 0.0, "base_margin": 0.3}, _SCALE),
     "margin from distance": Row("adaptive_margin", {"margin_scale": 0.3}, _SCALE, "given"),
     "margin from shuffled distance": Row("adaptive_margin", {"margin_scale": 0.3}, _SCALE, "shuffled"),
+    "multi_similarity, 256 numbers": Row("multi_similarity", _WIDE, _MINING),
+    "4 learners": Row(
+        "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY | {"divergence_weight": 0.0}, {"base": (0.5, 1.0)}
+    ),
+    "4 learners, divergence": Row(
+        "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY, {"divergence_weight": (0.1, 1.0)}
+    ),
     "all together": Row(
         "combined",
         _LEARNERS | {"proxy_loss": "adaptive_margin", "divergence_weight": 0.1},
-        _RATES | {"proxy_weight": (0.1, 1.0)},
+        _PROXY_WEIGHT,
         "given",
     ),
 }
-"""Multi-Similarity mines with PML's epsilon. "256 numbers": as wide as the four learners together."""
+"""Two trials each. "256 numbers": as wide as the four learners together."""
 
 QUESTIONS: dict[str, list[tuple[str, str]]] = {
     "what training brings": [("multi_similarity", "frozen"), ("proxy_anchor", "frozen")],
