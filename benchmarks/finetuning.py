@@ -1,13 +1,15 @@
 """What is each method worth behind a pretrained network, on photographs? Zero-shot retrieval, all else the same.
 
-python benchmarks/finetuning.py --data data/cars196 --tune --jobs 2      four trials a row, on validation classes
+python benchmarks/finetuning.py --data data/cars196 --tune --jobs 2      the trials, on validation classes
 python benchmarks/finetuning.py --data data/cars196 --seeds 0 1 2 --jobs 2      the runs on test classes
+python benchmarks/finetuning.py --data data/grocery81 --tuned-on cars196 ...      with what was chosen elsewhere
 python benchmarks/finetuning.py --data data/cars196 --validation --seeds 0 --rows proxy_anchor:lr=1e-3      a trial
 python benchmarks/finetuning.py --show      the tables alone
 
 Preset "finetune": EfficientNet-Lite0 with the weights of the extra ``pretrained``. A finished run is not repeated: each
-is a line of DATA-KIND.jsonl under --out. The metrics of the last epoch count; those of each epoch are kept, to tell how
-fast a row learns. "frozen" is the network without any training.
+is a line of DATA-KIND.jsonl under --out. The metrics of the last epoch count. Those of each epoch tell how fast a row
+learns; where there are 40 test classes or more, they are of every fourth. "frozen" is the network without any training.
+Settings: the preset's, then --settings, then those of the row, then those that were chosen for it.
 """
 
 import platform
@@ -16,23 +18,23 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import finetuning_rows
 import numpy as np
 import run_files
 import torch
 from finetuning_rows import ROWS, row_of
-from harness import in_processes, make_parser, markdown_table
+from harness import in_processes, make_parser
 from retrieval_rows import value_of
+from retrieval_tables import METRICS, TUNED_FOR, show, tables_of_rows
 
 from pml_ext import class_embeddings
-from pml_ext.datasets import open_data
+from pml_ext.datasets import ClassSubset, open_data
 from pml_ext.neighbors import refine_with_neighbors
 from pml_ext.recipes import Trainer, embed, recipe, retrieval_metrics
 from pml_ext.trunks import BackboneFeatures
 
 VALIDATION_CLASSES = 0.25
 EACH_EPOCH = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
-METRICS = (*EACH_EPOCH, "NMI")
-TUNED_FOR = "mean_average_precision_at_r"
 
 
 def load(job):
@@ -56,7 +58,7 @@ def run(job):
     if row.class_embeddings == "shuffled":
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = rows[order[order.argsort().add(1) % len(rows)]]  # a cycle in random order: no class keeps its own
-    settings = {"preset": "finetune", "in_channels": data.in_channels} | row.settings | job["settings"]
+    settings = {"preset": "finetune", "in_channels": data.in_channels} | job["settings"] | row.settings | job["tuned"]
     frozen = row.recipe == "frozen"
     made = recipe("proxy_anchor" if frozen else row.recipe, data.num_classes, class_embeddings=rows, **settings)
     data.train.transform, data.test.transform = made.transforms.train, made.transforms.test
@@ -64,10 +66,14 @@ def run(job):
     started = time.perf_counter()
     evaluating = 0.0
 
-    def evaluate(trunk, metrics=EACH_EPOCH):
+    watched = data.test
+    if not job["validation"] and data.test.num_classes >= 40:
+        watched = ClassSubset(data.test, range(0, data.test.num_classes, 4))
+
+    def evaluate(trunk, view=watched, metrics=EACH_EPOCH):
         nonlocal evaluating
         before = time.perf_counter()
-        embeddings, labels = embed(trunk, data.test, autocast=torch.bfloat16)
+        embeddings, labels = embed(trunk, view, autocast=torch.bfloat16)
         values = {name: float(value) for name, value in retrieval_metrics(embeddings, labels, metrics=metrics).items()}
         evaluating += time.perf_counter() - before
         return values, embeddings, labels
@@ -76,12 +82,12 @@ def run(job):
     if not frozen:
         trainer = Trainer(made, data.train, validate=lambda trunk: evaluate(trunk)[0])
         history = trainer.train()
-    last, embeddings, labels = evaluate(network, METRICS)
+    last, embeddings, labels = evaluate(network, data.test, tuple(METRICS))
     found = {"": last}
     if getattr(made.loss, "refiner", None) is not None:
         refined = refine_with_neighbors(made.loss.refiner, embeddings, k1=30, size=8)
         found[" + refinement at test time"] = retrieval_metrics(
-            torch.nn.functional.normalize(refined), labels, metrics=METRICS
+            torch.nn.functional.normalize(refined), labels, metrics=tuple(METRICS)
         )
     return job | {
         "data": Path(job["data"]).stem,
@@ -100,33 +106,27 @@ def percent(value):
     return round(100 * float(value), 3)
 
 
-def jobs_of(data, rows, seeds, kind, embeddings, settings):
-    """Return what is to be run."""
+def jobs_of(data, rows, seeds, kind, tuned, embeddings, settings):
+    """Return what is to be run; ``tuned``: row -> the settings that were chosen for it."""
     jobs = []
     for name in rows:
-        row = row_of(name)
         shared = {"row": name, "data": data, "class_embeddings": embeddings, "validation": kind != "test"}
+        shared["settings"] = settings
         if kind == "tuning":
-            trials = row.trials()
-            jobs += [shared | {"seed": seeds[0], "settings": settings | trial, "trial": trial} for trial in trials]
+            jobs += [shared | {"seed": seeds[0], "trial": x, "tuned": x} for x in row_of(name).trials()]
         else:
-            jobs += [shared | {"seed": seed, "settings": settings} for seed in seeds]
+            jobs += [shared | {"seed": seed, "tuned": tuned.get(name, {})} for seed in seeds]
     return sorted(jobs, key=lambda job: job["seed"])  # all rows of one seed first: what is stopped can be compared
 
 
-def show(out):
-    """Print the means over seeds."""
-    for kind in ("validation", "test"):
-        for name, path in run_files.paths_of(out, kind).items():
-            runs = run_files.read(path)
-            lines = []
-            for row in dict.fromkeys(run["row"] for run in runs):
-                own = [run for run in runs if run["row"] == row]
-                for searched in own[0]["metrics"]:
-                    means = [np.mean([run["metrics"][searched][metric] for run in own]) for metric in METRICS]
-                    lines.append([row + searched, str(len(own)), *(f"{mean:.1f}" for mean in means)])
-            print(f"\n{name}, {kind} classes\n")
-            print(markdown_table(["row", "seeds", "P@1", "R-precision", "MAP@R", "NMI"], lines, numbers=5))
+def chosen(out, data):
+    """Return row -> the settings of its best trial on the validation classes of a data set."""
+    best = {}
+    for run in run_files.read(run_files.path_of(out, data, "tuning")):
+        found = run["metrics"][""][TUNED_FOR]
+        if run["row"] not in best or found > best[run["row"]][0]:
+            best[run["row"]] = found, run["trial"]
+    return {row: trial for row, (_, trial) in best.items()}
 
 
 def main(
@@ -137,6 +137,7 @@ def main(
     out="benchmarks/results/finetuning",
     tune=False,
     validation=False,
+    tuned_on=None,
     class_embeddings=None,
     settings=(),
     show_only=False,
@@ -151,11 +152,12 @@ def main(
         path = run_files.path_of(out, Path(data).stem, kind)
         finished = run_files.read(path)
         which = ("row", "trial") if tune else ("row", "seed")
-        wanted = jobs_of(data, list(ROWS) if rows is None else rows, seeds, kind, class_embeddings, given)
+        tuned = chosen(out, tuned_on or Path(data).stem)
+        wanted = jobs_of(data, list(ROWS) if rows is None else rows, seeds, kind, tuned, class_embeddings, given)
         todo = [job for job in wanted if run_files.find(finished, **{name: job[name] for name in which}) is None]
         for line in in_processes(run, todo, jobs, lambda done: f"{done['row']}: {done['metrics'][''][TUNED_FOR]:.1f}"):
             run_files.append(path, line)
-    show(out)
+    show(tables_of_rows(out, rows_of=finetuning_rows))
 
 
 if __name__ == "__main__":
@@ -167,6 +169,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="benchmarks/results/finetuning")
     parser.add_argument("--tune", action="store_true", help="run the trials on validation classes instead")
     parser.add_argument("--validation", action="store_true", help="runs, but on validation classes")
+    parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings; default: this one")
     parser.add_argument("--class-embeddings", help="a file; default: the names of the classes")
     parser.add_argument("--settings", nargs="+", default=(), help="of all rows: image_size=96 ...")
     parser.add_argument("--show", action="store_true", dest="show_only", help="train nothing")

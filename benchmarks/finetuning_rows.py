@@ -4,19 +4,76 @@ from retrieval_rows import Row
 from retrieval_rows import row_of as small_row_of
 
 _PLAIN = {"levels": "global", "attention": "none", "pool_type": "avg"}
-_RATES = {"lr": (3e-4, 1e-3)}
+_PROXY_WEIGHT = {"proxy_weight": (0.3, 1.0)}
+_MINING = {"epsilon": (None, 0.1)}
+_SCALE = {"scale": (8.0, 16.0)}
+_TEMPERATURE = {"temperature": (0.1, 0.2)}
+_WIDE = {"embedding_size": 256}
+_LEARNERS = _WIDE | {"num_learners": 4}
+_MULTI_SIMILARITY = {"learner_loss": "multi_similarity"}
 
 ROWS: dict[str, Row] = {
     "frozen": Row("frozen", {}, {}),
-    "contrastive": Row("contrastive", {}, _RATES | {"neg_margin": (0.5, 1.0)}),
-    "multi_similarity": Row("multi_similarity", {}, _RATES | {"base": (0.5, 1.0)}),
-    "proxy_anchor": Row("proxy_anchor", {}, _RATES | {"proxy_lr": (1e-2, 1e-1)}),
-    "normalized_softmax": Row("normalized_softmax", {}, _RATES | {"temperature": (0.05, 0.1)}),
-    "cosface": Row("cosface", {}, _RATES | {"margin": (0.2, 0.35)}),
-    "hybrid": Row("mhgl", _PLAIN, _RATES | {"proxy_weight": (0.03, 0.3)}),
-    "mhgl, no attention": Row("mhgl", {"attention": "none"}, _RATES | {"proxy_weight": (0.03, 0.3)}),
-    "mhgl": Row("mhgl", {"attention": "normalized"}, _RATES | {"proxy_weight": (0.03, 0.3)}),
+    "contrastive": Row("contrastive", {}, {"neg_margin": (0.5, 1.0)}),
+    "multi_similarity": Row("multi_similarity", {}, _MINING),
+    "proxy_anchor": Row("proxy_anchor", {}, {"proxy_lr": (3e-2, 1e-1)}),
+    "normalized_softmax": Row("normalized_softmax", {}, {"temperature": (0.05, 0.1)}),
+    "cosface": Row("cosface", {}, _SCALE),
+    "hybrid": Row("mhgl", _PLAIN, _PROXY_WEIGHT),
+    "hybrid, avg+max": Row("mhgl", _PLAIN | {"pool_type": "avg+max"}, _PROXY_WEIGHT),
+    "mhgl, no attention": Row("mhgl", {"attention": "none"}, _PROXY_WEIGHT),
+    "mhgl": Row("mhgl", {"attention": "normalized"}, _PROXY_WEIGHT),
+    "smoothed cross-entropy": Row("intra_batch", {"refined_weight": 0.0}, _TEMPERATURE),
+    "refiner without messages": Row("intra_batch", {"messages": False}, _TEMPERATURE),
+    "refiner": Row("intra_batch", {}, _TEMPERATURE),
+    "no margin": Row("adaptive_margin", {"margin_scale": 0.0}, _SCALE),
+    "constant margin": Row("adaptive_margin", {"margin_scale": 0.0, "base_margin": 0.3}, _SCALE),
+    "margin from distance": Row("adaptive_margin", {"margin_scale": 0.3}, _SCALE, "given"),
+    "margin from shuffled distance": Row("adaptive_margin", {"margin_scale": 0.3}, _SCALE, "shuffled"),
+    "multi_similarity, 256 numbers": Row("multi_similarity", _WIDE, _MINING),
+    "4 learners": Row(
+        "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY | {"divergence_weight": 0.0}, {"base": (0.5, 1.0)}
+    ),
+    "4 learners, divergence": Row(
+        "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY, {"divergence_weight": (0.1, 1.0)}
+    ),
+    "all together": Row(
+        "combined",
+        _LEARNERS | {"proxy_loss": "adaptive_margin", "divergence_weight": 0.1},
+        _PROXY_WEIGHT,
+        "given",
+    ),
 }
+"""Two trials each. "256 numbers": as wide as the four learners together."""
+
+QUESTIONS: dict[str, list[tuple[str, str]]] = {
+    "what training brings": [("multi_similarity", "frozen"), ("proxy_anchor", "frozen")],
+    "pairs and proxies": [("hybrid", "multi_similarity"), ("hybrid", "proxy_anchor")],
+    "global and local heads, attention": [
+        ("hybrid, avg+max", "hybrid"),
+        ("mhgl, no attention", "hybrid, avg+max"),
+        ("mhgl", "mhgl, no attention"),
+        ("mhgl", "hybrid"),
+    ],
+    "ensembles": [
+        ("4 learners", "multi_similarity, 256 numbers"),
+        ("4 learners, divergence", "4 learners"),
+        ("4 learners, divergence", "multi_similarity, 256 numbers"),
+    ],
+    "messages": [
+        ("refiner without messages", "smoothed cross-entropy"),
+        ("refiner", "refiner without messages"),
+        ("refiner", "smoothed cross-entropy"),
+        ("refiner + refinement at test time", "refiner"),
+    ],
+    "margins": [
+        ("constant margin", "no margin"),
+        ("margin from distance", "constant margin"),
+        ("margin from distance", "margin from shuffled distance"),
+    ],
+    "combinations": [("all together", "hybrid"), ("all together", "4 learners, divergence")],
+}
+"""What is compared with what: a row and its baseline."""
 
 
 def row_of(spec: str) -> Row:

@@ -1,4 +1,4 @@
-"""What messages inside of a batch cost; run: python benchmarks/refiner.py.
+"""What messages inside a batch cost; run: python benchmarks/refiner.py.
 
 Forward and backward of one layer of IntraBatchRefiner (512 numbers, 2 heads, training mode): dense, along the edges of
 the complete graph, and torch's TransformerEncoderLayer of the same sizes, each row in processes of its own; the sparse

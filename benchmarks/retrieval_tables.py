@@ -1,16 +1,17 @@
 """The tables of finished runs, and the pages that show them; run: python benchmarks/retrieval_tables.py.
 
-Writes the tables of docs/retrieval.md and README.md anew from benchmarks/results/retrieval: what stands between
+Writes the tables of the pages anew from benchmarks/results/retrieval and finetuning: what stands between
 ``<!-- table NAME -->`` and ``<!-- end of table -->``. A test fails where a page differs from that.
 """
 
 import re
 from pathlib import Path
 
+import finetuning_rows
 import numpy as np
+import retrieval_rows
 import run_files
 from harness import make_parser, markdown_table
-from retrieval_rows import QUESTIONS, ROWS
 from scipy import stats
 
 METRICS = {
@@ -20,38 +21,47 @@ METRICS = {
     "NMI": "NMI",
 }
 COMPARED = {"precision_at_1": "P@1", "mean_average_precision_at_r": "MAP@R"}
+SOON = "epochs to 95%"
 TUNED_FOR = "mean_average_precision_at_r"
 BASELINE = "multi_similarity"
 KINDS = {"test": "", "validation": ", validation classes"}
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "retrieval"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "retrieval.md", ROOT / "README.md")
 SUMMARY = ("contrastive", "multi_similarity", "proxy_anchor", "hybrid", "4 learners, divergence")  # of the README
 MARKED = re.compile(r"(<!-- table ([^\n]+?) -->\n\n)(?:\|[^\n]*\n)*(\n<!-- end of table -->)")
 
 
-def collect(out, kind="test"):
+def collect(out, kind="test", rows_of=retrieval_rows):
     """Return data set -> row -> seed -> run, a run being metrics, and the settings that were chosen for it.
 
-    Of what is computed from a row's embeddings only what a question names.
+    Of what is computed from a row's embeddings only what a question names. ``rows_of``: has ROWS and QUESTIONS.
     """
-    asked = {row for pairs in QUESTIONS.values() for pair in pairs for row in pair}
+    asked = {row for pairs in rows_of.QUESTIONS.values() for pair in pairs for row in pair}
     by_data = {}
     for data, path in run_files.paths_of(out, kind).items():
         rows = {}
         for run in run_files.read(path):
-            chosen = {name: run["settings"][name] for name in ("lr", *run["tuned"])}
+            names = () if run.get("loss") == [] else ("lr", *run["tuned"])  # of what was trained
+            chosen = {name: run["settings"][name] for name in names}
             for suffix, metrics in run["metrics"].items():
                 if not suffix or run["row"] + suffix in asked:
                     seeds = rows.setdefault(run["row"] + suffix, {})
-                    seeds.setdefault(run["seed"], metrics | {"chosen": chosen})
-        by_data[data] = dict(sorted(rows.items(), key=lambda item: place(item[0])))
+                    seeds.setdefault(run["seed"], metrics | {"chosen": chosen} | soon_good(run))
+        by_data[data] = dict(sorted(rows.items(), key=lambda item: place(item[0], rows_of.ROWS)))
     return by_data
 
 
-def place(row):
-    """Return where a row stands: in the order of ROWS, then those with settings of their own by name."""
-    names, name = list(ROWS), row.split(" + ")[0]
+def soon_good(run):
+    """Return after how many epochs MAP@R was 95% of the run's best, where it is known for each epoch."""
+    epochs = run.get("epochs")  # of former benchmarks, their number
+    values = epochs.get(TUNED_FOR) if isinstance(epochs, dict) else None
+    return {SOON: next(i for i, x in enumerate(values, 1) if x >= 0.95 * max(values))} if values else {}
+
+
+def place(row, rows):
+    """Return where a row stands: in the order of ``rows``, then those with settings of their own by name."""
+    names, name = list(rows), row.split(" + ")[0]
     return (names.index(name), "") if name in names else (len(names), name)
 
 
@@ -72,14 +82,14 @@ def with_interval(gap):
     return "" if gap is None else f"{gap[0]:+.1f} ± {gap[1]:.1f}"
 
 
-def tables_of_rows(out, baseline=BASELINE):
+def tables_of_rows(out, baseline=BASELINE, rows_of=retrieval_rows):
     """Return name -> (title, table): the rows of each data set, and the questions that they answer."""
     tables = {}
     for kind, described in KINDS.items():
-        for data, rows in collect(out, kind).items():
+        for data, rows in collect(out, kind, rows_of).items():
             title = f"{data}{described}: percent, mean (standard deviation) over seeds; difference to {baseline}"
             tables[f"{data}-{kind} rows"] = f"{title}: 95% interval", table_of_rows(rows, baseline)
-            if answered := table_of_questions(rows):
+            if answered := table_of_questions(rows, rows_of.QUESTIONS):
                 title = f"{data}{described}: differences, mean and 95% interval over seeds, in percent points"
                 tables[f"{data}-{kind} questions"] = title, answered
     return tables
@@ -87,19 +97,24 @@ def tables_of_rows(out, baseline=BASELINE):
 
 def table_of_rows(rows, baseline):
     lines = []
+    soon = any(SOON in metrics for seeds in rows.values() for metrics in seeds.values())
     for row, seeds in rows.items():
         values = [mean_and_deviation([metrics[metric] for metrics in seeds.values()]) for metric in METRICS]
+        if soon:
+            epochs = [metrics[SOON] for metrics in seeds.values() if SOON in metrics and " + " not in row]
+            values.append(f"{np.mean(epochs):.1f}" if epochs else "")
         gap = difference(seeds, rows.get(baseline, {}), TUNED_FOR) if row != baseline else None
         chosen = next(iter(seeds.values()))["chosen"]
         settings = "" if " + " in row else ", ".join(f"{name} {value:g}" for name, value in chosen.items())
         lines.append([row, str(len(seeds)), *values, with_interval(gap), settings])
-    return markdown_table(["row", "seeds", *METRICS.values(), "MAP@R, difference", "chosen"], lines)
+    columns = [*METRICS.values(), *([SOON] if soon else [])]
+    return markdown_table(["row", "seeds", *columns, "MAP@R, difference", "chosen"], lines)
 
 
-def table_of_questions(rows):
+def table_of_questions(rows, questions):
     """Return the table, empty where no question has both of its rows with two seeds."""
     lines = []
-    for question, pairs in QUESTIONS.items():
+    for question, pairs in questions.items():
         for row, other in pairs:
             gaps = [difference(rows.get(row, {}), rows.get(other, {}), metric) for metric in COMPARED]
             if None not in gaps:
@@ -182,7 +197,14 @@ def draw(out, path, kind="test"):
 
 
 def all_tables(out=RESULTS):
-    return tables_of_rows(out) | tables_of_causes(out) | summary(out)
+    small = out / "retrieval"
+    tuned = tables_of_rows(out / "finetuning", rows_of=finetuning_rows)
+    return (
+        tables_of_rows(small)
+        | tables_of_causes(small)
+        | summary(small)
+        | {f"finetuning {name}": table for name, table in tuned.items()}
+    )
 
 
 def main(pages=PAGES, out=RESULTS):

@@ -1,4 +1,4 @@
-"""Does the name of a character help to recognise it? Softmax with margins from Unicode names.
+"""Does the name of a character help to recognize it? Softmax with margins from Unicode names.
 
 Run: python examples/adaptive_margin.py (no download; about three minutes on two CPU cores).
 

@@ -1,10 +1,10 @@
-"""What do messages inside of the batch add? Cross-entropy alone, with a refiner, and with refinement at test time.
+"""What do messages inside the batch add? Cross-entropy alone, with a refiner, and with refinement at test time.
 
 Run: python examples/intra_batch.py (no download; about seven minutes on two CPU cores).
 
 All get the same network, budget, batches of few classes with many samples, RAdam and seeds; they are compared on
 characters that none of them has seen. "Without messages" is the control: the same refiner and second classifier, but no
-sample hears of another. "Mean of the same neighbours" is that of the last row: neighbours, but no refiner.
+sample hears of another. "Mean of the same neighbors" is that of the last row: neighbors, but no refiner.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main(epochs=15, seeds=3, width=32, samples_per_class=16, out="."):
         data[split] = glyphs.data[:, None].float() / 255, glyphs.targets - glyphs.targets.min()
     images, labels = data["train"]
     test_images, test_labels = data["test"]
-    at_test_time = ("+ mean of the same neighbours", "+ refinement at test time")
+    at_test_time = ("+ mean of the same neighbors", "+ refinement at test time")
     results = {name: [] for name in (*TRAININGS, *at_test_time)}
     with tqdm(total=len(TRAININGS) * seeds, unit="training") as bar:
         for seed in range(seeds):
@@ -114,7 +114,7 @@ def main(epochs=15, seeds=3, width=32, samples_per_class=16, out="."):
                 bar.update()
                 if refiner is IntraBatchRefiner:
                     trained, raw = loss_func.refiner, embeddings
-            means = raw[neighbor_groups(raw, k1=30, size=8)].mean(1)  # of the same neighbours, without the refiner
+            means = raw[neighbor_groups(raw, k1=30, size=8)].mean(1)  # of the same neighbors, without the refiner
             refined = refine_with_neighbors(trained, raw, k1=30, size=8)
             for name, changed in zip(at_test_time, (means, refined), strict=True):
                 results[name].append(evaluate(changed, test_labels))
@@ -127,7 +127,7 @@ def main(epochs=15, seeds=3, width=32, samples_per_class=16, out="."):
     for name, of_seeds in results.items():
         values = [[100 * one[metric] for one in of_seeds] for metric in METRICS]
         print(f"{name:<40}" + "".join(f"{np.mean(v):>8.1f} ({np.std(v, ddof=min(1, seeds - 1)):.1f})" for v in values))
-    print(f"attention inside of a batch of unseen classes: {out / 'intra_batch_attention.png'}")
+    print(f"attention inside a batch of unseen classes: {out / 'intra_batch_attention.png'}")
     return results
 
 

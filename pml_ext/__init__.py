@@ -1,4 +1,4 @@
-"""Losses and tools on top of pytorch-metric-learning.
+"""Losses, networks and recipes on top of pytorch-metric-learning.
 
 Subpackages load on first use (PEP 562), so that ``import pml_ext`` costs nothing.
 """

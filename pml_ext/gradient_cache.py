@@ -29,9 +29,9 @@ def cached_backward(
     autocast: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    r"""Compute the gradients of a batch's loss with the memory of a chunk; takes the place of ``loss.backward()``.
+    r"""Compute the gradients of a whole batch with the memory of a chunk, in place of ``loss.backward()``.
 
-    The loss sees the embeddings of the whole batch, so that this is no gradient accumulation over small batches, which
+    The loss sees the embeddings of the whole batch, so this is not gradient accumulation over small batches, which
     have fewer pairs. Two passes over the chunks:
 
     1. The network embeds each chunk, without a graph. The loss of all embeddings $L$ gives $\partial L / \partial x_i$,
@@ -39,14 +39,15 @@ def cached_backward(
     2. The network embeds each chunk again, and passes the chunk's part of $\partial L / \partial x_i$ back.
 
     The second pass begins with the random states (PyTorch's, NumPy's and Python's) and the buffers that the first one
-    began with: dropout has the same masks, and running statistics move once a chunk, not twice. Afterwards the random
-    states are those after the loss, as if there had been one pass. A batch of one chunk takes one pass, as usual.
+    began with: dropout has the same masks, and running statistics move once for each chunk, not twice. Afterward the
+    random states are those after the loss, as if there had been one pass. A batch of one chunk takes one pass, as
+    usual.
 
-    Both passes must have the same images, bit for bit, and the same embeddings but for rounding; all else is an error.
-    After an error in the second pass the random states are those after the loss, gradients are incomplete or wrong, and
-    buffers have moved with the chunks that were done.
+    Both passes must have the same images, bit for bit, and the same embeddings up to rounding; anything else is an
+    error. After an error in the second pass the random states are those after the loss, gradients are incomplete or
+    wrong, and buffers have moved with the chunks that were done.
 
-    Batch norms that normalise with the statistics of what they are given see those of a chunk: the gradients are exact
+    Batch norms that normalize with the statistics of what they are given see those of a chunk: the gradients are exact
     for that network, which is not the one that sees the whole batch. With ``freeze_batch_norm``, batch norms in
     evaluation mode, layer or group norms there is no difference.
 
@@ -60,7 +61,7 @@ def cached_backward(
             another iterable that can be iterated over twice, of tensors, tuples or mappings, none of which needs to fit
             into the network. A part that is a list, as a ``DataLoader`` makes them, counts as a tuple, and with one
             tensor as that tensor. Chunks are moved to the device of the trunk's first parameter.
-        labels: ``(B,)``, as the loss wants them.
+        labels: ``(B,)``, as the loss takes them.
         chunk_size: Largest number of images that the network gets at a time, >= 1.
         miner: Called with embeddings and labels.
         autocast: dtype of the network's forward, ``torch.bfloat16`` or ``torch.float16``; the embeddings are then
@@ -71,13 +72,13 @@ def cached_backward(
         The loss, detached and not scaled. Gradients are added to those that are there; no optimizer steps.
 
     Raises:
-        TypeError: If ``trunk`` is no module, ``images`` can be iterated over only once or hold something other than
+        TypeError: If ``trunk`` is not a module, ``images`` can be iterated over only once or hold something other than
             tensors, or the trunk or the loss returns something else.
-        ValueError: If ``chunk_size`` is no integer >= 1, ``autocast`` is another dtype, ``images``, ``labels`` and what
-            the trunk returns have different lengths, the loss does not depend on the embeddings, or a
+        ValueError: If ``chunk_size`` is not an integer >= 1, ``autocast`` is another dtype, ``images``, ``labels`` and
+            what the trunk returns have different lengths, the loss does not depend on the embeddings, or a
             ``DistributedDataParallel`` has ``static_graph``.
         RuntimeError: If the second pass has other images or gives other embeddings than the first: the images change
-            between passes, or the network uses its own random generator. The gradients are wrong then.
+            between passes, or the network uses its own random generator. The gradients are then wrong.
 
     Examples:
         >>> from pml_ext.losses import MultiSimilarityLoss
@@ -92,7 +93,7 @@ def cached_backward(
 
     Source:
         Gao, Zhang, Han, Callan: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
-        2021. The paper keeps one random state a chunk, and does not treat buffers.
+        2021. The paper keeps one random state for each chunk, and does not treat buffers.
     """
     check_count("chunk_size", chunk_size)
     if not isinstance(trunk, nn.Module):
@@ -139,14 +140,14 @@ def cached_backward(
     if not learns:
         return loss
     if embeddings.grad is None:
-        raise ValueError("loss_func must depend on the embeddings, got a loss that has no gradient by them")
+        raise ValueError("loss_func must depend on the embeddings, got a loss without gradients for them")
 
     torch.clear_autocast_cache()  # older versions of PyTorch would use again weights that were cast without a graph
     behind_loss = _random_states(start.cuda)
     start.restore()
     other_images: list[Tensor] = []
     other_embeddings: list[Tensor] = []
-    centre = _finite(embeddings.detach()).mean(0)
+    center = _finite(embeddings.detach()).mean(0)
     first, grads = torch.split(embeddings.detach(), lengths), torch.split(embeddings.grad, lengths)
     try:
         for i, chunk in enumerate(_chunks(images, chunk_size)):
@@ -160,7 +161,7 @@ def cached_backward(
                     stack.enter_context(ddp.no_sync())
                 part = _embed(trunk, there, autocast)
                 other_images.append(_any_differ(_checksums(there), checksums[i]))
-                other_embeddings.append(_differ(part.detach(), first[i], centre, _rounding(trunk, part, autocast)))
+                other_embeddings.append(_differ(part.detach(), first[i], center, _rounding(trunk, part, autocast)))
                 if part.requires_grad:
                     torch.autograd.backward(part, grads[i])
     finally:
@@ -328,15 +329,15 @@ def _rounding(trunk: nn.Module, embeddings: Tensor, autocast: torch.dtype | None
     return max(rounding, 0.0 if kind == "cpu" or rounding < 1e-9 else _TF32)
 
 
-def _differ(embeddings: Tensor, others: Tensor, centre: Tensor, rounding: float) -> Tensor:
+def _differ(embeddings: Tensor, others: Tensor, center: Tensor, rounding: float) -> Tensor:
     """Return whether embeddings differ by more than rounding, as a tensor: nothing waits for the device.
 
-    Near: the root of ``rounding`` times how far the embeddings lie from their ``centre``, which alone tells samples
+    Near: the root of ``rounding`` times how far the embeddings lie from their ``center``, which alone tells samples
     apart, and a few roundings of the embeddings themselves. Numbers that are not finite in both count as equal: a
     gradient scaler will skip that step.
     """
     finite = _finite(others)
-    tolerance = rounding**0.5 * (finite - centre).abs().amax() + 4 * rounding * finite.abs().amax()
+    tolerance = rounding**0.5 * (finite - center).abs().amax() + 4 * rounding * finite.abs().amax()
     near = (embeddings - others).abs() <= tolerance
     return (~near & (embeddings.isfinite() | others.isfinite())).any()
 

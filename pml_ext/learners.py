@@ -25,7 +25,7 @@ def split_learners(embeddings: Tensor, num_learners: int, name: str = "embedding
         ``(B, M, d)``.
 
     Raises:
-        TypeError: If ``embeddings`` are no tensor.
+        TypeError: If ``embeddings`` are not a tensor.
         ValueError: If the width is not a multiple of ``num_learners``.
 
     Examples:
@@ -64,7 +64,7 @@ def learner_similarity(embeddings: Tensor, num_learners: int) -> float:
         A number in -1 / (M - 1) to 1; 0 for an empty batch or a single learner.
 
     Raises:
-        TypeError: If ``embeddings`` are no tensor of floating point.
+        TypeError: If ``embeddings`` are not a floating point tensor.
         ValueError: If the width is not a multiple of ``num_learners``.
 
     Examples:
@@ -84,7 +84,7 @@ class DivergenceMixin:
     Args:
         num_learners: M >= 1.
         margin: $m$ > 0.
-        **kwargs: Of the base class.
+        **kwargs: Passed to the base class.
 
     Raises:
         ValueError: If an argument breaks a rule.

@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def in_mode(module: nn.Module, training: bool = False) -> Iterator[None]:
-    """Put a module into train or eval mode; afterwards each part has its own mode again."""
+    """Put a module into train or eval mode; afterward each part has its own mode again."""
     modes = [(m, m.training) for m in module.modules()]
     module.train(training)
     try:

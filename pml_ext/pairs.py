@@ -27,16 +27,16 @@ def pairs_from_multilabel(labels: Tensor, rule: Rule = "any") -> Indices:
     Args:
         labels: ``(B, C)``, multi-hot: a number > 0, or True, where a sample has a class; else 0 or False.
         rule: "any": samples with a class in common are positives, all others negatives. "all": samples with the same
-            classes are positives, those without a common one negatives; what has some in common is no pair. A sample
-            without a class is in no positive pair.
+            classes are positives, those without a common one negatives; samples that share some classes form no pair. A
+            sample without a class is in no positive pair.
 
     Returns:
         ``(a1, p, a2, n)``, int64: anchors and positives, anchors and negatives, in both directions. No sample is its
         own positive or negative.
 
     Raises:
-        TypeError: If ``labels`` are no dense tensor of numbers or bool.
-        ValueError: If their shape or ``rule`` is another, or a number is negative or NaN.
+        TypeError: If ``labels`` are not a dense tensor of numbers or bool.
+        ValueError: If their shape or ``rule`` is invalid, or a number is negative or NaN.
 
     Examples:
         >>> multi_hot = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 1]])

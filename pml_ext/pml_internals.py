@@ -1,7 +1,8 @@
 """What this package uses of PML beyond its public face.
 
-PML 2.9 has no public base for networks, and its losses have hooks that PML 3, by its documentation, has not: records of
-settings and statistics, names of sub-losses, reduction types, regularizers that a base class finds by name. What else
+PML 2.9 has no public base for networks, and its losses have hooks that PML 3, according to its documentation, does not
+have: records of settings and statistics, names of sub-losses, reduction types, regularizers that a base class finds by
+    name. What else
 differs there are public hooks (``get_default_distance``) and names of wrappers, which stand where they are used.
 """
 
@@ -156,7 +157,7 @@ class LossFunction(_Records, BaseMetricLossFunction):
         return total / (active if kind is AvgNonZeroReducer else number).clamp_min(1)
 
     def set_reducer(self, reducer: Any) -> None:
-        """Set the reducer as PML does, but refuse a ``MultipleReducers`` with keys that are no sub-loss."""
+        """Set the reducer as PML does, but refuse a ``MultipleReducers`` with keys that are not sub-losses."""
         if isinstance(reducer, MultipleReducers):
             unknown = sorted(set(reducer.reducers) - set(self.sub_loss_names()))
             if unknown:
@@ -188,7 +189,7 @@ def _is_by_sums(reducer: Any) -> bool:
 
 
 class RegularizedWeights(pml_mixins.WeightRegularizerMixin):
-    """Weights with an initialisation (``weight_init_func``) and a regularizer; comes before ``LossFunction``."""
+    """Weights with an initialization (``weight_init_func``) and a regularizer; comes before ``LossFunction``."""
 
     def __init__(self, **kwargs: Any) -> None:
         draw = kwargs.get("weight_init_func")

@@ -27,12 +27,12 @@ def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
 def narrow(grad: Tensor, x: Tensor) -> Tensor:
     """Return a gradient in the dtype of what it belongs to.
 
-    Normalising divides the gradient by the norm: for a row near zero float16 cannot hold it. Infinities would keep a
+    Normalizing divides the gradient by the norm: for a row near zero float16 cannot hold it. Infinities would keep a
     ``GradScaler`` from ever taking a step, so there such a number gets no gradient. Other overflows stay infinite: they
     tell the scaler that its scale is too large.
 
     Args:
-        grad: Of float32 or better.
+        grad: A gradient in float32 or wider.
         x: What it is the gradient by, of any dtype.
     """
     narrowed = grad.to(x.dtype)

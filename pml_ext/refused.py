@@ -22,7 +22,7 @@ _kept_outside: ContextVar[bool] = ContextVar("pml_ext_kept_outside", default=Fal
 def unchanged_where_refused(module: nn.Module) -> AbstractContextManager[None]:
     """Restore statistics, running norms and memories of a module where what is inside raises.
 
-    Nothing is kept where input is not checked: compiled, validation off, or inside of a module that keeps it.
+    Nothing is kept where input is not checked: compiled, validation off, or inside a module that keeps it.
     """
     return _kept(module) if validation_wanted() and not _kept_outside.get() else nullcontext()
 

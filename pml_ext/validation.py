@@ -83,7 +83,7 @@ def is_batch_itself(
     Inside of this package that is told by ``ref_emb=None``, which no hook or wrapper can change. From outside it may
     come as PML 2 tells it, by one object for both. ``without_refs_to_itself`` looks at that before hooks of a module
     hand over copies. What PyTorch itself makes of one tensor given twice (views of a backward hook, leaves of a
-    checkpoint) is recognised too: the same memory with the same history.
+    checkpoint) is recognized too: the same memory with the same history.
     """
     if ref_emb is None or ref_emb is embeddings:
         return ref_emb is None or ref_labels is None or is_same(ref_labels, labels)
@@ -120,8 +120,8 @@ def check_settings(positive: Mapping[str, Any], finite: Mapping[str, Any] = Mapp
         finite: Names and values that must be finite.
 
     Raises:
-        TypeError: If one is no number; the message names it.
-        ValueError: If one is out of range, likewise.
+        TypeError: If one is not a number; the message names it.
+        ValueError: If one is out of range; the message names it.
     """
     for name, value in positive.items():
         check_number(name, value)
@@ -163,12 +163,12 @@ def check_module(name: str, value: Any, example: str) -> None:
     """Check that an argument is a module, and not the class of one or its name.
 
     Args:
-        name: Of the argument.
+        name: Name of the argument.
         value: What is given; None passes.
         example: What could be given.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
     """
     if value is not None and not isinstance(value, torch.nn.Module):
         raise TypeError(f"{name} must be an object such as {example}, got {shown(value)}")
@@ -200,7 +200,7 @@ def as_number(name: str, setting: Any) -> Any:
     """Return a setting for what computes with numbers alone.
 
     Raises:
-        TypeError: If it is no number, or a tensor that requires a gradient, which would get none.
+        TypeError: If it is not a number, or a tensor that requires a gradient, which would get none.
     """
     check_number(name, setting)
     if is_learned(setting):
@@ -212,7 +212,7 @@ def check_count(name: str, value: Any) -> None:
     """Check that a setting is a whole number.
 
     Raises:
-        ValueError: If it is no integer >= 1; the message names it.
+        ValueError: If it is not an integer >= 1; the message names it.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {shown(value)}")
@@ -230,7 +230,7 @@ def check_batch(
     """Check what a loss is given.
 
     What needs the data (finite embeddings, labels and indices in range) is computed as one flag on the device, with
-    one synchronisation; the details follow only where it is set.
+    one synchronization; the details follow only where it is set.
 
     Args:
         embeddings: ``(B, D)``, floating point.
@@ -297,7 +297,7 @@ def check_edge_index(edge_index: Tensor, num_nodes: int) -> None:
     """Check that edges are ``(2, E)`` integers in 0 to ``num_nodes`` - 1.
 
     Raises:
-        TypeError: If they are no integers.
+        TypeError: If they are not integers.
         ValueError: If shape or range are wrong.
     """
     check_integers("edge_index", edge_index)
@@ -312,7 +312,7 @@ def check_mini_batches(batch: Tensor, num_nodes: int) -> None:
     """Check that there is one sorted integer >= 0 for each node.
 
     Raises:
-        TypeError: If they are no integers.
+        TypeError: If they are not integers.
         ValueError: If shape, range or order are wrong.
     """
     check_integers("batch", batch)
@@ -326,8 +326,8 @@ def check_enqueue_mask(enqueue_mask: Tensor, length: int) -> None:
     """Check that a mask says of each row of a batch whether it enters a memory.
 
     Raises:
-        TypeError: If it is no bool tensor.
-        ValueError: If the shape is another.
+        TypeError: If it is not a bool tensor.
+        ValueError: If the shape is wrong.
     """
     rule = f"a bool tensor of shape ({length},)"
     if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
@@ -340,8 +340,8 @@ def check_embeddings(name: str, x: Tensor, width: int | None = None) -> None:
     """Check that embeddings are floating point, of two dimensions and of a width.
 
     Raises:
-        TypeError: If they are no tensor of floating point.
-        ValueError: If the shape is another.
+        TypeError: If they are not a floating point tensor.
+        ValueError: If the shape is wrong.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -375,7 +375,7 @@ def as_tensor(name: str, x: Any) -> Tensor:
     """Return numbers as a tensor; of an array with any strides and byte order, which PyTorch does not take.
 
     Raises:
-        TypeError: If it is no dense tensor, array or sequence of numbers, or an array with masked values.
+        TypeError: If it is not a dense tensor, array or sequence of numbers, or an array with masked values.
         ValueError: If it is a tensor on the meta device.
     """
     got = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__

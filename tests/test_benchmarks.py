@@ -30,6 +30,7 @@ from benchmarks import (
     pair_scaling,
     proxy_scaling,
     refiner,
+    report,
     retrieval_causes,
     second_order_attention,
 )
@@ -623,7 +624,7 @@ def test_mean_cosine():
 
 def test_gradients_reach_other_samples_by_messages_only():
     from pml_ext.losses import IntraBatchLoss
-    from pml_ext.recipes.intra_batch import SilentRefiner
+    from pml_ext.recipes.silent_refiner import SilentRefiner
 
     torch.manual_seed(0)
     embeddings, labels = torch.randn(8, 6), torch.arange(8) // 2
@@ -700,6 +701,25 @@ def test_evaluation(tmp_path, monkeypatch, capsys):
     assert evaluation.table(kept["rows"]) in capsys.readouterr().out
 
 
+def test_the_table_of_reports_is_that_of_its_results():
+    page = FOLDER.parent / "docs" / "visualization.md"
+    kept = json.loads((FOLDER / "results" / "report-cpu.json").read_text())
+    assert report.table(kept["rows"]) in page.read_text()
+    assert kept["metadata"]["images"] == report.IMAGES == 50_000
+    assert [row["title"] for row in kept["rows"]] == [case.title for case in report.CASES]
+    assert all(row["peak_mb"] < 1000 and row["file_mb"] < 15 for row in kept["rows"])  # as the docstring says
+
+
+@linux_only
+def test_report(tmp_path, monkeypatch, capsys, in_this_process):
+    cases = [case._replace(classes=4) for case in report.CASES]
+    monkeypatch.setattr(report, "CASES", cases)
+    kept = report.main(images=60, out=tmp_path / "kept.json")
+    assert json.loads((tmp_path / "kept.json").read_text()) == kept
+    assert all(row["file_mb"] > 0 for row in kept["rows"]) and len(kept["rows"]) == 4
+    assert report.table(kept["rows"]) in capsys.readouterr().out
+
+
 def test_the_tables_of_large_batches_are_those_of_their_results():
     page = (FOLDER.parent / "docs" / "large_batches.md").read_text()
     kept = json.loads((FOLDER / "results" / "large_batches-cpu.json").read_text())
@@ -765,7 +785,11 @@ def test_finetuning(tmp_path, capsys):
                 pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / part / f"{part} {label}" / f"{i}.png")
     small = ["image_size=32", "batch_size=8", "epochs=2", "backbone=test_efficientnet", "pretrained=false"]
-    options = {"seeds": [0], "out": tmp_path / "out", "settings": small}
+    small += ["frozen_stages=0"]
+    options = {"seeds": [0], "out": tmp_path / "out", "settings": small, "tuned_on": "other"}
+    for weight, found in ((0.1, 1.0), (0.25, 3.0), (0.5, 2.0)):
+        trial = {"row": "mhgl", "trial": {"proxy_weight": weight}, "metrics": {"": {retrieval_tables.TUNED_FOR: found}}}
+        run_files.append(run_files.path_of(options["out"], "other", "tuning"), trial)
     for _ in range(2):  # what is there is not run again
         finetuning.main(tmp_path / "data", ["frozen", "mhgl"], **options)
     frozen, trained = run_files.read(tmp_path / "out" / "data-test.jsonl")
@@ -780,5 +804,10 @@ def test_finetuning(tmp_path, capsys):
     test.transform = made.transforms.test
     found = retrieval_metrics(*embed(BackboneFeatures(made.trunk), test, autocast=torch.bfloat16))
     assert frozen["metrics"][""]["precision_at_1"] == pytest.approx(100 * found["precision_at_1"], abs=1e-3)
-    printed = [row[:3] for row in cells_of(capsys.readouterr().out)]
-    assert ["frozen", "1", f"{100 * found['precision_at_1']:.1f}"] in printed
+    cells, metric = cells_of(capsys.readouterr().out), retrieval_tables.TUNED_FOR
+    printed = [row[:3] for row in cells]
+    assert ["frozen", "1", f"{100 * found['precision_at_1']:.1f} (0.0)"] in printed
+    assert trained["settings"]["attention"] == "normalized" and trained["settings"]["proxy_weight"] == 0.25
+    soon = 1 if trained["epochs"][metric][0] >= 0.95 * max(trained["epochs"][metric]) else 2
+    shown = dict(zip(*(cells[i] for i in (0, 3)), strict=True))
+    assert shown["epochs to 95%"] == f"{soon:.1f}" and shown["chosen"] == "lr 0.0003, proxy_weight 0.25"

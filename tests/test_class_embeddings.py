@@ -92,7 +92,7 @@ def test_bad_names():
         from_text("abc", model="tfidf")
     with pytest.raises(TypeError, match="names must be strings or None, got 3"):
         from_text(["a", 3], model="tfidf")
-    with pytest.raises(ValueError, match="names must contain a text, got 2 without"):
+    with pytest.raises(ValueError, match="names must contain at least one text, got 2 without any"):
         from_text([None, ""], model="tfidf")
     with pytest.raises(ValueError, match=r"template must contain \{\}, got 'a photo'"):
         from_text(NAMES, model="tfidf", template="a photo")
@@ -121,8 +121,8 @@ def test_class_means():
             TypeError,
             "features must have a floating point or integer",
         ),
-        (torch.ones(3, 2), torch.ones(2).long(), None, ValueError, r"one row a sample, got shapes \(3, 2\), \(2,\)"),
-        (torch.ones(0, 2), torch.ones(0).long(), None, ValueError, "one row a sample"),
+        (torch.ones(3, 2), torch.ones(2).long(), None, ValueError, r"for each sample, got shapes \(3, 2\), \(2,\)"),
+        (torch.ones(0, 2), torch.ones(0).long(), None, ValueError, "one row for each sample"),
         (
             torch.ones(2, 2),
             torch.tensor([0, -1]),

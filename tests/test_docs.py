@@ -25,8 +25,9 @@ import pytest
 from PIL import Image
 
 import pml_ext
-from examples import train
 from pml_ext import losses
+from pml_ext.commands import train
+from pml_ext.commands.parser import make_parser
 from tests.contract.cases import CASES
 from tests.datasets.test_in_shop import make_in_shop
 from tests.needs import needs
@@ -111,7 +112,7 @@ def test_no_block_escapes():
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory):
-    """What the pages take for granted: folders of images, a data set, a run of examples/train.py."""
+    """What the pages take for granted: folders of images, a data set, a run of ``pml-ext train``."""
     folder = tmp_path_factory.mktemp("sandbox")
     rng = np.random.default_rng(0)
 
@@ -128,8 +129,9 @@ def sandbox(tmp_path_factory):
     draw(folder / "data" / "flowers" / "test", "lily tulip")
     make_in_shop(folder / "data" / "in_shop")
     small = {"width": 4, "batch_size": 16}
-    with mock.patch.object(train, "draw"):  # pictures take longer than the training, and no page looks at them
-        train.main("mhgl", folder / "photos", folder / "runs" / "photos", epochs=1, settings=small, device="cpu")
+    pictures = dict.fromkeys(("draw_curves", "draw_gallery", "write_run_report"), mock.DEFAULT)
+    with mock.patch.multiple(train, **pictures):  # they take longer than the training, and no page looks at them
+        train.main(folder / "photos", folder / "runs" / "photos", "mhgl", epochs=1, settings=small, device="cpu")
     return folder
 
 
@@ -205,7 +207,7 @@ def commands():
         (b.page, line) for b in BLOCKS if b.language == "bash" for line in b.code.replace("\\\n", " ").splitlines()
     ]
     for page, text in PAGES.items():
-        inline = re.findall(r"`((?:python|torchrun|pip) [^`]+)`", FENCE.sub("", text))
+        inline = re.findall(r"`((?:python|torchrun|pip|pml-ext) [^`]+)`", FENCE.sub("", text))
         lines += [(page, line.replace("\n", " ")) for line in inline]
     split = [(page, shlex.split(part, comments=True)) for page, line in lines for part in line.split("&&")]
     return [(page, words) for page, words in split if words]
@@ -261,6 +263,21 @@ def test_commands_are_accepted(words, monkeypatch, capsys):
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
     pytest.fail(f"{name} has no parser")
+
+
+PML_EXT = sorted({tuple(words[1:]) for _, words in commands() if words[0] == "pml-ext"})
+
+
+@pytest.mark.parametrize("words", PML_EXT, ids=" ".join)
+def test_commands_of_the_package_are_accepted(words, capsys):
+    """A command that is only named has its name checked."""
+    command = make_parser(words[0])
+    command.allow_abbrev = False
+    if len(words) > 1:
+        try:
+            command.parse_args(words[1:])
+        except SystemExit:
+            pytest.fail(capsys.readouterr().err)
 
 
 def declared_extras():
@@ -382,7 +399,8 @@ def test_every_numbered_section_is_a_proposal():
 
 def links(page):
     """Return the files that a page links to, pictures included."""
-    targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", without_code(PAGES[page]))
+    text = without_code(PAGES[page])
+    targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text) + re.findall(r"^\[\w+\]: (\S+)$", text, re.MULTILINE)
     return {((ROOT / page).parent / target).resolve() for target in targets if "://" not in target}
 
 
@@ -391,7 +409,86 @@ def test_links_lead_to_files(page):
     assert sorted(str(path) for path in links(page) if not path.exists()) == []
 
 
+def test_every_picture_is_described_in_words():
+    described = [alt for text in PAGES.values() for alt in re.findall(r"!\[([^\]]*)\]", without_code(text))]
+    assert len(described) > 5
+    assert all(len(alt.split()) >= 3 for alt in described), described
+
+
 def test_every_picture_is_shown():
     pictures = {path for path in DOCS.rglob("*") if path.suffix in (".png", ".jpg", ".svg", ".gif", ".webp")}
     assert len(pictures) > 5
     assert pictures <= {path for page in PAGES for path in links(page)}
+
+
+# (f) what people look for
+
+
+MESSAGES = re.findall(
+    r"^\| (?:the same, |)(`.+?`)(?: and (`.+?`))?[^|`]*\|", PAGES["docs/troubleshooting.md"], re.MULTILINE
+)
+
+
+@pytest.fixture(scope="module")
+def strings():
+    """All that strings of the package say, each on a line."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in Path(pml_ext.__path__[0]).rglob("*.py"))
+    values = (node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return "\n".join(value for value in values if isinstance(value, str))
+
+
+@pytest.mark.parametrize("message", [text.strip("`") for pair in MESSAGES for text in pair if text])
+def test_troubleshooting_quotes_messages_that_are_raised(message, strings):
+    if message != "AssertionError":  # PML's
+        parts = [part.strip(" ,") for part in message.split("...")]
+        printed = "\n".join(block.printed or "" for block in blocks("docs/troubleshooting.md"))
+        assert any(parts)
+        assert all(part in strings for part in parts) or all(part in printed for part in parts)
+
+
+WORDS = {
+    "tensorboard": "logging",
+    "weights & biases": "logging",
+    "wandb": "logging",
+    "dinov2": "pretrained",
+    "clip": "pretrained",
+    "vit": "pretrained",
+    "lora": "pretrained",
+    "freeze": "pretrained",
+    "onnx": "deploy",
+    "export": "deploy",
+    "faiss": "deploy",
+    "serve": "deploy",
+    "csv": "datasets",
+    "exif": "datasets",
+    "query and gallery|queries and a gallery": "datasets",
+    "own photographs": "own_photographs",
+    "hyperparameter": "training_loops",
+    "early stopping": "training_loops",
+    "lightning": "training_loops",
+    "accelerate": "training_loops",
+    "resume": "recipes",
+    "out of memory": "troubleshooting",
+    "nan": "troubleshooting",
+    "collapse": "troubleshooting",
+    "stands still": "troubleshooting",
+    "multi-label": "multi_label",
+    "gpus": "distributed",
+    "large batches": "large_batches",
+    "million classes": "streaming",
+    "million embeddings": "evaluation",
+    "which loss": "which_loss",
+}
+
+
+@pytest.mark.parametrize(("words", "page"), WORDS.items(), ids=WORDS)
+def test_a_search_finds_the_page_by_its_headings(words, page):
+    """The site's search weighs headings most, and people type these words."""
+    headings = re.findall("^#+ (.*)", FENCE.sub("", PAGES[f"docs/{page}.md"]), re.MULTILINE)
+    assert any(re.search(rf"\b({words})", heading, re.IGNORECASE) for heading in headings), headings
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/") and page not in PROPOSALS}
+    assert sorted(listed) == sorted(pages)

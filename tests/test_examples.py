@@ -18,15 +18,11 @@ pytestmark = pytest.mark.trains
 RUNS = {
     "adaptive_margin",
     "attention_ensemble",
-    "command_line",  # in test_general_commands.py, as those that use it
     "distributed_accelerate",
     "distributed_fabric",
-    "embed",  # in test_general_commands.py, as search and train
     "global_local",
     "intra_batch",
     "quickstart",
-    "search",
-    "train",
     "train_distributed",
 }
 
@@ -122,7 +118,7 @@ def test_attention_ensemble(tmp_path, capsys, monkeypatch):
 def test_intra_batch(tmp_path, capsys):
     results = intra_batch.main(epochs=1, seeds=2, width=4, samples_per_class=4, out=tmp_path)
     printed = capsys.readouterr().out
-    names = ["+ mean of the same neighbours", "+ refinement at test time"]
+    names = ["+ mean of the same neighbors", "+ refinement at test time"]
     assert list(results) == [*intra_batch.TRAININGS, *names]
     for metrics in results.values():
         for metric in intra_batch.METRICS:

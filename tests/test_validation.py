@@ -198,7 +198,7 @@ def test_integer_labels_of_any_dtype(make, dtype):
 
 
 def test_only_rows_whose_norm_overflows_are_refused():
-    """Their normalised embedding would be 0, and their gradient too."""
+    """Their normalized embedding would be 0, and their gradient too."""
     check_batch(torch.full((2000, 4), 9e18), torch.arange(2000))  # the norm of all rows together overflows
     check_batch(torch.full((4, 40), 6e4, dtype=torch.float16), torch.arange(4))
     with pytest.raises(
@@ -268,7 +268,7 @@ class CountOperators(TorchDispatchMode):
 
 
 def test_the_value_of_one_tensor_is_read(monkeypatch):
-    """On a device each such reading is a synchronisation; it needs none to be counted."""
+    """On a device each such reading is a synchronization; it needs none to be counted."""
     monkeypatch.setattr("pml_ext.validation._plain", lambda x: x)  # a CPU reads numbers, for it waits for nothing
     args = EMB, LABELS, (LABELS, LABELS, LABELS), EMB + 1, LABELS + 0, 4
     with CountOperators() as mode:
@@ -279,7 +279,7 @@ def test_the_value_of_one_tensor_is_read(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 @pytest.mark.parametrize("labels_device", ["cpu", "cuda"])
-def test_one_synchronisation_on_cuda(labels_device):
+def test_one_synchronization_on_cuda(labels_device):
     emb, labels = EMB.cuda(), LABELS.to(labels_device)
     args = emb, labels, (labels, labels, labels), emb + 1, labels + 0, 4
     check_batch(*args)

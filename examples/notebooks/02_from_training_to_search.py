@@ -228,8 +228,9 @@ draw_worst()
 
 # ## What to try next
 #
-# - More epochs, and your own images: `open_data("photos/")` (`docs/datasets.md`, `docs/recipes.md`). On the command
-#   line: `pml-ext train photos/`. Photographs want a pretrained network: notebook `03_fine_tune_on_a_folder`.
+# - More epochs, and your own images: `open_data("photos/")` (`docs/datasets.md`). On the command line: `pml-ext train`,
+#   `pml-ext embed` and `pml-ext search` (`docs/commands.md`). For photographs, start from a pretrained network:
+#   notebook `03_fine_tune_on_a_folder`.
 # - Open `report.html` in a browser: `docs/visualization.md` explains what is in it.
 # - Other recipes: `recipe("mhgl", ...)`, `recipe("attention_ensemble", ...)`; what they do: notebooks
 #   `04_global_and_local_heads`, `05_attention_ensemble` and `06_intra_batch_connections`.

@@ -1,4 +1,4 @@
-"""Some classes of a labelled data set."""
+"""Some classes of a labeled data set."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from pml_ext.datasets.labels import as_labels, label_values
 
 
 class ClassSubset(torch.utils.data.Dataset[tuple[Any, int]]):
-    """View of a labelled data set: the samples of some classes, with labels 0, 1, ... and a transform of its own.
+    """View of some classes of a labeled data set, with labels 0, 1, ... and its own transform.
 
     The view holds a shallow copy of the data set (attributes copied, data shared) whose ``transform`` and
     ``target_transform`` are None, takes images from there and applies its own transform. Views of one data set, and
@@ -34,7 +34,7 @@ class ClassSubset(torch.utils.data.Dataset[tuple[Any, int]]):
         num_classes: C.
 
     Raises:
-        TypeError: If ``dataset`` has no integer labels, or ``classes`` are no integers.
+        TypeError: If ``dataset`` has no integer labels, or ``classes`` are not integers.
         ValueError: If ``classes`` are empty, repeat one, or ``dataset`` has no sample of one.
 
     Examples:
@@ -58,9 +58,9 @@ class ClassSubset(torch.utils.data.Dataset[tuple[Any, int]]):
         if missing:
             raise ValueError(f"classes must be labels of dataset, got {missing[0]}, which has no sample")
         new = {label: i for i, label in enumerate(self.classes)}
-        relabelled = torch.tensor([new.get(label, -1) for label in labels.tolist()])
-        self.indices = (relabelled >= 0).nonzero().flatten()
-        self.labels = relabelled[self.indices]
+        relabeled = torch.tensor([new.get(label, -1) for label in labels.tolist()])
+        self.indices = (relabeled >= 0).nonzero().flatten()
+        self.labels = relabeled[self.indices]
         names = _class_names(dataset, present)
         self.class_names = None if names is None else [names[label] for label in self.classes]
         self.transform: Callable[[Any], Any] | None = getattr(dataset, "transform", None)
@@ -102,14 +102,14 @@ def labels_of(dataset: Any) -> Tensor:
     """Return ``labels`` or ``targets`` of a data set, ``(N,)``, int64.
 
     Raises:
-        TypeError: If it has neither, or they are no integers.
+        TypeError: If it has neither, or they are not integers.
         ValueError: If their number is not that of the samples.
     """
     for name in ("labels", "targets"):
         labels = getattr(dataset, name, None)
         if labels is not None:
             return as_labels(f"dataset.{name}", labels, len(dataset))
-    raise TypeError(f"dataset must have labels or targets, got {type(dataset).__name__} without")
+    raise TypeError(f"dataset must have labels or targets, got a {type(dataset).__name__} with neither")
 
 
 def _class_names(dataset: Any, labels: list[int]) -> dict[int, str] | None:

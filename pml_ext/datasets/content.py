@@ -15,9 +15,10 @@ def fingerprint_of(dataset: Any, labels: Any, sizes: bool = True) -> str:
     """Return 64 hexadecimal digits that change with the samples of a data set or view, their order and their labels.
 
     Args:
-        dataset: Of it or, of a view, of what it looks at, these count: of files (``paths``, or torchvision's
-            ``samples``) the path below the folder that all files have in common, and the size, -1 if there is no file
-            any more; files are not read. Of arrays (``images`` or ``data``) the values. Of others only the index.
+        dataset: A data set or a view of one, in which case the data set behind it counts. Of files (``paths``, or
+            torchvision's ``samples``) the path below the folder that all files have in common, and the size, -1 if
+            there is no file any more; files are not read. Of arrays (``images`` or ``data``) the values. Of others only
+            the index.
         labels: ``(N,)``, integers.
         sizes: Whether sizes of files count.
     """

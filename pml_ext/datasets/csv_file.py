@@ -18,8 +18,8 @@ def read_csv(file: Path) -> dict[str | None, dict[str, list[str]]]:
 
     Raises:
         FileNotFoundError: If none of the images is there.
-        ValueError: If the file is no text in UTF-8, a column or a value is missing, a path is listed twice, or splits
-            are not those that ``open_data`` takes; the message has file and line.
+        ValueError: If the file is not a text in UTF-8, a column or a value is missing, a path is listed twice, or
+            splits are not those that ``open_data`` takes; the message has file and line.
     """
     rows = _rows(file)
     if not any(os.path.exists(path) for path, _, _ in rows):

@@ -42,7 +42,7 @@ class FolderWalk:
 
         Args:
             roots: The folders, each of which has a list.
-            names: Of the sub-folders to take; others do not count as left out. None: all.
+            names: Names of the sub-folders to take; others do not count as left out. None: all.
         """
         self._taken |= {_identity(folder) for root in roots for folder in (root, *Path(root).resolve().parents)}
         entries = []
@@ -122,7 +122,7 @@ class FolderWalk:
         return f"images of kinds that are not read: {counted} (save them as .jpg or .png)" if kinds else ""
 
     def _leave_out(self, entry: "os.DirEntry[str]") -> bool:
-        """Whether an entry is no image, which is noted."""
+        """Return whether an entry is not an image, and note it."""
         regular = os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
         lost = entry.is_symlink() and not os.path.exists(entry.path)  # who reads it will name it
         if (regular or lost) and _is_image(entry.name):

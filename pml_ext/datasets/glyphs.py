@@ -45,7 +45,7 @@ class Glyphs(torch.utils.data.Dataset[tuple[Any, Any]]):
         target_transform: Applied to the label.
         samples_per_class: Images of each character. A longer set begins with the images of a shorter one.
         image_size: Side in pixels, at least 8.
-        seed: Of the jitter. The same seed gives the same images in every split.
+        seed: Seed of the jitter. The same seed gives the same images in every split.
 
     Attributes:
         data: ``(N, image_size, image_size)``, uint8, all images.

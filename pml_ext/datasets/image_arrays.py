@@ -12,13 +12,13 @@ from pml_ext.validation import check_values
 
 
 class ImageArrays(torch.utils.data.Dataset[tuple[Any, int]]):
-    """Images and labels that lie in memory.
+    """Images and labels in memory.
 
     Args:
         images: ``(N, H, W)`` or ``(N, H, W, 3)``, uint8, an array or a tensor. Not copied where that can be avoided.
         labels: ``(N,)``, integers.
         transform: Applied to the image, a uint8 tensor ``(1, H, W)`` or ``(3, H, W)`` of its own.
-        class_names: That of label i at index i, or None.
+        class_names: The name of label i at index i, or None.
 
     Attributes:
         images: ``(N, H, W)`` or ``(N, H, W, 3)``, uint8 tensor.
@@ -29,7 +29,7 @@ class ImageArrays(torch.utils.data.Dataset[tuple[Any, int]]):
 
     Raises:
         TypeError: If ``images`` are not uint8, ``labels`` no integers, or ``class_names`` no strings.
-        ValueError: If a shape is another, there is no image, or a label has no name.
+        ValueError: If a shape is wrong, there is no image, or a label has no name.
 
     Examples:
         >>> dataset = ImageArrays(torch.zeros(2, 8, 8, dtype=torch.uint8), [3, 5])

@@ -20,10 +20,10 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
     """Images in files, opened when asked for.
 
     Args:
-        paths: Of the N images.
+        paths: Paths of the N images.
         labels: ``(N,)``, integers.
         transform: Applied to the PIL image, which is RGB.
-        class_names: That of label i at index i, or None.
+        class_names: The name of label i at index i, or None.
         reader: How files are read. None: ``ImageReader()``. For ``white="largest"`` all files are read once.
         skip_broken: Whether another image of the class takes the place of one that cannot be read, which a warning
             names. For training: in a test, the other image would be found twice.
@@ -39,7 +39,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
             load images, and copies of the data set, share it.
 
     Raises:
-        TypeError: If ``labels`` are no integers, or ``skip_broken`` no bool.
+        TypeError: If ``labels`` are not integers, or ``skip_broken`` no bool.
         ValueError: If labels do not match; on access: if a file cannot be read, or with ``skip_broken`` none of its
             class.
     """
@@ -93,7 +93,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
             image = self._read(i)
             if image is not None:
                 return image
-        raise BrokenImageError(f"cannot read any of the {len(same)} images of a class, {self.paths[index]} for one")
+        raise BrokenImageError(f"cannot read any of the {len(same)} images of a class, such as {self.paths[index]}")
 
     def _read(self, index: int) -> Any:
         """Return the image, or None if it cannot be read, which is noted."""
@@ -114,7 +114,7 @@ def broken_images(
     Most JPEG and PNG files are not decoded, which finds truncated ones and no wrong pixels.
 
     Args:
-        paths: Of the images.
+        paths: Paths of the images.
         progress: Whether to show a progress bar.
         reader: None: ``ImageReader()``.
     """

@@ -11,7 +11,7 @@ from pml_ext.datasets.image_reader import ImageReader
 
 
 class ImageFolder(ImageFiles):
-    """Images in one sub-folder for each class; more of them may lie in folders inside of it.
+    """Images in one sub-folder for each class, also in folders inside it.
 
     Files are images if they end with png, jpg, jpeg, jpe, jfif, bmp, webp, tif, tiff, gif, ppm, pgm, pbm or pnm, in any
     case. What else there is does not count, and a warning counts and names it: images of other kinds (HEIC, AVIF, raw
@@ -26,7 +26,7 @@ class ImageFolder(ImageFiles):
         reader: How files are read. None: ``ImageReader()``.
 
     Attributes:
-        paths: Of the images, sorted within each class.
+        paths: Paths of the images, sorted within each class.
         labels: ``(N,)``, int64 tensor, 0 to C - 1.
         class_names: Names of the C sub-folders.
         transform: May be set at any time.
@@ -34,8 +34,8 @@ class ImageFolder(ImageFiles):
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it has no sub-folder with images, one of ``classes`` is missing, empty or there twice, or a class
-            has images only in folders inside of it; on access: if a file cannot be read, with its path.
+        ValueError: If it has no sub-folder with images, one of ``classes`` is missing, empty or named twice, or a class
+            has images only in folders inside it; on access: if a file cannot be read, with its path.
 
     Examples:
         >>> import tempfile
@@ -78,12 +78,12 @@ def images_of_classes(
 
     Args:
         walk: Is told what is left out.
-        name: Of the argument, for messages.
+        name: Name of the argument, for messages.
         roots: The folders that hold class folders.
-        classes: As in ``ImageFolder``.
+        classes: The sub-folders to use, as in ``ImageFolder``.
 
     Raises:
-        ValueError: As ``ImageFolder``.
+        ValueError: If ``ImageFolder`` would raise it.
     """
     folders = walk.class_folders(roots, classes)
     for root, names in zip(roots, folders, strict=True):

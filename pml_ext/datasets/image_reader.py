@@ -42,7 +42,7 @@ class ImageReader:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range; on call: if the file is missing, no regular file, no BMP, GIF, JPEG,
             PNG, PPM, TIFF or WebP by its content, truncated, has values without a fixed range (mode F, most of mode I),
-            or has 16-bit colours, which PIL cuts to 8 bits, where ``white`` is not 65535.
+            or has 16-bit colors, which PIL cuts to 8 bits, where ``white`` is not 65535.
 
     Warns:
         UserWarning: Once, of the first file of 16 bits whose values reach less than a quarter of the range: it becomes
@@ -90,7 +90,7 @@ class ImageReader:
         if wide:
             return self._narrowed(np.asarray(image), path, image.info.get("transparency"))
         if ";16" in raw and self.white != 65535:
-            raise ValueError(f"white must be 65535 for 16-bit colours, which PIL cuts to 8 bits, got {self.white!r}")
+            raise ValueError(f"white must be 65535 for 16-bit colors, which PIL cuts to 8 bits, got {self.white!r}")
         flat = flatten(image, self.background)
         if ";16" in raw:
             _warn_of_dark(256 * max(high for _, high in image.convert("RGB").getextrema()) + 255, path)
@@ -105,10 +105,10 @@ class ImageReader:
         else:
             white = max(int(values.max()), 1) if isinstance(self.white, str) else int(self.white)
             narrow = (np.minimum(values, white).astype(np.uint32) * 255 + white // 2) // white
-        colours = np.repeat(narrow.astype(np.uint8)[..., None], 3, axis=2)
+        colors = np.repeat(narrow.astype(np.uint8)[..., None], 3, axis=2)
         if transparent is not None:
-            colours[values == transparent] = _rgb(self.background)
-        return Image.fromarray(colours)
+            colors[values == transparent] = _rgb(self.background)
+        return Image.fromarray(colors)
 
 
 def read_image(path: str | os.PathLike[str]) -> Any:
@@ -122,7 +122,7 @@ def flatten(image: Any, background: str | tuple[int, int, int] = "white") -> Any
 
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image.convert("RGB")
-    if image.mode in ("RGBa", "La"):  # colours that are multiplied by alpha
+    if image.mode in ("RGBa", "La"):  # colors that are multiplied by alpha
         image = image.convert(image.mode.upper())
     behind = Image.new("RGBA", image.size, (*_rgb(background), 255))
     return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
@@ -134,7 +134,7 @@ def has_16_bits(image: Any) -> bool:
 
 
 def largest_value(path: str | os.PathLike[str]) -> int:
-    """Return the largest value of a gray image of 16 bits; 65535 of colours, which PIL cuts; 0 of other images."""
+    """Return the largest value of a gray image of 16 bits; 65535 of colors, which PIL cuts; 0 of other images."""
     with _opened(path) as image:
         if ";16" in _raw_mode(image) and not _is_wide(image):
             return 65535
@@ -148,7 +148,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             yield image
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, EOFError, struct.error and more
@@ -170,9 +170,9 @@ def _rgb(background: Any) -> tuple[int, int, int]:
         try:
             return ImageColor.getrgb(background)[:3]
         except ValueError:
-            raise ValueError(f"background must be a colour, as 'white' or '#ffffff', got {background!r}") from None
+            raise ValueError(f"background must be a color, such as 'white' or '#ffffff', got {background!r}") from None
     if not isinstance(background, tuple) or not all(type(value) is int for value in background):
-        raise TypeError(f"background must be a colour's name or three integers, got {background!r}")
+        raise TypeError(f"background must be a color name or three integers, got {background!r}")
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise ValueError(f"background must have three values of 0 to 255, got {background}")
     red, green, blue = background

@@ -10,7 +10,7 @@ from pml_ext.datasets.image_reader import ImageReader
 SPLITS = ("train", "query", "gallery")
 HOW_TO_GET = (
     "the data cannot be downloaded here: ask for In-shop Clothes Retrieval on the DeepFashion project page of the "
-    "Chinese University of Hong Kong (MMLAB), which grants a licence by request"
+    "Chinese University of Hong Kong (MMLAB), which grants a license by request"
 )
 
 
@@ -28,7 +28,7 @@ class InShop(ImageFiles):
         reader: How files are read. None: ``ImageReader()``.
 
     Attributes:
-        paths: Of the images, in the order of the list.
+        paths: Paths of the images, in the order of the list.
         labels: ``(N,)``, int64 tensor. Training items have 0 to C - 1; query and gallery share the labels that follow,
             so that no label means two items. Both are in the sorted order of item ids.
         class_names: Item ids of all labels, those of the other splits too.

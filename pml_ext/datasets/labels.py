@@ -24,8 +24,8 @@ def as_labels(name: str, labels: Any, length: int) -> Tensor:
         ``(N,)``, int64.
 
     Raises:
-        TypeError: If they are no integers.
-        ValueError: If the shape is another, a value does not fit int64, or the tensor is on the meta device.
+        TypeError: If they are not integers.
+        ValueError: If the shape is wrong, a value does not fit int64, or the tensor is on the meta device.
     """
     if isinstance(labels, Tensor):
         check_values(name, labels)
@@ -61,7 +61,7 @@ def as_class_names(class_names: Sequence[str] | None, labels: Tensor) -> list[st
         labels: ``(N,)``, those that need a name.
 
     Raises:
-        TypeError: If they are no strings.
+        TypeError: If they are not strings.
         ValueError: If a label has no name.
     """
     if class_names is None:

@@ -48,7 +48,7 @@ def broken_files(data: RetrievalData, each_class: bool = False, progress: bool =
     """Return which image files of each part of data cannot be read, by their place in it, and why.
 
     Args:
-        data: Its parts that are no files are left out of what is returned.
+        data: Its parts that are not files are left out of what is returned.
         each_class: Whether to decode images of each class until one can be read; else most are not decoded at all, and
             a class may lose all of them later.
         progress: Whether to show a progress bar.

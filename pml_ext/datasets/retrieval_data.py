@@ -21,10 +21,11 @@ class RetrievalData:
             all other test images.
         class_embeddings: ``(num_classes, E)``, float32, a description of each class of ``train``, or None.
         in_channels: 1 (gray) or 3 (RGB).
-        name: Of the data set.
+        name: Name of the data set.
 
     Raises:
-        ValueError: If ``class_embeddings`` do not have a row for each training class, or ``in_channels`` is another.
+        ValueError: If ``class_embeddings`` do not have a row for each training class, or ``in_channels`` is neither 1
+            nor 3.
 
     Examples:
         >>> from pml_ext.datasets import open_data
@@ -53,20 +54,20 @@ class RetrievalData:
         return self.train.num_classes
 
     def hold_out(self, val_classes: float, seed: int = 0) -> "RetrievalData":
-        """Cut validation classes from the training classes: to choose settings without a look at the test classes.
+        """Cut validation classes from the training classes: to choose settings without looking at the test classes.
 
         Args:
             val_classes: Share of the training classes (0 to 1, both excluded; rounded, at least 2), or their number,
                 an integer >= 2.
-            seed: Of the random choice of classes.
+            seed: Seed of the random choice of classes.
 
         Returns:
-            Data whose ``train`` has the other classes, relabelled in their order, with their rows of
+            Data whose ``train`` has the other classes, relabeled in their order, with their rows of
             ``class_embeddings``, and whose ``test`` has the validation classes, with the transform of this ``test``,
             None without one. ``gallery`` is None.
 
         Raises:
-            TypeError: If ``val_classes`` is no number.
+            TypeError: If ``val_classes`` is not a number.
             ValueError: If fewer than 2 classes would be left on one side.
         """
         count = number_of_classes("val_classes", val_classes, self.num_classes, smallest=2)
@@ -82,14 +83,14 @@ def number_of_classes(name: str, value: float, num_classes: int, smallest: int, 
     """Return how many of ``num_classes`` classes are cut off, at least 2 being left.
 
     Args:
-        name: Of the setting, for the messages.
+        name: Name of the setting, for the messages.
         value: A share (a float in (0, 1), rounded to what is possible), or a number (an integer).
-        num_classes: Of the whole.
+        num_classes: Number of classes of the whole.
         smallest: The least that may be cut off.
         none: Whether 0, of none at all, may be too.
 
     Raises:
-        TypeError: If ``value`` is no number.
+        TypeError: If ``value`` is not a number.
         ValueError: If it is out of range, or there are fewer than ``smallest + 2`` classes.
     """
     if isinstance(value, bool) or not isinstance(value, Real):

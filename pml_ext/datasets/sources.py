@@ -78,7 +78,7 @@ def open_data(
             needs no download but knows of words only their letters; "names:MODEL": with another of its models.
         root: Folder of PML's data sets and of ``InShop``; others ignore it.
         download: Whether PML downloads the data set if ``root`` is missing or empty.
-        seed: Of the jitter of ``Glyphs``.
+        seed: Seed of the jitter of ``Glyphs``.
         reader: How image files are read. None: ``ImageReader()``. For ``white="largest"`` the training images are read
             once, and their largest value is used for all.
         split_seed: Which test classes are drawn where the data comes without a split, the same ones for the same
@@ -91,7 +91,7 @@ def open_data(
         FileNotFoundError: If a file or folder is missing.
         TypeError: If an argument or an array has the wrong type.
         ValueError: If the name is unknown, the data has too few classes, a class is both in training and test, or
-            arrays do not match; the message tells which.
+            arrays do not match; the message names them.
 
     Examples:
         >>> data = open_data("glyphs")

@@ -30,7 +30,7 @@ def check_splits(name: str, given: list[str]) -> tuple[str, ...]:
     """Return the splits to use, in the order of ``COMPLETE``.
 
     Args:
-        name: Of what has them, for the message.
+        name: Name of what has them, for the message.
         given: Names of splits.
 
     Raises:

@@ -184,7 +184,7 @@ def _raise_everywhere(error: Exception | None, failed: list[int]) -> None:
         raise error
     if any(failed):
         rank = failed.index(1)
-        raise ValueError(f"all ranks must be given a valid batch, got an error on rank {rank}, which tells what")
+        raise ValueError(f"all ranks must be given a valid batch, got an error on rank {rank}: see its message")
 
 
 def gather(part: Part, sizes: list[int], group: Group, gradient_factor: float, name: str) -> Gathered:

@@ -39,9 +39,9 @@ from pml_ext.validation import (
 
 
 class DistributedLossWrapper(nn.Module):
-    r"""Compute a loss on the batch of all ranks, as one process would that has it all.
+    r"""Compute a loss on the batch of all ranks, as a single process with the whole batch would.
 
-    A drop-in for PML's class, right for every loss of PML and of this package. The model belongs into
+    A drop-in for PML's class, right for every loss of PML and of this package. The model belongs in
     ``DistributedDataParallel`` (DDP), which takes the mean of its gradients over ranks; the loss does not need to, and
     may.
 
@@ -69,7 +69,7 @@ class DistributedLossWrapper(nn.Module):
           ``DistributedMinerWrapper`` (PML's or that of this package) returns, the same pairs on all ranks.
         - output: scalar.
 
-    In one process it is the loss itself.
+    In one process, the wrapper returns the value of the loss itself.
 
     Raises:
         TypeError: If ``loss`` is not a PML loss.
@@ -129,10 +129,10 @@ class DistributedLossWrapper(nn.Module):
 
         Args:
             embeddings: The rows of this rank.
-            labels: Their labels.
+            labels: The labels of these rows.
             indices_tuple: Rows of the batch of all ranks, own rows first.
             ref_emb: The references of this rank.
-            ref_labels: Their labels.
+            ref_labels: The labels of these references.
             enqueue_mask: For ``CrossBatchMemory``.
         """
         memory = isinstance(self.loss, PmlCrossBatchMemory)
@@ -184,7 +184,7 @@ class DistributedLossWrapper(nn.Module):
             return self._on_all_ranks(batch.embeddings, batch.labels, indices_tuple, refs.embeddings, refs.labels)
 
     def _on_all_ranks(self, *arguments: Any) -> Tensor:
-        """Return the loss, if no rank has failed inside of it."""
+        """Return the loss, if no rank has failed inside it."""
         return on_all_ranks(lambda: self.loss(*arguments), self.loss, self.process_group)
 
     def _sum_of_ranks(

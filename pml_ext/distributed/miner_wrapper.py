@@ -33,14 +33,14 @@ class DistributedMinerWrapper(nn.Module):
 
     Args:
         miner: Any miner of PML.
-        efficient: As in the ``DistributedLossWrapper`` that gets what is mined: anchors are own rows only.
+        efficient: The same as in the ``DistributedLossWrapper`` that gets the result. True: anchors are own rows only.
         process_group: The ranks. None: all.
 
     Shape:
         - embeddings: ``(B, D)`` of this rank. Output: indices into the batch of all ranks.
 
     Raises:
-        TypeError: If ``miner`` is no PML miner.
+        TypeError: If ``miner`` is not a PML miner.
         ValueError: If this or another rank is given bad input, or another fails.
         RuntimeError: If a rank does not answer in time.
 

@@ -53,11 +53,11 @@ class ClassShards:
 
     Attributes:
         first: The first class of this rank.
-        stop: Its last one + 1.
+        stop: The last class of the shard + 1.
 
     Raises:
         TypeError: If ``process_group`` is neither.
-        ValueError: If torch.distributed is not initialised, or the mesh has several dimensions.
+        ValueError: If torch.distributed is not initialized, or the mesh has several dimensions.
     """
 
     def __init__(self, num_classes: int, process_group: Any) -> None:
@@ -116,7 +116,7 @@ class ClassShards:
         return self.distribute(x.narrow(dim, self.first, self.stop - self.first).clone(), tuple(x.shape), dim)
 
     def draw(self, embedding_size: int, init: Callable[[Tensor], Any]) -> nn.Parameter:
-        """Return proxies, initialised with the widths of the whole and other numbers on each rank.
+        """Return proxies, initialized with the widths of the whole and other numbers on each rank.
 
         Raises:
             ValueError: If ranks differ in their sizes.

@@ -17,7 +17,7 @@ class AccuracyCalculator(accuracy_calculator.AccuracyCalculator):
     """PML's ``AccuracyCalculator`` for any labels, in little memory: for its testers and for your own calls.
 
     The values are PML's, but labels are compared as they are, not as float32, embeddings must be finite, and memory
-    does not grow with the number of classes nor with their sizes. R-precision and MAP@R look at R neighbours, whatever
+    does not grow with the number of classes nor with their sizes. R-precision and MAP@R look at R neighbors, whatever
     ``k`` is. PML's ``label_comparison_fn`` and ``knn_func`` are not taken.
 
     Args:
@@ -26,10 +26,10 @@ class AccuracyCalculator(accuracy_calculator.AccuracyCalculator):
         avg_of_avgs: Whether to return the mean over classes of the means over their queries.
         return_per_class: Whether to return a list with the mean of each class that has a match, in the order of labels.
         k: Up to which rank "mean_average_precision" and "mean_reciprocal_rank" look: an integer >= 1, "max_bin_count"
-            (the most right samples that a query has), or None, to the last.
+            (the most right samples that a query has), or None: to the last.
         device: Where to search. None: cuda if there is one.
-        kmeans_func: As in PML, for "NMI" and "AMI".
-        chunk_size: As in ``retrieval_metrics``.
+        kmeans_func: The k-means function for "NMI" and "AMI", as in PML.
+        chunk_size: Number of queries that are searched at a time, as in ``retrieval_metrics``.
 
     Raises:
         TypeError: If ``include`` or ``exclude`` is not a tuple or list.
@@ -60,7 +60,7 @@ class AccuracyCalculator(accuracy_calculator.AccuracyCalculator):
         super().__init__(include, exclude, avg_of_avgs, return_per_class, k, device=device, kmeans_func=kmeans_func)
         own = [name for name in self.original_function_dict if name not in (*RANKED, "precision_at_1", "NMI", "AMI")]
         if own:
-            raise TypeError(f"a subclass must not add metrics, which PML computes from all neighbours, got {own[0]}")
+            raise TypeError(f"a subclass must not add metrics, which PML computes from all neighbors, got {own[0]}")
         self.chunk_size = chunk_size
 
     def get_accuracy(

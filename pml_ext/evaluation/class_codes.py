@@ -37,14 +37,14 @@ def class_codes(
         labels: ``(N,)``, integers of any width, strings, bytes or bools: a tensor, an array, a pandas Series or a
             sequence.
         num_queries: N.
-        gallery_labels: ``(M,)``, likewise. None: the gallery is the queries.
+        gallery_labels: ``(M,)``, of the same kinds as ``labels``. None: the gallery is the queries.
         num_gallery: M.
         ignore_label: The label of samples that belong to no class. None: there are none.
-        names: Of both arguments, for messages.
+        names: Names of both arguments, for messages.
 
     Raises:
         TypeError: If a label is of another kind.
-        ValueError: If the shape is another.
+        ValueError: If the shape is wrong.
 
     Examples:
         >>> class_codes(["b", "a", "b"], 3).queries.tolist()

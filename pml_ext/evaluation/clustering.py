@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def clustering_metrics(embeddings: Tensor, codes: Tensor, metrics: Sequence[str]) -> dict[str, float]:
-    """Return normalised and adjusted mutual information of classes and of as many k-means clusters.
+    """Return normalized and adjusted mutual information of classes and of as many k-means clusters.
 
     The clusters are those of PML's ``AccuracyCalculator``: faiss, 20 iterations, float32, on the CPU.
 

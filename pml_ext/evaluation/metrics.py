@@ -36,28 +36,28 @@ def retrieval_metrics(
     chunk_size: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    r"""Search a gallery for each query, exactly, and say how many of its neighbours are of its class.
+    r"""Search a gallery exactly for each query, and measure how many of its neighbors are of its class.
 
-    Neighbours are the nearest by Euclidean distance, as in PML's ``AccuracyCalculator``; for embeddings of length 1, as
-    ``recipes.embed`` returns them, this is the order of cosines. Rows that lie equally near come in the order of their
-    indices. Distances are compared in float32 (float64 where embeddings are of that type): neighbours whose cosines
+    Neighbors are the nearest by Euclidean distance, as in PML's ``AccuracyCalculator``; for embeddings of length 1, as
+    ``recipes.embed`` returns them, this is the order of cosines. Rows at the same distance come in the order of their
+    indices. Distances are compared in float32 (float64 where embeddings are of that type): neighbors whose cosines
     differ by less than about 1e-7 may come in any order.
 
-    Queries without a match in the gallery have no say; they are counted. Memory beyond the embeddings is about 200 MB,
-    whatever the number of classes and their sizes are, or what ``chunk_size`` makes it.
+    Queries without a match in the gallery do not enter the metrics; they are counted. Memory beyond the embeddings is
+    about 200 MB, whatever the number of classes and their sizes are, or what ``chunk_size`` makes it.
 
-    With R for the number of right samples in the gallery (without the query itself), the metrics are, of each query:
+    With R for the number of right samples in the gallery (without the query itself), the metrics of each query are:
 
     - "precision_at_k": the share of right samples among the k nearest; "precision_at_1", "precision_at_10", ...
     - "recall_at_k": whether a right sample is among the k nearest, which papers call Recall@K: "recall_at_1", ...
-      "hit_rate_at_k" is another name of it.
+      "hit_rate_at_k" is another name for it.
     - "r_precision": the share of right samples among the R nearest.
     - "mean_average_precision_at_r": :math:`\frac{1}{R} \sum_{i=1}^{R} P(i)`, P(i) being the precision at i where the
-      i-th neighbour is right, else 0.
+      i-th neighbor is right, else 0.
     - "mean_average_precision": the same sum over all of the gallery.
     - "mean_reciprocal_rank": 1 / the rank of the first right sample.
-    - "NMI", "AMI": normalised and adjusted mutual information of the classes and of as many k-means clusters. Of all
-      queries that are not ignored, not of each.
+    - "NMI", "AMI": normalized and adjusted mutual information of the classes and of as many k-means clusters. They are
+      computed over all queries that are not ignored, not for each query.
 
     Args:
         embeddings: ``(N, D)``, floating point, finite: the queries, a tensor or an array.
@@ -69,16 +69,16 @@ def retrieval_metrics(
         average: "micro": the mean over queries. "macro": the mean over classes of the means over their queries. None:
             the means of each class.
         k: Ranks, >= 1, of metrics whose name ends in "_at_k". Ranks beyond the gallery's size count as wrong.
-        ignore_label: The label of junk and distractors: they are searched, but never asked and never right. None:
-            there are none.
+        ignore_label: The label of junk and distractors: they are searched, but they are never queries and never right.
+            None: there are none.
         device: Where to search. None: that of ``embeddings`` (arrays: the CPU).
         chunk_size: Queries that are searched at a time, >= 1. None: as memory allows.
         progress: Whether to show a progress bar.
 
     Returns:
         For each metric a float, 0 to 1 (AMI: -1 to 1); with ``average=None`` a dict from labels, as Python has them, to
-        floats. Then the integers "num_queries", those that have a say, and "num_without_match", those that have none
-        for want of a match.
+        floats. Then the integers "num_queries", those that enter the metrics, and "num_without_match", those
+        that do not because they have no match.
 
     Raises:
         TypeError: If embeddings are not floating point, or labels of another kind.
@@ -98,7 +98,7 @@ def retrieval_metrics(
         raise ValueError(f"average must be 'micro', 'macro' or None, got {average!r}")
     if average is None and set(names) & set(_CLUSTERING):
         raise ValueError(
-            f"average must be 'micro' or 'macro' for NMI and AMI, which no class has of its own, got {average}"
+            f"average must be 'micro' or 'macro' for NMI and AMI, which have no value for a single class, got {average}"
         )
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
@@ -145,11 +145,11 @@ def rank_queries(
     Args:
         queries: ``(N, D)``.
         gallery: ``(M, D)``, or None: the queries.
-        codes: Of both.
-        names: Of metrics that single queries have.
+        codes: The class codes of both.
+        names: Names of metrics that single queries have.
         own: ``(N,)``, int64: the gallery row that is the query itself. Without a gallery it is known.
-        max_rank: As in ``query_values``.
-        chunk_size: As in ``retrieval_metrics``.
+        max_rank: The largest rank that counts, as in ``query_values``.
+        chunk_size: Number of queries at a time, as in ``retrieval_metrics``.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -187,8 +187,8 @@ def averaged(values: Tensor, codes: Tensor, classes: Sequence[Any], average: str
     Args:
         values: ``(Q,)``, of the queries.
         codes: ``(Q,)``, of their classes.
-        classes: Their labels.
-        average: As in ``retrieval_metrics``.
+        classes: The labels of the classes.
+        average: How to average, as in ``retrieval_metrics``.
     """
     if average == "micro":
         return float(values.mean())
@@ -205,14 +205,14 @@ def as_embeddings(
     """Return embeddings as a tensor on a device, without a graph.
 
     Args:
-        name: Of the argument, for messages.
+        name: Name of the argument, for messages.
         embeddings: ``(N, D)``, a tensor or an array.
         device: Where they go. None: they stay.
         width: The D that they must have. None: any.
 
     Raises:
         TypeError: If they are not floating point.
-        ValueError: If the shape is another, there is no row, or a number is not finite or too large to square.
+        ValueError: If the shape is wrong, there is no row, or a number is not finite or too large to square.
     """
     if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
         embeddings = as_tensor(name, np.ma.filled(embeddings, np.nan))

@@ -1,4 +1,4 @@
-"""Values of single queries, from which of their neighbours are right."""
+"""Values of single queries, from which of their neighbors are right."""
 
 import re
 
@@ -17,13 +17,13 @@ def is_at_k(name: str) -> bool:
 
 
 def needed_ranks(name: str, num_right: Tensor, gallery_size: int, max_rank: int | None = None) -> Tensor:
-    """Return how many neighbours of each query a metric looks at.
+    """Return how many neighbors of each query a metric looks at.
 
     Args:
-        name: Of the metric.
+        name: Name of the metric.
         num_right: ``(N,)``, int64: right samples in the gallery (R).
-        gallery_size: Neighbours that there are.
-        max_rank: As in ``query_values``.
+        gallery_size: Neighbors that there are.
+        max_rank: The largest rank that counts, as in ``query_values``.
     """
     at_k = _AT_K.fullmatch(name)
     if at_k:
@@ -37,9 +37,9 @@ def query_values(name: str, right: Tensor, num_right: Tensor, max_rank: int | No
     """Return a metric of each query, ``(n,)``, float64, 0 to 1.
 
     Args:
-        name: Of the metric: one of ``RANKED``, or "precision_at_k", "recall_at_k" or "hit_rate_at_k" with a number for
-            k.
-        right: ``(n, k)``, bool: which of the neighbours, from near to far, are of the query's class; all that
+        name: Name of the metric: one of ``RANKED``, or "precision_at_k", "recall_at_k" or "hit_rate_at_k" with a number
+            for k.
+        right: ``(n, k)``, bool: which of the neighbors, from near to far, are of the query's class; all that
             ``needed_ranks`` says, more do no harm.
         num_right: ``(n,)``, int64, >= 1: right samples in the gallery (R).
         max_rank: Up to which rank "mean_average_precision" and "mean_reciprocal_rank" look. None: to the last.
@@ -62,5 +62,5 @@ def query_values(name: str, right: Tensor, num_right: Tensor, max_rank: int | No
     if name == "mean_reciprocal_rank":
         first = right.to(torch.uint8).argmax(1)
         return right.any(1).double() / (first + 1)
-    precision = right.cumsum(1, dtype=torch.float64).div_(ranks).mul_(right)  # at the ranks of right neighbours
+    precision = right.cumsum(1, dtype=torch.float64).div_(ranks).mul_(right)  # at the ranks of right neighbors
     return precision.sum(1) / num_right

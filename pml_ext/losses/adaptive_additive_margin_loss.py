@@ -18,15 +18,15 @@ Direction = Literal["distance", "similarity"]
 
 
 class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
-    r"""Keep every negative proxy at a distance of its own, set by how far apart two classes are in a second modality.
+    r"""Softmax loss with a margin for each pair of classes, set by their distance in a second modality.
 
     $$L_i = -\log \frac{e^{s c_{i y_i}}}{e^{s c_{i y_i}} + \sum_{j \ne y_i} e^{s (c_{ij} + m_{y_i j})}} \qquad
       m_{yj} = m_0 + a \, d_{yj}$$
 
     $c_{ij}$: cosine of sample $i$ and proxy $j$. $d_{yj}$: distance of classes $y$ and $j$ in the second modality, say
-    text, divided by the largest one. $m_{yy} = 0$. A class without description gets $m_0$ alone, in both directions.
+    text, divided by the largest one. $m_{yy} = 0$. If one of the two classes has no description, the margin is $m_0$.
 
-    Known relatives, tested for equality: with no second modality, ``base_margin`` 0.35 and ``scale`` 64 it is PML's
+    Tests compare it with its relatives: without a second modality, ``base_margin`` 0.35 and ``scale`` 64 it is PML's
     ``CosFaceLoss``; with ``base_margin`` 0 and ``scale`` 1 / temperature PML's ``NormalizedSoftmaxLoss``.
 
     With class embeddings the margins of a batch are formed chunk by chunk; a matrix of all classes is never stored.
@@ -37,10 +37,10 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         embedding_size: Width of embeddings and proxies, >= 1.
         class_embeddings: A description of each class, ``(num_classes, E)``, tensor or numpy array, such as
             ``pml_ext.class_embeddings`` makes. A row with NaN, or of zeros: a class without description. It is kept
-            as a buffer of that name, centred and scaled so that $d$ is a plain distance of its rows.
+            as a buffer of that name, centered and scaled so that $d$ is a plain distance of its rows.
         class_distances: Instead, the distances themselves, ``(num_classes, num_classes)``, >= 0 with a zero diagonal;
             row $y$ holds the margins of samples of class $y$. A class whose row and column are NaN, or zeros: without
-            description. Kept as a buffer. With neither every margin is $m_0$.
+            description. Kept as a buffer. Without either, every margin is $m_0$.
         class_metric: Distance of class embeddings: "cosine" (1 - cosine), "euclidean" (slower: no matrix product) or
             "squared_euclidean".
         normalize: Whether to divide by the largest distance. For class embeddings that is exact up to 20,000 described
@@ -48,9 +48,9 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         margin_scale: $a$, in units of cosine. Without second modality it has no effect.
         base_margin: $m_0$, in units of cosine.
         direction: "distance": far classes get the larger margin. "similarity": near ones do; $1 - d$ replaces $d$.
-        scale: $s$ > 0. ``scale``, ``base_margin`` and ``margin_scale`` may be parameters; a matrix of batch times
-            classes is formed then, and with ``process_group`` that is refused.
-        chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
+        scale: $s$ > 0. ``scale``, ``base_margin`` and ``margin_scale`` may be parameters; then a matrix of batch
+            times classes is formed, which ``process_group`` refuses.
+        chunk_size: Proxies in a chunk. None: as many as fit into the cache.
         process_group: Ranks over which proxies and class descriptions are split, as in ``ProxyAnchorLoss``, but with
             any reducer.
         memory: Bytes (on each rank) that may be used from forward to backward for what would be computed twice
@@ -67,8 +67,8 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
           sample's loss is multiplied by its share in the tuple, as in PML's classification losses.
 
     Raises:
-        TypeError: If ``class_embeddings`` or ``class_distances`` is no tensor or array of numbers, or requires a
-            gradient, which a buffer does not get; if a setting is no number, or requires a gradient with
+        TypeError: If ``class_embeddings`` or ``class_distances`` is not a tensor or array of numbers, or requires a
+            gradient, which a buffer does not get; if a setting is not a number, or requires a gradient with
             ``process_group``.
         RuntimeError: If a state is loaded whose margins another ``class_metric`` or ``normalize`` has made.
         ValueError: If both are given, their shape or a value breaks a rule, no class is described, an argument is out
@@ -86,7 +86,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
 
     Source:
         A reconstruction of Fehervari, Macedo: "Adaptive Additive Classification-Based Loss for Deep Metric Learning",
-        arXiv 2006.14693, 2020. The abstract tells that each negative proxy of a sample gets a margin, looked up from
+        arXiv 2006.14693, 2020. The abstract says that each negative proxy of a sample gets a margin, looked up from
         distances of classes that were computed beforehand on text; formula, sign, scaling and $s$ could not be read.
         Ours is the only form that adds a margin to each negative cosine. "distance" is the default since the abstract
         speaks of distances and the triplet loss that it builds on (Zhao et al., arXiv 1909.12939) gives far classes
@@ -174,7 +174,7 @@ class AdaptiveAdditiveMarginLoss(BaseProxyLoss):
         """Return the margins $m_{y_i j}$ of samples of given classes, ``(B, num_classes)``, 0 for the own class.
 
         Raises:
-            TypeError: If ``labels`` are no integers.
+            TypeError: If ``labels`` are not integers.
             ValueError: If a label is out of range.
         """
         if self.shards is not None:

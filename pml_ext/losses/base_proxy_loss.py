@@ -22,7 +22,7 @@ class BaseProxyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
     """Proxies as a parameter ``proxies``, ``(num_classes, embedding_size)``, that is moved where used and never cast.
 
     Raises:
-        ValueError: If a size or ``chunk_size`` is no integer >= 1.
+        ValueError: If a size or ``chunk_size`` is not an integer >= 1.
     """
 
     num_classes: int

@@ -17,26 +17,26 @@ from pml_ext.validation import as_number, check_settings, scalar
 
 
 class ContrastiveLoss(BasePairLoss):
-    r"""Positive pairs are drawn together to a margin, negative pairs pushed apart to another.
+    r"""Contrastive loss: pull positive pairs together to one margin, push negative pairs apart to another.
 
     $$\ell^+_{ij} = \max(0, d_{ij} - m_+),\ j \in P_i \qquad \ell^-_{ij} = \max(0, m_- - d_{ij}),\ j \in N_i$$
 
     $P_i$, $N_i$: positives and negatives of anchor $i$, from the labels or from ``indices_tuple``, in which what is
     named twice counts twice. $d$: distance, by default PML's ``LpDistance``, Euclidean between unit vectors; for
     a similarity the signs swap, and the margins are similarities. The default reducer, ``AvgNonZeroReducer``, takes the
-    mean of the losses that are not 0, of positive and of negative pairs apart; the two are added.
+    mean of the losses that are not 0, for positive and for negative pairs separately; the two means are added.
 
     The value is PML's. Differences: with PML's ``LpDistance(p=2)``, of ``power`` 1 or 2, ``CosineSimilarity`` or
     ``DotProductSimilarity`` and its ``AvgNonZeroReducer``, ``MeanReducer`` or ``SumReducer`` a long batch (on a CPU:
-    more than 512 x 512 pairs) is looked at tile by tile, in memory that does not grow with the square, and has first
+    more than 512 x 512 pairs) is evaluated tile by tile, in memory that does not grow with the square, and has first
     derivatives only. Distances near 0 are then exact, where PML's matrix cancels: in float32 PML gives copies of a
-    vector a distance above 0 and counts them. A tuple with one pair gives its loss and not 0;
+    vector a distance above 0 and counts them. A tuple with one pair gives its loss, not 0;
     ``ref_labels`` may be the object ``labels``.
 
     Args:
         pos_margin: $m_+$, in the units of ``distance``. Like ``neg_margin`` it may be a parameter; all pairs are looked
             at at once then. For similarities, 1 and 0 are usual.
-        neg_margin: $m_-$, likewise.
+        neg_margin: $m_-$, in the same units as ``pos_margin``.
         chunk_size: Rows and columns of a tile of distances. None: as many as stay in the cache; a batch that is one
             tile is evaluated at once, and so is a compiled loss.
         **kwargs: Passed to PML's ``BaseMetricLossFunction``.

@@ -27,14 +27,14 @@ from pml_ext.validation import (
 
 
 class CrossBatchMemory(PmlCrossBatchMemory):
-    """Compare each batch with the embeddings of earlier batches too.
+    """PML's cross-batch memory: compare each batch with the embeddings of earlier batches too.
 
-    PML's class, with these changes. It takes ``HybridLoss`` where the pair part is a loss that PML admits: the pair
-    part sees the memory, the proxy part the batch; and ``EnsembleLoss`` of such losses, whose divergence sees the
-    batch. The state dict holds the position in the queue; without it, as in PML's, a loaded memory counts as empty. No
-    sample is compared with itself, in a batch of one row neither. Bad input is refused before it enters the memory,
-    which stays float32 or better. Without a miner, ``MultiSimilarityLoss``, ``SupConLoss``, ``NTXentLoss`` and
-    ``ContrastiveLoss`` of this package, also inside of composites, need no list of all pairs, nor a matrix of them: a
+    It differs from PML's class as follows. It takes a ``HybridLoss`` whose pair part is a loss that PML accepts: the
+    pair part sees the memory, the proxy part the batch. It takes an ``EnsembleLoss`` of such losses, whose divergence
+    sees the batch. The state dict holds the position in the queue; without it, as in PML's, a loaded memory counts as
+    empty. No sample is compared with itself, not even in a batch of one row. Bad input is refused before it enters the
+    memory, which stays in float32 or wider. Without a miner, ``MultiSimilarityLoss``, ``SupConLoss``, ``NTXentLoss``
+    and ``ContrastiveLoss`` of this package, also inside composites, need no list of all pairs, nor a matrix of them: a
     memory may hold millions.
     Where ``enqueue_mask`` lets nothing in, the memory stays as it is (PML's counts as full from then on).
 
@@ -124,7 +124,7 @@ class CrossBatchMemory(PmlCrossBatchMemory):
         if not len(embeddings):
             return (upcast_half(embeddings) * 0).sum()
         given = self, upcast_half(embeddings), labels.long(), indices_tuple, enqueue_mask
-        if torch.compiler.is_compiling():  # one call, outside of any with: a graph would hold for one position alone
+        if torch.compiler.is_compiling():  # one call, outside any with: a graph would hold for one position alone
             select: Any = torch.compiler.disable(_select_for_any_length)  # type: ignore[no-untyped-call]
             return self._compare(embeddings, select(*given))
         listed = bool(self.miner) or indices_tuple is not None or not getattr(self.loss, "leaves_out_own", False)
@@ -224,7 +224,7 @@ def _select(
     Args:
         memory: The memory.
         embeddings: The batch.
-        labels: Its labels.
+        labels: Labels of the batch.
         indices_tuple: Pairs to add.
         enqueue_mask: What enters.
         listed: Whether to list the pairs. Otherwise the loss takes all.

@@ -8,11 +8,11 @@ from pml_ext.types import Indices, LossDict
 
 
 class DivergenceLoss(DivergenceMixin, BaseLoss):
-    r"""Push the learners' vectors of one image apart, with a hinge.
+    r"""Push the learners' vectors of one image apart with a hinge loss.
 
     $$\ell_i = \sum_{p < q} [m - \lVert b_p(x_i) - b_q(x_i) \rVert^2]_+$$
 
-    $b_p(x_i)$: slice p of embedding i, normalised here. Only learners of one sample are compared; labels play no part.
+    $b_p(x_i)$: slice p of embedding i, normalized here. Only learners of one sample are compared; labels play no part.
     The gradient at coincident learners is zero, so they must differ at the start. A slice of zeros has no direction and
     counts as orthogonal to all others.
 
@@ -37,7 +37,7 @@ class DivergenceLoss(DivergenceMixin, BaseLoss):
 
     Source:
         Kim, Goyal, Chawla, Lee, Kwon: "Attention-based Ensemble for Deep Metric Learning", ECCV 2018. Margin 1 is the
-        paper's. Whether it counts pairs once or twice, and how it normalises over the batch, we do not know: here each
+        paper's. Whether it counts pairs once or twice, and how it normalizes over the batch, we do not know: here each
         pair counts once, and the reducer averages over the batch.
     """
 

@@ -22,11 +22,11 @@ from pml_ext.validation import already_valid, check_count, check_miner, check_se
 
 
 class EnsembleLoss(LogitsMixin, BaseLoss):
-    r"""Train M learners, whose vectors lie side by side in one embedding, and keep them different.
+    r"""Train M learners whose vectors lie side by side in one embedding, and keep them different.
 
     $$L = \sum_{m} L_m(b_m) + \lambda \, L_\text{div}(b_1, \ldots, b_M)$$
 
-    $b_m$: slice m of the embeddings, as it is: a loss with a cosine or a normalised distance normalises it.
+    $b_m$: slice m of the embeddings, as it is: a loss with a cosine or a normalized distance normalizes it.
     $L_\text{div}$: ``DivergenceLoss``, the mean over the batch. Children are called through their own ``forward``:
     their reducers and regularizers act. The sum over learners is not a mean: with M learners, the learner part is about
     M times that of one loss.

@@ -21,7 +21,7 @@ _PROXY_ARGUMENTS = ("weight_init_func", "weight_regularizer", "weight_reg_weight
 
 
 class HybridLoss(LogitsMixin, BaseLoss):
-    r"""Pair loss, rich in sample-to-sample relations, plus proxy loss, fast to converge.
+    r"""Combine a pair loss, rich in relations between samples, with a proxy loss, which converges fast.
 
     $$L = w_\text{pair} L_\text{pair} + w_\text{proxy} L_\text{proxy}$$
 
@@ -35,12 +35,12 @@ class HybridLoss(LogitsMixin, BaseLoss):
         pair_loss: A loss of samples with samples. Default: ``MultiSimilarityLoss()``, shift 0.5.
         proxy_loss: A loss of samples with proxies. Default: ``ProxyAnchorLoss(num_classes, embedding_size)``.
         pair_weight: $w_\text{pair}$ >= 0. May be changed during training.
-        proxy_weight: $w_\text{proxy}$ >= 0, likewise.
+        proxy_weight: $w_\text{proxy}$ >= 0; it may be a parameter too.
         miner: Mines for the pair part whenever no ``indices_tuple`` is given; called with embeddings, labels, and the
             references or None. PML's ``DistributedLossWrapper`` with
             ``efficient=True`` always gives one; ``CrossBatchMemory`` takes this miner for its own.
         **kwargs: ``weight_init_func``, ``weight_regularizer``, ``weight_reg_weight`` and ``process_group`` reach the
-            default proxy loss, ``distance`` the default children; each is refused where nothing would use it. The rest
+            default proxy loss, ``distance`` the default children; each is refused if nothing would use it. The rest
             (``reducer``, ``embedding_regularizer``, ``collect_stats``, ...) is that of PML's
             ``BaseMetricLossFunction``. Reducers of the hybrid get two numbers that are already reduced: Threshold-,
             ClassWeighted- and PerAnchorReducer have no effect there, but act in a child.

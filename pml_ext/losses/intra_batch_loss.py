@@ -25,19 +25,19 @@ _OLD_NAMES = {
 
 
 class IntraBatchLoss(LogitsMixin, BaseLoss):
-    r"""Let the embeddings of a batch exchange messages before they are classified, and classify them raw as well.
+    r"""Let the embeddings of a batch exchange messages, then classify both the refined and the raw embeddings.
 
     $$L = w_r \, \mathrm{LS}\big(W_r \, \mathrm{BN}(R(\hat{X})) / T\big) + w_0 \, \mathrm{LS}\big((W_0 X + b) / T\big)$$
 
-    $X$: the embeddings. $\hat{X}$: the same, normalised to length 1. $R$: the refiner, through which each sample's
-    gradient carries what the batch knows. LS: cross-entropy with label smoothing. The bias of the batch norm stays 0.
+    $X$: the embeddings. $\hat{X}$: the same, normalized to length 1. $R$: the refiner, through which each sample's
+    gradient depends on the whole batch. LS: cross-entropy with label smoothing. The bias of the batch norm stays 0.
     At test time the loss is gone and the trunk's embeddings are used as they are.
 
     Give it batches of few classes with many samples each (PML's ``MPerClassSampler``), and its parameters to an
     optimizer.
 
     Args:
-        num_classes: C. May be None where both losses are given.
+        num_classes: C. May be None if both losses are given.
         embedding_size: D.
         refiner: $R$: a module that takes ``(B, D)`` and has ``out_features``. Default: ``IntraBatchRefiner(D)`` (one
             head for an odd D).
@@ -45,7 +45,7 @@ class IntraBatchLoss(LogitsMixin, BaseLoss):
             package, of the refiner's ``out_features``.
         raw_loss: Takes the place of the raw classifier and its LS: any loss of embeddings of width D.
         temperature: $T$ > 0 of the default losses.
-        label_smoothing: Of the default losses, 0 to 1, 1 excluded.
+        label_smoothing: Label smoothing of the default losses, 0 to 1, 1 excluded.
         refined_weight: $w_r$ >= 0. With 0 there is no refiner.
         raw_weight: $w_0$ >= 0. With 0 there is no raw loss. One of both must be positive; a positive weight may be
             changed during training.
@@ -63,7 +63,7 @@ class IntraBatchLoss(LogitsMixin, BaseLoss):
         - embeddings: ``(B, D)``, floating point. labels: ``(B,)``, integers in 0 to C - 1.
         - output: scalar. To the reducer: ``refined_loss`` and ``raw_loss``, weighted, reduction type "already_reduced".
 
-    In training, a batch of one sample is normalised with the running statistics. In eval mode the loss is
+    In training, a batch of one sample is normalized with the running statistics. In eval mode the loss is
     deterministic: no dropout, running statistics.
 
     Raises:
@@ -247,7 +247,7 @@ def _default_refiner(embedding_size: int) -> nn.Module:
 def _out_features(refiner: nn.Module, embedding_size: int) -> int:
     width = getattr(refiner, "out_features", None)
     if not isinstance(width, int):
-        raise ValueError(f"refiner must have out_features, {type(refiner).__name__} has not")
+        raise ValueError(f"refiner must define out_features; {type(refiner).__name__} does not")
     taken = getattr(refiner, "in_features", embedding_size)
     if taken != embedding_size:
         raise ValueError(f"refiner must take embeddings of embedding_size = {embedding_size}, got one for {taken}")

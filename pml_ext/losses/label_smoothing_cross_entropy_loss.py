@@ -17,13 +17,13 @@ from pml_ext.validation import as_number, check_count, check_settings, scalar
 
 
 class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
-    r"""Classify embeddings by a linear map.
+    r"""Classify embeddings by a linear map, with label smoothing.
 
     $$\ell_i = -w_i \sum_c t_{ic} \log \mathrm{softmax}_c\big((W x_i + b) / T\big), \qquad
     t_{ic} = (1 - \epsilon) [c = y_i] + \epsilon / C$$
 
     $w_i$: share of sample i in ``indices_tuple``, 1 without a miner. The embeddings are taken as they are, not
-    normalised. For classes without a bias and with normalisation see ``AdaptiveAdditiveMarginLoss``.
+    normalized. For classes without a bias and with normalization see ``AdaptiveAdditiveMarginLoss``.
 
     Args:
         num_classes: C >= 1.
@@ -43,7 +43,7 @@ class LabelSmoothingCrossEntropyLoss(RegularizedWeights, LogitsMixin, BaseLoss):
         - output: scalar. To the reducer: ``loss``, ``(B,)``, reduction type "element".
 
     Raises:
-        TypeError: If ``temperature`` is no number, or ``label_smoothing`` none or one that requires a gradient.
+        TypeError: If ``temperature`` is not a number, or ``label_smoothing`` none or one that requires a gradient.
         ValueError: If an argument breaks a rule, ``labels`` are missing or ``ref_emb`` is given.
 
     Examples:

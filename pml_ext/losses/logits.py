@@ -44,6 +44,6 @@ def logits_of(loss_func: torch.nn.Module | None, embeddings: Tensor, name: str) 
         TypeError: If it has none.
     """
     if not hasattr(loss_func, "get_logits"):
-        raise TypeError(f"{name} must have get_logits, {type(loss_func).__name__} has not")
+        raise TypeError(f"{name} must define get_logits; {type(loss_func).__name__} does not")
     logits: Tensor = loss_func.get_logits(embeddings)  # type: ignore[operator, union-attr]
     return logits

@@ -16,7 +16,7 @@ from pml_ext.validation import as_number, check_settings, scalar
 
 
 class MultiSimilarityLoss(BasePairLoss):
-    r"""Soft-weighted pairs: log-sum-exp over an anchor's positives and, separately, over its negatives.
+    r"""Weigh pairs softly: log-sum-exp over an anchor's positives and, separately, over its negatives.
 
     $$\ell_i = \frac1\alpha \log\Big(1 + \sum_{j \in P_i} e^{-\alpha (S_{ij} - \lambda)}\Big)
              + \frac1\beta \log\Big(1 + \sum_{j \in N_i} e^{\beta (S_{ij} - \lambda)}\Big)$$
@@ -25,21 +25,21 @@ class MultiSimilarityLoss(BasePairLoss):
     (for a distance the signs swap). An anchor without pairs has loss 0 and counts in the mean.
 
     The value is PML's. With PML's ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` a long batch (on a
-    CPU: more than 512 x 512 pairs) is looked at tile by tile, in memory that does not grow with the square, and has
+    CPU: more than 512 x 512 pairs) is evaluated tile by tile, in memory that does not grow with the square, and has
     first derivatives only. Short ones, pairs from ``indices_tuple`` and compiled losses take two (B, R) masks. It
     differs where PML falls short: a tuple with one pair gives its loss and not 0; losses are (B,) and not (B, 1), which
     ``ClassWeightedReducer`` would broadcast; ``ref_labels`` may be the object ``labels``.
 
     Args:
         alpha: $\alpha$ > 0, how sharply the positives are weighted. Like ``beta`` and ``base`` it may be a parameter;
-            all pairs are looked at at once then.
+            then all pairs are evaluated at once.
         beta: $\beta$ > 0, how sharply the negatives are weighted.
         base: $\lambda$, in the units of ``distance`` (cosine: -1 to 1).
         negative_sign: "minus" as above; "printed" has $S_{ij} + \lambda$ in the second sum, as MHGL's Eq. 6 prints it.
         epsilon: Mine as PML's ``MultiSimilarityMiner(epsilon)`` with the same ``distance`` does, without a list of
             pairs: positives with $S - \epsilon$ below the anchor's most similar negative and negatives with $S +
-            \epsilon$ above its least similar positive count. An ``indices_tuple`` is mined likewise, as if its pairs
-            were all. None: all pairs count.
+            \epsilon$ above its least similar positive count. An ``indices_tuple`` is mined in the same way, as if its
+            pairs were all. None: all pairs count.
         chunk_size: Rows and columns of a tile of similarities. None: as many as stay in the cache; a batch that is one
             tile is evaluated at once, and so is a compiled loss.
         **kwargs: Passed to PML's ``BaseMetricLossFunction``.
@@ -49,7 +49,7 @@ class MultiSimilarityLoss(BasePairLoss):
         - output: scalar. To the reducer: ``loss``, ``(B,)``, reduction type "element".
 
     Raises:
-        TypeError: If ``epsilon`` is no number.
+        TypeError: If ``epsilon`` is not a number.
         ValueError: If ``alpha`` or ``beta`` is not positive, ``epsilon`` not finite, ``negative_sign`` unknown,
             ``chunk_size`` < 1, ``labels`` and ``indices_tuple`` are both missing, or a pair is both positive and
             negative.

@@ -1,4 +1,4 @@
-"""Normalised, temperature-scaled cross entropy of positive pairs without a matrix of all pairs."""
+"""Normalized, temperature-scaled cross entropy of positive pairs without a matrix of all pairs."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from pml_ext.validation import as_number, check_settings, scalar
 
 
 class NTXentLoss(BasePairLoss):
-    r"""Cross entropy of each positive pair among itself and its anchor's negatives, also known as InfoNCE.
+    r"""InfoNCE: cross-entropy of each positive pair against the negatives of its anchor.
 
     $$\ell_{ij} = \log\Big(1 + \sum_{k \in N_i} e^{(s_{ik} - s_{ij}) / \tau}\Big), \quad j \in P_i$$
 
@@ -26,14 +26,14 @@ class NTXentLoss(BasePairLoss):
     negative pairs the loss is 0.
 
     The value is PML's. Differences: with PML's ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` a long
-    batch (on a CPU: more than 512 x 512 pairs) is looked at tile by tile, in memory that grows with the number of
+    batch (on a CPU: more than 512 x 512 pairs) is evaluated tile by tile, in memory that grows with the number of
     positive pairs, not with all pairs, and has first derivatives only. PML forms a matrix of positive times negative
     pairs. A tuple with one pair of each kind gives its loss and not 0; a loss above 87, where PML's exponentials
     underflow in float32, goes on growing; ``ref_labels`` may be the object ``labels``.
 
     Args:
-        temperature: $\tau$ > 0, in the units of ``distance``. It may be a parameter; a matrix of all pairs is formed
-            then.
+        temperature: $\tau$ > 0, in the units of ``distance``. It may be a parameter; then a matrix of all pairs
+            is formed.
         chunk_size: Rows and columns of a tile of similarities. None: as many as stay in the cache; a batch that is one
             tile is evaluated at once.
         **kwargs: Passed to PML's ``BaseMetricLossFunction``.

@@ -27,10 +27,10 @@ class ProxyAnchorLoss(BaseProxyLoss):
 
     $P$: all proxies. $P^+$: those with a sample in the batch. $X_p^\pm$: samples of the proxy's class, and the others.
     $s$: similarity (for a distance the signs swap). With ``indices_tuple``, $w_i - 1$ is added to the exponents, $w_i$
-    being the share of sample $i$ in the tuple, as PML 2.9 does: what no pair names counts $1 / e$ of what the most
-    frequent sample does. See ``tuple_weights``.
+    being the share of sample $i$ in the tuple, as PML 2.9 does: a sample without a pair counts $1 / e$ of the most
+    frequent one. See ``tuple_weights``.
 
-    Value, parameter name and initialisation are PML's, so that state dicts are exchangeable. It differs where PML
+    Value, parameter name and initialization are PML's, so that state dicts are exchangeable. It differs where PML
     falls short: proxies are used on the device of the embeddings but never cast, and ``ClassWeightedReducer`` weighs
     each proxy by its class. With PML's ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` it walks over
     the proxies in chunks, without a matrix of batch times classes, and has first derivatives only.
@@ -39,11 +39,11 @@ class ProxyAnchorLoss(BaseProxyLoss):
         num_classes: $|P|$ >= 1. Labels lie in 0 to ``num_classes - 1``.
         embedding_size: Width of embeddings and proxies, >= 1.
         margin: $\delta$, in the units of ``distance`` (cosine: 0 to 1 is usual).
-        alpha: $\alpha$ > 0, the scale. Like ``margin`` it may be a parameter; a matrix of batch times classes is formed
-            then, and with ``process_group`` that is refused.
+        alpha: $\alpha$ > 0, the scale. Like ``margin`` it may be a parameter; then a matrix of batch times classes is
+            formed, which ``process_group`` refuses.
         tuple_weights: "exponent": as above. "factor": exponentials are multiplied by $w_i$, as by PML 3: samples that
             nothing mined names are left out, and classes that have no other sample leave $P^+$.
-        chunk_size: Proxies that are looked at together. None: as many as fit into the cache.
+        chunk_size: Proxies in a chunk. None: as many as fit into the cache.
         process_group: Ranks (a process group or a ``DeviceMesh``) over which proxies, their gradient and the
             optimizer's state are split: each rank has its classes only, as rows of a ``DTensor``. Such a loss must be
             called through ``pml_ext.distributed.DistributedLossWrapper``, and takes cosine or dot product, its default
@@ -58,7 +58,7 @@ class ProxyAnchorLoss(BaseProxyLoss):
           ``(num_classes,)``, reduction type "element", with these divisors, which takes two.
 
     Raises:
-        TypeError: If ``alpha`` or ``margin`` is no number, or requires a gradient with ``process_group``.
+        TypeError: If ``alpha`` or ``margin`` is not a number, or requires a gradient with ``process_group``.
         ValueError: If a size is < 1, ``alpha`` is not positive, ``chunk_size`` is < 1, ``tuple_weights`` is unknown,
             ``labels`` are missing or out of range, or ``ref_emb`` is given.
         NotImplementedError: If a gradient of the streamed loss is differentiated.

@@ -14,7 +14,7 @@ def sample_weights(indices_tuple: Indices, batch_size: int, dtype: torch.dtype) 
     Args:
         indices_tuple: Three or four tensors of int64.
         batch_size: B.
-        dtype: Of the weights, float32 or better.
+        dtype: dtype of the weights, float32 or wider.
     """
     mined = torch.cat(indices_tuple)
     if not len(mined):

@@ -14,7 +14,7 @@ class SelfSupervisedLoss(PmlSelfSupervisedLoss):
     """Compare two views of each sample, without labels.
 
     PML's class, which takes the ``MultiSimilarityLoss`` of this package and an ``EnsembleLoss`` of such losses too.
-    Losses with proxies are refused: the labels made here are positions in the batch, so that a proxy would stand for
+    Losses with proxies are refused: the labels made here are positions in the batch, so a proxy would stand for
     another sample in every batch.
 
     Args:
@@ -26,8 +26,8 @@ class SelfSupervisedLoss(PmlSelfSupervisedLoss):
         - output: scalar.
 
     Raises:
-        TypeError: If ``loss`` is not a supported one, or a view is no tensor of floating point.
-        ValueError: If a view has not two dimensions, or the views differ in shape.
+        TypeError: If ``loss`` is not a supported one, or a view is not a tensor of floating point.
+        ValueError: If a view does not have two dimensions, or the views differ in shape.
 
     Examples:
         >>> import torch
@@ -60,7 +60,7 @@ class SelfSupervisedLoss(PmlSelfSupervisedLoss):
             shapes = f"{tuple(embeddings.shape)}, got {tuple(ref_emb.shape)}"
             raise ValueError(f"ref_emb must have the shape of embeddings, {shapes}")
         with full_precision(embeddings.device):  # autocast on a CPU joins no float16
-            # by name: torch.compile fails on super() inside of with
+            # by name: torch.compile fails on super() inside with
             forward: Any = PmlSelfSupervisedLoss.forward
             loss: Tensor = forward(self, upcast_half(embeddings), upcast_half(ref_emb))
             full_precision_in_backward(values_in(loss), [embeddings, ref_emb])

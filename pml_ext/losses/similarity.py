@@ -14,7 +14,7 @@ def distance_matrix(distance: BaseDistance, query: Tensor, ref: Tensor | None = 
     """Return ``distance(query, ref)``.
 
     PML's own cosine and dot product similarities, which most users keep, are evaluated with fewer passes: a cheaper
-    gradient of the normalisation, and one product instead of two for the gradient of a batch with itself. All other
+    gradient of the normalization, and one product instead of two for the gradient of a batch with itself. All other
     distances, and those that collect statistics, are called.
 
     Args:

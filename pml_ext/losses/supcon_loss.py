@@ -16,7 +16,7 @@ from pml_ext.validation import as_number, check_settings, scalar
 
 
 class SupConLoss(BasePairLoss):
-    r"""Cross entropy of each anchor's positives among all that it is compared with, the mean over its positives.
+    r"""Cross-entropy of an anchor's positives among all its pairs, averaged over the positives.
 
     $$\ell_i = \log \sum_{j \in P_i \cup N_i} e^{s_{ij} / \tau} - \frac{1}{|P_i|} \sum_{j \in P_i} s_{ij} / \tau$$
 
@@ -25,13 +25,13 @@ class SupConLoss(BasePairLoss):
     ``AvgNonZeroReducer``, leaves out. Without any positive or without any negative pair the loss is 0.
 
     The value is PML's. Differences: with PML's ``CosineSimilarity`` (the default) and ``DotProductSimilarity`` a long
-    batch (on a CPU: more than 512 x 512 pairs) is looked at tile by tile, in memory that does not grow with the square,
+    batch (on a CPU: more than 512 x 512 pairs) is evaluated tile by tile, in memory that does not grow with the square,
     and has first derivatives only; a tuple with one pair of each kind gives its loss and not 0; losses are finite
     where PML's exponentials underflow; ``ref_labels`` may be the object ``labels``.
 
     Args:
-        temperature: $\tau$ > 0, in the units of ``distance``. It may be a parameter; a matrix of all pairs is formed
-            then.
+        temperature: $\tau$ > 0, in the units of ``distance``. It may be a parameter; then a matrix of all pairs
+            is formed.
         chunk_size: Rows and columns of a tile of similarities. None: as many as stay in the cache; a batch that is one
             tile is evaluated at once, and so is a compiled loss.
         **kwargs: Passed to PML's ``BaseMetricLossFunction``.

@@ -1,4 +1,4 @@
-"""Nearest neighbours of embeddings: search, graphs, k-reciprocal groups, and what refines embeddings with them."""
+"""Nearest neighbors of embeddings: search, graphs, k-reciprocal groups, and what refines embeddings with them."""
 
 from pml_ext.neighbors.graph import knn_graph
 from pml_ext.neighbors.reciprocal import neighbor_groups

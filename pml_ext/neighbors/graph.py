@@ -1,4 +1,4 @@
-"""Graphs of nearest neighbours."""
+"""Graphs of nearest neighbors."""
 
 import torch
 from torch import Tensor
@@ -10,21 +10,21 @@ from pml_ext.validation import check_batch, check_count, check_mini_batches
 
 @torch.no_grad()
 def knn_graph(embeddings: Tensor, k: int, batch: Tensor | None = None) -> Tensor:
-    """Return edges from each sample's nearest neighbours by cosine to the sample.
+    """Return a graph with edges from each sample's nearest neighbors by cosine to the sample.
 
-    Neighbours that are equally similar come in their order.
+    Neighbors that are equally similar come in their order.
 
     Args:
         embeddings: ``(N, D)``, floating point, finite.
-        k: Neighbours of each sample, itself not included, >= 1. Fewer where there are fewer samples.
-        batch: ``(N,)``, sorted integers: the mini-batch of each sample. Neighbours are those of the same mini-batch.
+        k: Neighbors of each sample, itself not included, >= 1. Fewer where there are fewer samples.
+        batch: ``(N,)``, sorted integers: the mini-batch of each sample. Neighbors are those of the same mini-batch.
 
     Returns:
-        ``(2, E)``, int64, torch-geometric's ``edge_index``: senders (neighbours), receivers; receivers ascend, and the
+        ``(2, E)``, int64, torch-geometric's ``edge_index``: senders (neighbors), receivers; receivers ascend, and the
         senders of each go from near to far. No self loops.
 
     Raises:
-        TypeError: If ``batch`` is no integer tensor or ``embeddings`` are not floating point.
+        TypeError: If ``batch`` is not an integer tensor or ``embeddings`` are not floating point.
         ValueError: If a shape or value breaks a rule.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Neighbours that have each other among theirs, as in re-ranking."""
+"""Neighbors that have each other among theirs, as in re-ranking."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from pml_ext.precision import full_precision
 
 @torch.no_grad()
 def neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
-    """Return each item, then its k-reciprocal neighbours and others, each from near to far, ``(N, size)``.
+    """Return each item, then its k-reciprocal neighbors and others, each from near to far, ``(N, size)``.
 
     Args:
         unit: ``(N, D)``, rows of length 1.
-        k1: As in ``refine_with_neighbors``.
-        size: As in ``refine_with_neighbors``; fewer where there are fewer items.
+        k1: Length of the lists of neighbors, as in ``refine_with_neighbors``.
+        size: Items in a group, as in ``refine_with_neighbors``; fewer if there are fewer items.
 
     Examples:
         >>> unit = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]))
@@ -36,7 +36,7 @@ def _neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
     is_mutual, is_half_mutual = _is_mutual(nearest), _is_mutual(half)
     groups = []
     for rows, similarity in similarity_chunks(unit):
-        member = torch.zeros_like(similarity, dtype=torch.bool)  # (n, N): who is a k-reciprocal neighbour
+        member = torch.zeros_like(similarity, dtype=torch.bool)  # (n, N): who is a k-reciprocal neighbor
         _mark(member, nearest[rows], is_mutual[rows])
         own = member.clone()
         for column in range(nearest.shape[1]):
@@ -45,7 +45,7 @@ def _neighbor_groups(unit: Tensor, k1: int, size: int) -> Tensor:
             shared = (own.gather(1, theirs) & mutual).sum(1)
             overlaps = is_mutual[rows, column] & (3 * shared > 2 * mutual.sum(1))
             _mark(member, theirs, mutual & overlaps[:, None])
-        score = similarity.double() + 4 * member  # neighbours first, then the others, each from near to far
+        score = similarity.double() + 4 * member  # neighbors first, then the others, each from near to far
         groups.append(_nearest(score, rows, size))
     return torch.cat(groups)
 
@@ -57,7 +57,7 @@ def _nearest(similarity: Tensor, rows: Tensor, k: int) -> Tensor:
 
 
 def _is_mutual(nearest: Tensor) -> Tensor:
-    """Return which neighbours have the item among theirs, ``(N, k)``."""
+    """Return which neighbors have the item among theirs, ``(N, k)``."""
     items = torch.arange(len(nearest), device=nearest.device)[:, None]
     return torch.stack([(nearest[column] == items).any(1) for column in nearest.T], 1)
 

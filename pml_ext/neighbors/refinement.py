@@ -1,4 +1,4 @@
-"""Embeddings refined by messages from their neighbours, at test time."""
+"""Embeddings refined by messages from their neighbors, at test time."""
 
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
@@ -15,11 +15,11 @@ from pml_ext.validation import check_batch, check_count
 def refine_with_neighbors(
     refiner: nn.Module, embeddings: Tensor, k1: int = 30, size: int = 8, progress: bool = False
 ) -> Tensor:
-    r"""Refine each embedding by messages from its neighbours in the gallery, without labels.
+    r"""Refine each embedding by messages from its neighbors in the gallery, without labels.
 
-    Each item forms a small batch with its k-reciprocal neighbours, as in re-ranking: items among each other's ``k1``
-    nearest; together with the round(k1 / 2)-reciprocal neighbours of each of them, where more than two thirds of those
-    are among its own. The nearest ``size`` of them are taken, filled up with plain neighbours if there are fewer; the
+    Each item forms a small batch with its k-reciprocal neighbors, as in re-ranking: items among each other's ``k1``
+    nearest; together with the round(k1 / 2)-reciprocal neighbors of each of them, where more than two thirds of those
+    are among its own. The nearest ``size`` of them are taken, filled up with plain neighbors if there are fewer; the
     item itself is always one of them. The refined embedding of the item is kept.
 
     This costs all similarities of the gallery and a pass of the refiner over ``size`` times as many embeddings, and the
@@ -29,8 +29,8 @@ def refine_with_neighbors(
     Args:
         refiner: An ``IntraBatchRefiner``, or a module that takes embeddings and ``batch``. Used in eval mode, on its
             own device.
-        embeddings: ``(N, D)``, floating point, finite; normalised here, as ``IntraBatchLoss`` does.
-        k1: Length of the lists of neighbours, >= 1.
+        embeddings: ``(N, D)``, floating point, finite; normalized here, as ``IntraBatchLoss`` does.
+        k1: Length of the lists of neighbors, >= 1.
         size: Items in a small batch, the item included, >= 1.
         progress: Whether to show a progress bar.
 
@@ -48,7 +48,7 @@ def refine_with_neighbors(
         torch.Size([100, 8])
 
     Source:
-        The optional test mode of Seidenschwarz et al., ICML 2021, by the authors' code (k1 = 30, 8 items); neighbours
+        The optional test mode of Seidenschwarz et al., ICML 2021, by the authors' code (k1 = 30, 8 items); neighbors
         as in Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017.
     """
     check_batch(embeddings)

@@ -41,14 +41,14 @@ def search(
     Args:
         queries: ``(N, D)``, floating point, finite.
         gallery: ``(M, D)``, of the same dtype and device.
-        k: Neighbours of each query, 0 to M (M - 1 with ``own``); or ``(N,)``, a number for each, int64 on the CPU:
+        k: Neighbors of each query, 0 to M (M - 1 with ``own``); or ``(N,)``, a number for each, int64 on the CPU:
             queries that want about as many are then searched together, and those with -1 not at all.
-        own: ``(N,)``, int64: the gallery row that is the query itself, which is never its neighbour.
-        chunk_size: Queries at a time, >= 1. None: so many that their distances and neighbours take about 200 MB.
+        own: ``(N,)``, int64: the gallery row that is the query itself, which is never its neighbor.
+        chunk_size: Queries at a time, >= 1. None: so many that their distances and neighbors take about 200 MB.
         progress: Whether to show a progress bar.
 
     Yields:
-        Indices of some queries, ``(n,)``, and their neighbours from near to far, ``(n, k)``, k being the largest of
+        Indices of some queries, ``(n,)``, and their neighbors from near to far, ``(n, k)``, k being the largest of
         the chunk; both int64, on the device of the queries. Each query comes once, in order where k is a number.
 
     Examples:
@@ -75,7 +75,7 @@ def search(
 
 
 def _chunk_size(depths: Tensor, order: Tensor, done: int, num_rows: int) -> int:
-    """Return how many of the next queries fit: their number of neighbours grows, and that of the last counts."""
+    """Return how many of the next queries fit: their number of neighbors grows, and that of the last counts."""
     size = max(1, _DISTANCES_AT_ONCE // min(num_rows, _TILE))
     while size > 1:
         depth = int(depths[order[min(done + size, len(order)) - 1]])

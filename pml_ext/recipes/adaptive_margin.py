@@ -1,19 +1,24 @@
 """A margin for each pair of classes, from a second modality (AAML, 2020; a reconstruction)."""
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pml_ext.losses import AdaptiveAdditiveMarginLoss
-from pml_ext.recipes.backbones import pooled_trunk
 from pml_ext.recipes.parts import Method, Parts
 from pml_ext.recipes.settings import OURS, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pml_ext.losses import AdaptiveAdditiveMarginLoss
 
 _UNKNOWN = "ours: the paper's is unknown"
 
 
 def make_adaptive_loss(
-    s: Settings, num_classes: int, size: int, class_embeddings: Tensor | None
-) -> AdaptiveAdditiveMarginLoss:
+    s: Settings, num_classes: int, size: int, class_embeddings: "Tensor | None"
+) -> "AdaptiveAdditiveMarginLoss":
     """Return the loss; with ``margin_scale=0`` its margin is the constant ``base_margin``."""
+    from pml_ext.losses import AdaptiveAdditiveMarginLoss  # on use: torch is slow to load
+
     if class_embeddings is None and s.margin_scale:
         raise ValueError("class_embeddings must be given for adaptive margins (or margin_scale=0), got None")
     return AdaptiveAdditiveMarginLoss(
@@ -27,7 +32,9 @@ def make_adaptive_loss(
     )
 
 
-def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
+    from pml_ext.recipes.backbones import pooled_trunk  # on use: torch is slow to load
+
     return Parts(pooled_trunk(s), make_adaptive_loss(s, num_classes, s.embedding_size, class_embeddings))
 
 
@@ -42,4 +49,5 @@ ADAPTIVE_MARGIN = Method(
         "paper": {"epochs": (40, OURS)},
     },
     build=_build,
+    summary="plain head; AdaptiveAdditiveMarginLoss (needs class embeddings)",
 )

@@ -1,16 +1,20 @@
 """Learners with attention masks that a divergence loss keeps different (ABE, ECCV 2018)."""
 
-from pytorch_metric_learning.losses import BaseMetricLossFunction
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pml_ext.losses import EnsembleLoss, MultiSimilarityLoss
-from pml_ext.recipes.backbones import attention_ensemble, pooled_trunk
 from pml_ext.recipes.parts import Method, Parts
 from pml_ext.recipes.settings import OURS, PAPER, Settings
 
+if TYPE_CHECKING:
+    from pytorch_metric_learning.losses import BaseMetricLossFunction
+    from torch import Tensor
 
-def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+
+def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
     """``masks=False``: plain linear heads on the same backbone. ``learner_loss``: "contrastive", "multi_similarity"."""
+    from pml_ext.losses import EnsembleLoss, MultiSimilarityLoss  # on use: torch is slow to load
+    from pml_ext.recipes.backbones import attention_ensemble, pooled_trunk  # on use: torch is slow to load
+
     if s.learner_loss not in ("contrastive", "multi_similarity"):
         raise ValueError(f"learner_loss must be 'contrastive' or 'multi_similarity', got {s.learner_loss!r}")
     trunk = attention_ensemble(s, s.num_learners) if s.masks else pooled_trunk(s, s.num_learners)
@@ -29,11 +33,13 @@ ATTENTION_ENSEMBLE = Method(
         "all": {
             "num_learners": (8, PAPER),
             "masks": (True, PAPER),
+            "split": (None, "as AttentionEnsemble.from_backbone: an eighth of the resolution"),
             "learner_loss": ("contrastive", PAPER),
             "base": (0.5, "PML's default, for multi_similarity only"),
             "divergence_weight": (1.0, PAPER),
             "divergence_margin": (1.0, PAPER),
         },
+        "finetune": {"split": (16, "ours: learners share all but the last stages")},
         "small": {"num_learners": (4, OURS), "learner_loss": ("multi_similarity", OURS)},
         "paper": {
             "backbone": ("googlenet", PAPER),
@@ -56,4 +62,5 @@ ATTENTION_ENSEMBLE = Method(
         },
     },
     build=_build,
+    summary="learners with a mask each on one network; EnsembleLoss",
 )

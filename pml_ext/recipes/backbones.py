@@ -41,6 +41,8 @@ def global_local_trunk(settings: Settings, attention: Any) -> GlobalLocalTrunk:
 
 def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemble:
     """Return learners with a mask each."""
+    if settings.split is not None and settings.backbone == "convnet":
+        raise ValueError(f"split must be None for the backbone 'convnet', got {settings.split!r}")
     size = (settings.in_channels, settings.image_size, settings.image_size)
     if settings.backbone == "convnet":
         network = _conv_net(settings)
@@ -57,7 +59,12 @@ def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemb
     if backbone == "googlenet":
         options = {"pretrained": settings.pretrained, "weights": settings.weights}
     return AttentionEnsemble.from_backbone(
-        backbone, num_learners=num_learners, embedding_size=settings.embedding_size, input_size=size, **options
+        backbone,
+        settings.split,
+        num_learners,
+        settings.embedding_size,
+        input_size=size,
+        **options,
     )
 
 

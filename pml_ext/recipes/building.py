@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pml_ext.modes import in_mode
-from pml_ext.recipes.adaptive_margin import ADAPTIVE_MARGIN
-from pml_ext.recipes.attention_ensemble import ATTENTION_ENSEMBLE
-from pml_ext.recipes.baselines import BASELINES
-from pml_ext.recipes.combined import COMBINED
-from pml_ext.recipes.intra_batch import INTRA_BATCH
-from pml_ext.recipes.mhgl import MHGL
+from pml_ext.recipes.methods import RECIPES
 from pml_ext.recipes.networks import matched_state
-from pml_ext.recipes.parts import Method
 from pml_ext.recipes.pixel_scaling import with_pixel_scaling
 from pml_ext.recipes.run_checkpoint import chosen_checkpoint
 from pml_ext.recipes.settings import Settings, settle
@@ -26,16 +20,6 @@ from pml_ext.trunks.batch_norm import freeze_batch_norm, has_batch_norm
 from pml_ext.trunks.frozen_stages import freeze_stages
 from pml_ext.trunks.wrappers import backbone_of, unwrapped
 from pml_ext.validation import check_count
-
-RECIPES: dict[str, Method] = {
-    "mhgl": MHGL,
-    "intra_batch": INTRA_BATCH,
-    "attention_ensemble": ATTENTION_ENSEMBLE,
-    "adaptive_margin": ADAPTIVE_MARGIN,
-    "combined": COMBINED,
-    **BASELINES,
-}
-"""The recipes by name, with their settings."""
 
 
 def recipe(
@@ -47,7 +31,7 @@ def recipe(
     class_embeddings: Tensor | None = None,
     **settings: Any,
 ) -> Recipe:
-    """Return network, loss, miner and all else of a training.
+    """Return network, loss, miner and everything else that a training needs.
 
     Args:
         name: "mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "combined"; or a baseline: "contrastive",
@@ -55,18 +39,18 @@ def recipe(
         num_classes: Training classes, >= 2.
         embedding_size: None: as the preset has it.
         backbone: "convnet", a small network of ours; "googlenet" (attention_ensemble); a timm model; or a network of
-            yours, which gives what the recipe's trunk wants of one. None: as the preset has it.
+            yours, which returns what the recipe's trunk expects. None: as the preset has it.
         preset: "small": images of 28 to 64 pixels, trained from scratch on a CPU. "finetune": photographs, with a
             pretrained network, on a CPU or a small GPU. "paper:cub", "paper:cars", "paper:sop" or "paper:inshop": the
             paper's settings for that data set, where they are known.
         class_embeddings: ``(num_classes, E)``, of a second modality; used by "adaptive_margin", and by "combined" with
             ``proxy_loss="adaptive_margin"``; others ignore it.
-        **settings: Take the place of the preset's: any name in the recipe's ``notes``. None: the preset's. Among them:
+        **settings: Replace those of the preset: any name in the recipe's ``notes``. None: the preset's. Among them:
             ``weights``, for the backbone: a file (``.pth`` or ``.safetensors``, of timm or torchvision), "installed"
             (extra ``pretrained``) or a state dict; or, for the whole network, the folder of a run of the same recipe.
 
     Raises:
-        FileNotFoundError: If there is no file or run of this name in ``weights``.
+        FileNotFoundError: If there is not a file or run of this name in ``weights``.
         ImportError: If the package of installed weights is not there.
         OSError: If weights cannot be downloaded.
         ValueError: If a name, preset or setting is unknown or breaks a rule, or weights do not fit.

@@ -102,7 +102,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"a checkpoint must be there to go on from, got none at {path}")
+        raise FileNotFoundError(f"a checkpoint must exist to resume from, got none at {path}")
     try:
         _check_seal(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)

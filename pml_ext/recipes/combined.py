@@ -1,24 +1,28 @@
 """The ideas of the four papers in one training, each of which can be turned off."""
 
-from pytorch_metric_learning.losses import BaseMetricLossFunction
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pml_ext.losses import EnsembleLoss, HybridLoss, IntraBatchLoss, MultiSimilarityLoss, ProxyAnchorLoss
 from pml_ext.recipes.adaptive_margin import ADAPTIVE_MARGIN, make_adaptive_loss
 from pml_ext.recipes.attention_ensemble import ATTENTION_ENSEMBLE
-from pml_ext.recipes.backbones import attention_ensemble, global_local_trunk, pooled_trunk
 from pml_ext.recipes.intra_batch import INTRA_BATCH, make_refiner
 from pml_ext.recipes.mhgl import MHGL
 from pml_ext.recipes.parts import Method, Parts
 from pml_ext.recipes.settings import OURS, Settings
 
+if TYPE_CHECKING:
+    from pytorch_metric_learning.losses import BaseMetricLossFunction
+    from torch import Tensor
 
-def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+
+def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
     """A pair loss and a proxy loss for each learner, and a refiner with a classifier on the whole vector.
 
     ``num_learners=1``: no ensemble. ``proxy_loss``: "adaptive_margin" or "proxy_anchor". ``refined_weight=0``: no
     refiner.
     """
+    from pml_ext import losses  # on use: torch is slow to load
+    from pml_ext.recipes import backbones  # on use: torch is slow to load
+
     if s.proxy_loss not in ("proxy_anchor", "adaptive_margin"):
         raise ValueError(f"proxy_loss must be 'proxy_anchor' or 'adaptive_margin', got {s.proxy_loss!r}")
     if s.num_learners > 1 and s.levels == "both":
@@ -28,26 +32,33 @@ def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Pa
         raise ValueError(f"attention must be 'none' for learners with masks, got {attention!r}")
     size = s.embedding_size // s.num_learners
 
-    def hybrid() -> BaseMetricLossFunction:
+    def hybrid() -> "BaseMetricLossFunction":
         if s.proxy_loss == "adaptive_margin":
             proxy: BaseMetricLossFunction = make_adaptive_loss(s, num_classes, size, class_embeddings)
         else:
-            proxy = ProxyAnchorLoss(num_classes, size)
-        return HybridLoss(
-            pair_loss=MultiSimilarityLoss(base=s.base, negative_sign=s.negative_sign),
+            proxy = losses.ProxyAnchorLoss(num_classes, size)
+        return losses.HybridLoss(
+            pair_loss=losses.MultiSimilarityLoss(base=s.base, negative_sign=s.negative_sign),
             proxy_loss=proxy,
             pair_weight=s.pair_weight,
             proxy_weight=s.proxy_weight,
         )
 
     if s.num_learners > 1:
-        trunk = attention_ensemble(s, s.num_learners) if s.masks else pooled_trunk(s, s.num_learners, attention)
-        loss: BaseMetricLossFunction = EnsembleLoss(hybrid, s.num_learners, s.divergence_weight, s.divergence_margin)
+        trunk = (
+            backbones.attention_ensemble(s, s.num_learners)
+            if s.masks
+            else backbones.pooled_trunk(s, s.num_learners, attention)
+        )
+        loss: BaseMetricLossFunction = losses.EnsembleLoss(
+            hybrid, s.num_learners, s.divergence_weight, s.divergence_margin
+        )
     else:
-        trunk = global_local_trunk(s, attention) if s.levels == "both" else pooled_trunk(s, attention=attention)
+        both = s.levels == "both"
+        trunk = backbones.global_local_trunk(s, attention) if both else backbones.pooled_trunk(s, attention=attention)
         loss = hybrid()
     if s.refined_weight:
-        loss = IntraBatchLoss(
+        loss = losses.IntraBatchLoss(
             num_classes,
             s.embedding_size,
             refiner=make_refiner(s),
@@ -73,7 +84,9 @@ COMBINED = Method(
             "proxy_loss": ("proxy_anchor", OURS),
             "refiner_lr": (2e-3, OURS),
         },
+        "finetune": ATTENTION_ENSEMBLE.numbers["finetune"],
         "paper": {"refiner_lr": (1.5636637e-4, "authors' code of IBC, for CUB")},
     },
     build=_build,
+    summary="any of them; pair and proxy loss, margins, learners, messages, each of which can be turned off",
 )

@@ -15,7 +15,7 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
         )
         torch.empty(1, device=chosen)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device must be there, got {device!r}: {error}") from error
+        raise ValueError(f"device must be available, got {device!r}: {error}") from error
     if chosen.type == "meta":
         raise ValueError(f"device must hold data, got {device!r}")
     return chosen

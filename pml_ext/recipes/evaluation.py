@@ -30,9 +30,9 @@ def embed(
 
     Args:
         trunk: The network, used in eval mode and on its own device. It returns a row for each image.
-        dataset: Of transformed images and their labels, integers.
+        dataset: A data set of transformed images and their labels, integers.
         batch_size: Images at a time.
-        autocast: As in ``Trainer``.
+        autocast: dtype of the network's forward pass, as in ``Trainer``. None: no autocast.
         num_workers: Processes that load images.
         progress: Whether to show a progress bar.
 
@@ -40,7 +40,7 @@ def embed(
         ``(N, D)`` float32 and ``(N,)``.
 
     Raises:
-        TypeError: If the network returns no tensor of floating point, or labels are no numbers.
+        TypeError: If the network does not return a floating point tensor, or labels are not numbers.
         ValueError: If the network returns another shape, or numbers that are not finite; or the data set is empty or
             does not give pairs.
     """
@@ -63,8 +63,8 @@ def embed_readable(
     """Return what ``embed`` does, of the images that can be read, and which these are, ``(N,)``, bool.
 
     Raises:
-        TypeError: As ``embed``.
-        ValueError: As ``embed``, and if no image can be read.
+        TypeError: If ``embed`` would raise it.
+        ValueError: If ``embed`` would raise it, or no image can be read.
     """
     loader = torch.utils.data.DataLoader(_Readable(dataset), batch_size, num_workers=num_workers, collate_fn=_present)
     readable: list[Tensor] = []
@@ -77,7 +77,7 @@ def embed_readable(
 
     embedded = _embed(trunk, batches(), autocast)
     if embedded is None:
-        raise ValueError(f"dataset must have an image that can be read, got {len(dataset)} that cannot")
+        raise ValueError(f"dataset must have at least one image that can be read, got {len(dataset)} that cannot")
     return *embedded, torch.cat(readable)
 
 
@@ -179,8 +179,8 @@ def retrieval_metrics(
         metrics: Names.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
+        TypeError: If ``pml_ext.evaluation.retrieval_metrics`` raises it.
+        ValueError: If ``pml_ext.evaluation.retrieval_metrics`` raises it.
     """
     searched, searched_labels = (None, None) if gallery is None else gallery
     values = evaluation.retrieval_metrics(embeddings, labels, searched, searched_labels, metrics)

@@ -1,31 +1,30 @@
 """Messages between the samples of a batch, for training only (IBC, ICML 2021)."""
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pml_ext.losses import IntraBatchLoss
-from pml_ext.recipes.backbones import pooled_trunk
 from pml_ext.recipes.parts import Method, Parts
 from pml_ext.recipes.settings import CODE, OURS, Numbers, Settings
-from pml_ext.trunks.intra_batch_refiner import IntraBatchRefiner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pml_ext.trunks.intra_batch_refiner import IntraBatchRefiner
 
 
-class SilentRefiner(IntraBatchRefiner):
-    """The same layers without messages: the control that tells what messages add."""
-
-    def forward(self, embeddings: Tensor, edge_index: Tensor | None = None, batch: Tensor | None = None) -> Tensor:
-        """Return the embeddings as refined by what each sample knows of itself."""
-        return super().forward(embeddings, embeddings.new_empty(2, 0, dtype=torch.long), batch)
-
-
-def make_refiner(s: Settings) -> IntraBatchRefiner:
+def make_refiner(s: Settings) -> "IntraBatchRefiner":
     """Return the refiner of the settings ``num_layers``, ``heads``, ``output`` and ``messages``."""
+    from pml_ext.recipes.silent_refiner import SilentRefiner  # on use: torch is slow to load
+    from pml_ext.trunks.intra_batch_refiner import IntraBatchRefiner  # on use: torch is slow to load
+
     kind = IntraBatchRefiner if s.messages else SilentRefiner
     return kind(s.embedding_size, s.num_layers, s.heads, output=s.output)
 
 
-def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
     """``refined_weight=0`` is the same cross-entropy without refiner; ``messages=False`` one that says nothing."""
+    from pml_ext.losses import IntraBatchLoss  # on use: torch is slow to load
+    from pml_ext.recipes.backbones import pooled_trunk  # on use: torch is slow to load
+
     loss = IntraBatchLoss(
         num_classes,
         s.embedding_size,
@@ -90,4 +89,5 @@ INTRA_BATCH = Method(
         "paper:inshop": _paper(1, 4, 1.1265975e-4, 1.0555e-7, 0.1859135, 14, 4),
     },
     build=_build,
+    summary="plain head, and messages between the images of a batch; IntraBatchLoss",
 )

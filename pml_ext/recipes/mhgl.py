@@ -1,17 +1,21 @@
 """Global and local heads with second-order attention, and a hybrid of pair and proxy loss (MHGL, WACV 2022)."""
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from pml_ext.losses import HybridLoss, MultiSimilarityLoss
-from pml_ext.recipes.backbones import global_local_trunk, pooled_trunk
 from pml_ext.recipes.parts import Method, Parts
 from pml_ext.recipes.settings import PAPER, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OF_LOSS = "default of HybridLoss, chosen on validation classes"
 
 
-def _build(s: Settings, num_classes: int, class_embeddings: Tensor | None) -> Parts:
+def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
     """``levels``: "both", or "global" for one head; ``attention``: "printed", "solar", "normalized" or "none"."""
+    from pml_ext.losses import HybridLoss, MultiSimilarityLoss  # on use: torch is slow to load
+    from pml_ext.recipes.backbones import global_local_trunk, pooled_trunk  # on use: torch is slow to load
+
     if s.levels not in ("both", "global"):
         raise ValueError(f"levels must be 'both' or 'global', got {s.levels!r}")
     attention = None if s.attention == "none" else s.attention
@@ -49,4 +53,5 @@ MHGL = Method(
         },
     },
     build=_build,
+    summary="global and local head, second-order attention; HybridLoss",
 )

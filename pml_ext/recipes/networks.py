@@ -17,7 +17,7 @@ def matched_state(module: nn.Module, state: dict[str, Any], source: Any) -> dict
 
     Args:
         module: A network or loss.
-        state: Of it, or of it inside of wrappers.
+        state: State dict of the module, or of the module inside wrappers.
         source: Where the state comes from, for the message.
 
     Raises:

@@ -11,11 +11,11 @@ from pml_ext.recipes.settings import HALVES, IMAGENET, OURS, WANTED, Settings
 def with_pixel_scaling(settings: Settings, run: Path | None = None) -> Settings:
     """Return settings whose ``pixel_mean`` and ``pixel_std`` are numbers, one for each channel.
 
-    Weights that were trained before want the scaling that they were trained with. Without, images of colour are scaled
+    Weights that were trained before want the scaling that they were trained with. Without, color images are scaled
     as for ImageNet in the presets of papers; all else to -1 to 1.
 
     Args:
-        settings: Of a recipe.
+        settings: Settings of a recipe.
         run: Folder of a run that the weights come from.
     """
     mean, std = IMAGENET if settings.preset.startswith("paper:") and settings.in_channels == 3 else HALVES

@@ -13,10 +13,14 @@ def chosen_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
     best, last = folder / "best.pt", folder / "last.pt"
     paths = [path for path in (best, last) if path.is_file()]
     if not paths:
-        raise FileNotFoundError(f"a run's folder must hold best.pt or last.pt, got {folder} without; is it trained?")
+        raise FileNotFoundError(
+            f"a run's folder must hold best.pt or last.pt, got {folder} with neither: has it been trained?"
+        )
     states = [read_checkpoint(path) for path in paths]
     if len(states) == 2 and not _one_run(*states):
-        warnings.warn(f"{best} is of another run than {last}, which is taken: delete or move it", stacklevel=3)
+        warnings.warn(
+            f"{best} is of another run than {last}, which is used instead: delete or move {best.name}", stacklevel=3
+        )
         return last, states[1]
     return paths[0], states[0]
 

@@ -36,11 +36,11 @@ def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any)
 
     Args:
         made: The recipe.
-        autocast: As in ``Trainer``.
+        autocast: dtype of the network's forward pass, as in ``Trainer``.
         **more: Whatever else is worth knowing, such as data and seed.
 
     Raises:
-        TypeError: If something is no plain value; numbers of NumPy and of tensors become Python's.
+        TypeError: If something is not a plain value; numbers of NumPy and of tensors become Python's.
     """
     packages = ("torch", "pytorch-metric-learning", "timm", "numpy")
     config = {
@@ -115,7 +115,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"a run's folder must hold config.json, got {folder} without")
+        raise FileNotFoundError(f"a run's folder must hold config.json, got {folder} without one")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -134,7 +134,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for name, value in _GONE.items():
         former = config["settings"].pop(name, value)
         if former != value:
-            raise ValueError(f"{path}: the setting {name!r} is gone, and must have been {value}, got {former}")
+            raise ValueError(f"{path}: the setting {name!r} no longer exists and must have been {value}, got {former}")
     config["settings"] = settings = _ADDED | config["settings"]
     if settings["pixel_mean"] is None:  # by preset, whatever the backbone
         ours = config["preset"] == "small" or settings["in_channels"] != 3

@@ -1,4 +1,4 @@
-"""What was trained in a folder, to have it back."""
+"""Load what was trained in a folder."""
 
 import os
 import zlib
@@ -18,15 +18,15 @@ from pml_ext.recipes.training_recipe import Recipe
 
 
 class Run(NamedTuple):
-    """What was trained.
+    """A trained network with its settings, as ``load_run`` returns it.
 
     Attributes:
         recipe: Network and loss with the weights of the checkpoint; the network in eval mode.
         config: What ``config.json`` holds.
-        epoch: Of the checkpoint.
+        epoch: Epoch of the checkpoint.
         autocast: dtype that the network was trained and evaluated with, or None.
-        checksum: Of the network's weights; tells whether something was made with them.
-        reader: What reads image files as in the training.
+        checksum: Checksum of the network's weights, which tells whether an index was made with them.
+        reader: Reads image files as in the training.
     """
 
     recipe: Recipe
@@ -40,12 +40,12 @@ class Run(NamedTuple):
 def load_run(
     folder: str | os.PathLike[str], device: torch.device | str | None = None, backbone: nn.Module | None = None
 ) -> Run:
-    """Return what was trained in a folder.
+    """Return the network, the loss and the settings that were trained in a folder.
 
     Args:
-        folder: That of a ``Trainer``, with ``config.json``, and ``best.pt`` or, without validation or where that is of
-            another run, ``last.pt``.
-        device: Of network and loss. None: CUDA if there is any, else the CPU.
+        folder: Folder of a ``Trainer``, with ``config.json``, and ``best.pt`` or, without validation or where that is
+            of another run, ``last.pt``.
+        device: Device of network and loss. None: CUDA if there is any, else the CPU.
         backbone: A network like the one that was given to ``recipe``, for a run with one of the user's own.
 
     Raises:

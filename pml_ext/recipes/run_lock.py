@@ -40,7 +40,7 @@ class RunLock:
 
     Args:
         folder: Made if it is not there.
-        name: Of the folder, for messages.
+        name: Name of the folder, for messages.
 
     Raises:
         ValueError: If another process, or thread, holds it.
@@ -80,7 +80,9 @@ class RunLock:
             ValueError: If it is not.
         """
         if not self._is_held_by(_held[self._key()]):
-            raise ValueError(f"{self.name} must stay this process's, got {self.path.parent}, which another has taken")
+            raise ValueError(
+                f"{self.name} must stay this process's, got {self.path.parent}, which another process has taken"
+            )
 
     def _key(self) -> tuple[Path, int, int]:
         return self.path.parent, os.getpid(), threading.get_ident()
@@ -120,9 +122,9 @@ class RunLock:
         if not _is_gone(owner, silent):
             who = f"process {owner.get('process')} on {owner.get('host')} since {owner.get('since')}"
             raise ValueError(
-                f"{self.name} must be free, got {self.path.parent}, which another process writes ({who}, last heard of "
-                f"{max(silent, 0):.0f} s ago); if that has been killed, delete {self.path} or wait: a lock of another "
-                f"host counts no longer after {_SILENCE:.0f} s"
+                f"{self.name} must be free, got {self.path.parent}, which another process writes to ({who}, last "
+                f"active {max(silent, 0):.0f} s ago); if it was killed, delete {self.path} or wait: a lock of another "
+                f"host expires after {_SILENCE:.0f} s"
             )
         self.path.unlink(missing_ok=True)  # none takes it meanwhile: see _one_at_a_time
 

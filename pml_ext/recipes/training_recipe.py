@@ -1,4 +1,4 @@
-"""All that a training takes."""
+"""All that a training needs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,17 +25,17 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Recipe:
-    """All that a training takes: made by ``recipe``.
+    """All that a training needs. ``recipe`` makes it.
 
     Attributes:
-        name: Of the recipe.
+        name: Name of the recipe.
         num_classes: Training classes.
         trunk: The network, images to embeddings.
         loss: The loss, with its proxies or classifiers, if it has any.
         miner: A miner, or None.
         settings: All settings, as attributes.
         transforms: ``train`` and ``test``: PIL images or uint8 tensors to what the trunk takes.
-        epochs: How many the preset trains.
+        epochs: Number of epochs that the preset trains.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Recipe:
         return OPTIMIZERS[self.settings.optimizer](self.param_groups if groups is None else groups)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Return what changes the learning rates; to be stepped once an epoch."""
+        """Return the learning rate scheduler; step it once in each epoch."""
         s = self.settings
         if s.schedule == "cosine":
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.epochs)
@@ -95,7 +95,7 @@ class Recipe:
 
         Args:
             labels: ``(N,)``, integers, of the data set.
-            length: Images of an epoch. None: N, or a batch if that is more.
+            length: Number of images in an epoch. None: N, or one batch if that is more.
         """
         size = self.batch_size(labels)
         length = max(len(labels), size) if length is None else length

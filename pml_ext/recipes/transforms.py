@@ -13,7 +13,7 @@ from pml_ext.recipes.settings import Settings
 
 
 class Transforms(NamedTuple):
-    """Transforms of PIL images or uint8 tensors to normalised float32 tensors ``(C, H, W)``."""
+    """Transforms of PIL images or uint8 tensors to normalized float32 tensors ``(C, H, W)``."""
 
     train: Callable[[Any], torch.Tensor]
     test: Callable[[Any], torch.Tensor]
@@ -98,10 +98,10 @@ def _bounded(image: torch.Tensor) -> torch.Tensor:
 
 
 def _on_white(image: torch.Tensor) -> torch.Tensor:
-    colours, alpha = image[:-1], image[-1:]
+    colors, alpha = image[:-1], image[-1:]
     if image.dtype != torch.uint8:
-        return colours * alpha + (1 - alpha)
-    blended = colours.int() * alpha.int() + 255 * (255 - alpha.int())
+        return colors * alpha + (1 - alpha)
+    blended = colors.int() * alpha.int() + 255 * (255 - alpha.int())
     return blended.add(127).div(255, rounding_mode="floor").to(torch.uint8)
 
 

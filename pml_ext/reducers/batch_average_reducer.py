@@ -13,7 +13,7 @@ class BatchAverageReducer(BaseReducer):
 
     $$\frac{1}{N} \sum_{i, j} \ell_{ij}$$
 
-    For papers that write their pair losses so. PML's ``MeanReducer`` divides by the number of pairs instead, its
+    Some papers define their pair losses in this way. PML's ``MeanReducer`` divides by the number of pairs instead, its
     ``SumReducer`` by nothing. A pair that a miner returns twice counts twice. Half losses are added up in float32.
 
     Args:

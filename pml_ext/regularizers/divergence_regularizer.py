@@ -28,7 +28,7 @@ class DivergenceRegularizer(DivergenceMixin, Regularizer):
         - embeddings: ``(B, M * d)``, floating point. Output: scalar.
 
     Raises:
-        TypeError: If the embeddings are no tensor of floating point.
+        TypeError: If the embeddings are not a floating point tensor.
         ValueError: If an argument breaks a rule, ``num_learners`` does not divide the width, or the embeddings are not
             finite.
 

@@ -16,8 +16,9 @@ class ShuffledPassSampler(torch.utils.data.Sampler[int]):
     """Draw M images of each class of a batch; classes, and the images of each class, in shuffled passes.
 
     All classes are drawn once before one is drawn again, in a new order; so are the images of a class. At any time no
-    class, and no image of a class, has therefore been drawn more than once more than another. Passes go on from epoch
-    to epoch. PML's ``MPerClassSampler`` draws each batch anew and leaves out many classes in an epoch of many classes.
+    class, and no image of a class, has therefore been drawn more than once more than another. Passes continue from
+    epoch to epoch. PML's ``MPerClassSampler`` draws each batch anew and leaves out many classes in an epoch of many
+    classes.
 
     Within a batch no class occurs twice, and no image of a class that has M images; the images of smaller classes are
     repeated.
@@ -26,11 +27,11 @@ class ShuffledPassSampler(torch.utils.data.Sampler[int]):
         labels: ``(N,)``, integers, of the data set.
         m: M, images of each class of a batch, >= 1.
         batch_size: A multiple of M, at most M times the number of classes.
-        length: Images of an epoch, rounded down to whole batches. None: N, or one batch if that is more.
-        seed: Of the order. None: drawn from PyTorch's generator.
+        length: Number of images in an epoch, rounded down to whole batches. None: N, or one batch if that is more.
+        seed: Seed of the order. None: drawn from PyTorch's generator.
 
     Raises:
-        TypeError: If ``seed`` is no integer.
+        TypeError: If ``seed`` is not an integer.
         ValueError: If an argument breaks a rule.
 
     Examples:
@@ -83,7 +84,7 @@ class ShuffledPassSampler(torch.utils.data.Sampler[int]):
                     yield index
 
     def state_dict(self, used: int | None = None) -> dict[str, Any]:
-        """Return what ``load_state_dict`` takes to go on from here: tensors and numbers.
+        """Return the state from which ``load_state_dict`` continues: tensors and numbers.
 
         Args:
             used: How many images of the running epoch have been used. None: all that were handed out. With worker
@@ -101,7 +102,7 @@ class ShuffledPassSampler(torch.utils.data.Sampler[int]):
         return {"used": used} | numbers | copy.deepcopy(self._start)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another sampler, of the same labels and numbers, was.
+        """Continue where another sampler, of the same labels and numbers, stopped.
 
         Raises:
             ValueError: If it had other labels or numbers, or was farther than an epoch is long here.

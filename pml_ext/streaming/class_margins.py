@@ -15,7 +15,7 @@ _ROWS = 1024
 
 
 class ClassMargins(NamedTuple):
-    r"""$m_{yj} = a + b \, d_{yj}$ for two classes that are both described, 0 for the others.
+    r"""Margins $m_{yj} = a + b \, d_{yj}$ for two classes that are both described, 0 for the others.
 
     Attributes:
         table: ``(C, E)``, rows whose squared distance or distance is $d$, zeros for a class that is not described;
@@ -37,7 +37,7 @@ class ClassMargins(NamedTuple):
         """Return the same with plain numbers.
 
         Raises:
-            TypeError: If the table or a number requires a gradient, which it would not get, or is no number.
+            TypeError: If the table or a number requires a gradient, which it would not get, or is not a number.
         """
         if not isinstance(self.table, Tensor):
             raise TypeError(f"class_margins.table must be a torch.Tensor, got {type(self.table).__name__}")
@@ -57,7 +57,7 @@ class ClassMargins(NamedTuple):
 
         Raises:
             TypeError: If the table is not floating point, or ``described`` not bool.
-            ValueError: If a shape is another, the kind unknown, or a number not finite.
+            ValueError: If a shape is wrong, the kind unknown, or a number not finite.
         """
         if self.kind not in get_args(Kind):
             raise ValueError(f"class_margins.kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
@@ -124,7 +124,7 @@ def prepare_embeddings(
 ) -> tuple[Tensor, Tensor]:
     """Return rows whose squared distances (metric "euclidean": whose distances) are those of the classes.
 
-    Rows are centred: that changes no distance, and keeps differences of large numbers out of the margins.
+    Rows are centered: that changes no distance, and keeps differences of large numbers out of the margins.
 
     Args:
         class_embeddings: ``(C, E)``, a tensor or an array of numbers. A row with NaN, or of zeros, describes nothing.
@@ -137,8 +137,8 @@ def prepare_embeddings(
         ``(C, E)``, with zeros for classes that are not described, and which are, ``(C,)``, bool.
 
     Raises:
-        TypeError: If they are no numbers.
-        ValueError: If the shape is another, or a number is infinite.
+        TypeError: If they are not numbers.
+        ValueError: If the shape is wrong, or a number is infinite.
     """
     embeddings = _as_floats("class_embeddings", class_embeddings)
     if embeddings.ndim != 2 or len(embeddings) != num_classes or not embeddings.shape[1]:
@@ -169,8 +169,8 @@ def prepare_distances(class_distances: Any, num_classes: int, normalize: bool) -
         normalize: Whether to divide by the largest distance.
 
     Raises:
-        TypeError: If they are no numbers.
-        ValueError: If the shape is another, a number breaks a rule, or a distance between two described classes is NaN.
+        TypeError: If they are not numbers.
+        ValueError: If the shape is wrong, a number breaks a rule, or a distance between two described classes is NaN.
     """
     distances = _as_floats("class_distances", class_distances)
     if distances.shape != (num_classes, num_classes):

@@ -1,4 +1,4 @@
-"""Gradients by hand: through the normalisation of rows, and of first order only."""
+"""Gradients by hand: through the normalization of rows, and of first order only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
 
 
 def along_unit(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Return the part of each row of a gradient along x, ``(N, 1)``, that normalising takes away."""
+    """Return the part of each row of a gradient along x, ``(N, 1)``, that normalizing takes away."""
     return (grad * unit).sum(1, keepdim=True) * (inverse < 1 / _EPS)
 
 

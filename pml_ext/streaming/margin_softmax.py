@@ -32,7 +32,7 @@ class _Settings(NamedTuple):
     chunk_size: int | None
     shard: Shard | None
     memory: int
-    grad_enabled: bool  # inside of a function, grad mode is off and needs_input_grad is true even under no_grad
+    grad_enabled: bool  # inside a function, grad mode is off and needs_input_grad is true even under no_grad
 
 
 def margin_softmax_loss(
@@ -47,13 +47,14 @@ def margin_softmax_loss(
     shard: Shard | None = None,
     memory: int = 0,
 ) -> Tensor:
-    r"""Return the cross entropy of each sample, exactly, in memory that does not grow with batch times classes.
+    r"""Return each sample's exact cross-entropy, in memory that does not grow with batch times classes.
 
     $$L_i = \log\Big(1 + \sum_{j \ne y_i} e^{s (c_{ij} + m + m_{y_i j} - c_{i y_i})}\Big)$$
 
     The sum runs over all classes: forward walks over the proxies once for the sum, backward once more for the
-    gradients. Between them four numbers a sample are kept. Exponentials of the first walk wait for backward, and spare
-    it as many logits, where the gradient by the proxies will be, all of them up to B = D; further ones in ``memory``.
+    gradients. Between them four numbers for each sample are kept. Exponentials of the first walk wait for backward, and
+    spare it as many logits, where the gradient by the proxies will be, all of them up to B = D; further ones in
+    ``memory``.
 
     Args:
         embeddings: ``(B, D)``, finite. Half precision is raised to float32.
@@ -70,14 +71,14 @@ def margin_softmax_loss(
 
     Returns:
         ``(B,)``, float32, or float64 if an argument is. Of a shard too it is the whole loss, for which shards exchange
-        three numbers a sample (and the descriptions of the batch's classes); the gradient by the embeddings is the
-        shard's part of it. It has first derivatives only: differentiating a gradient raises NotImplementedError.
+        three numbers for each sample (and the descriptions of the batch's classes); the gradient by the embeddings is
+        the shard's part of it. It has first derivatives only: differentiating a gradient raises NotImplementedError.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype, or ``scale``, ``margin`` or ``class_margins`` requires a
             gradient, which ``AdaptiveAdditiveMarginLoss`` can give.
         ValueError: If a shape or value breaks a rule: labels out of range, embeddings that are not finite, a
-            ``chunk_size`` that is no integer >= 1, a ``memory`` that is no integer >= 0.
+            ``chunk_size`` that is not an integer >= 1, a ``memory`` that is not an integer >= 0.
     """
     check_chunk_size(chunk_size)
     check_memory(memory)

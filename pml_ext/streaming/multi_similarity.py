@@ -25,7 +25,7 @@ def multi_similarity_loss(
     own: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Return the Multi-Similarity loss of each sample, exactly, in memory that does not grow with the square.
+    r"""Return each sample's exact Multi-Similarity loss, in memory that does not grow with the square of the batch.
 
     $$\ell_i = \frac1\alpha \log\Big(1 + \sum_{j \in P_i} e^{-\alpha (s_{ij} - \lambda)}\Big)
              + \frac1\beta \log\Big(1 + \sum_{j \in N_i} e^{\beta (s_{ij} - \lambda)}\Big)$$
@@ -58,7 +58,7 @@ def multi_similarity_loss(
         TypeError: If an argument has the wrong type or dtype, or a setting requires a gradient, which
             ``MultiSimilarityLoss`` can give.
         ValueError: If a shape or value breaks a rule: ``alpha`` that is not positive, embeddings that are not finite, a
-            ``chunk_size`` that is no integer >= 1.
+            ``chunk_size`` that is not an integer >= 1.
 
     Examples:
         >>> multi_similarity_loss(torch.eye(3), torch.tensor([0, 0, 1])).mean()

@@ -18,7 +18,7 @@ class HingeSums(NamedTuple):
 
     Attributes:
         positive: $\sum h$ over the positive pairs.
-        negative: That over the negative pairs.
+        negative: The sum over the negative pairs.
         positive_active: How many positive pairs have $h > 0$, int64.
         negative_active: How many negative pairs have it.
         positive_number: How many positive pairs there are, int64.
@@ -61,7 +61,7 @@ def pair_hinges(
         pairs: What is compared, all in float32 or all in float64. ``embeddings`` and ``refs`` get gradients.
         pos_margin: $m_+$.
         neg_margin: $m_-$.
-        power: $d$ is the Euclidean distance (1), between unit vectors where ``pairs`` normalise, or its square (2).
+        power: $d$ is the Euclidean distance (1), between unit vectors where ``pairs`` normalize, or its square (2).
             None: the hinges are $\max(0, m_+ - s)$ and $\max(0, s - m_-)$ of the similarity $s$.
         chunk_size: Rows and columns of a tile. None: as many as stay in the cache.
         name: What a message calls the result, where it is differentiated twice.

@@ -72,8 +72,8 @@ class Columns(NamedTuple):
 
     Attributes:
         place: Which.
-        rows: ``(m, D)``, in the dtype of the walk, of unit length where it normalises.
-        inverse: 1 / |x|, ``(m, 1)``, where the walk normalises.
+        rows: ``(m, D)``, in the dtype of the walk, of unit length where it normalizes.
+        inverse: 1 / |x|, ``(m, 1)``, where the walk normalizes.
         labels: ``(m,)``, their labels in order.
         order: ``(m,)``, whose these are.
     """

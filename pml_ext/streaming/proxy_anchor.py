@@ -35,7 +35,7 @@ def proxy_anchor_loss(
     chunk_size: int | None = None,
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Return the two parts of the Proxy-Anchor loss, exactly, in memory that does not grow with batch times classes.
+    r"""Return the two exact parts of the Proxy-Anchor loss, in memory that does not grow with batch times classes.
 
     $$P_c = \log\Big(1 + \sum_{i: y_i = c} e^{-\alpha (s_{ic} - \delta) + b_i}\Big) \qquad
       N_c = \log\Big(1 + \sum_{i: y_i \ne c} e^{\alpha (s_{ic} + \delta) + b_i}\Big)$$
@@ -67,8 +67,8 @@ def proxy_anchor_loss(
         TypeError: If an argument has the wrong type or dtype, or ``alpha`` or ``margin`` requires a gradient, which
             ``ProxyAnchorLoss`` can give.
         ValueError: If a shape or value breaks a rule: labels out of range, embeddings that are not finite, no sample of
-            a shard, a ``chunk_size`` that is no integer >= 1; a ``sample_shift`` of another shape or device, with NaN
-            or infinity, or that requires a gradient.
+            a shard, a ``chunk_size`` that is not an integer >= 1; a ``sample_shift`` of another shape or device, with
+            NaN or infinity, or that requires a gradient.
     """
     check_chunk_size(chunk_size)
     alpha, margin = as_number("alpha", alpha), as_number("margin", margin)

@@ -21,7 +21,7 @@ class Shard(NamedTuple):
         first: The first class that is here.
         num_classes: How many there are in all.
         sum: Returns the sum over all shards of a tensor that each has.
-        max: Likewise the largest.
+        max: The largest such number, in the same way.
     """
 
     first: int
@@ -59,8 +59,8 @@ class Chunk(NamedTuple):
     Attributes:
         start: The first one's class.
         stop: The last one's class + 1.
-        rows: ``(n, D)``, in the dtype of the walk, of unit length if the walk normalises. Valid until the next chunk.
-        inverse: 1 / |proxy|, ``(n, 1)``, if the walk normalises.
+        rows: ``(n, D)``, in the dtype of the walk, of unit length if the walk normalizes. Valid until the next chunk.
+        inverse: 1 / |proxy|, ``(n, 1)``, if the walk normalizes.
         samples: The samples of these classes, ``(m,)``, or None if there are none.
         columns: Their classes - start, ``(m,)``; of no meaning without samples.
     """
@@ -85,7 +85,7 @@ class ProxyChunks:
         shard: Which classes the proxies are. None: all.
 
     Raises:
-        ValueError: If ``chunk_size`` is no integer >= 1.
+        ValueError: If ``chunk_size`` is not an integer >= 1.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ProxyChunks:
     ) -> None:
         check_chunk_size(chunk_size)
         self.all_here = shard is None
-        self.labels = labels if shard is None else labels - shard.first  # outside of 0 to C - 1: elsewhere
+        self.labels = labels if shard is None else labels - shard.first  # outside 0 to C - 1: elsewhere
         self.proxies, self.dtype = proxies, dtype
         size = chunk_size or auto_chunk_size(len(labels), proxies.shape[1], proxies.device)
         self.size = max(1, min(size, len(proxies)))
@@ -157,10 +157,10 @@ def check_chunk_size(chunk_size: int | None) -> None:
 
 
 def check_memory(memory: int) -> None:
-    """Raise if ``memory`` is no number of bytes.
+    """Raise if ``memory`` is not a number of bytes.
 
     Raises:
-        ValueError: If it is no integer >= 0.
+        ValueError: If it is not an integer >= 0.
     """
     if not isinstance(memory, Integral) or isinstance(memory, bool) or memory < 0:
         raise ValueError(f"memory must be an integer >= 0, in bytes, got {memory!r}")

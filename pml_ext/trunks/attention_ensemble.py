@@ -24,12 +24,12 @@ _USUAL_SPLITS = ("maxpool3", "layer2")  # GoogLeNet, ResNets
 
 
 class AttentionEnsemble(ModuleWithRecords):
-    r"""Give each learner its own mask on the features of a shared stem, and embed what it leaves by a shared head.
+    r"""Give each learner its own mask on the features of a shared stem, and embed the result by a shared head.
 
     $$b_m(x) = \frac{W\, G(S(x) \odot A_m(S(x)))}{\lVert W\, G(S(x) \odot A_m(S(x))) \rVert}$$
 
     $S$: stem. $A_m$: attention trunk, 1 x 1 convolution of learner m and a sigmoid; one number for each channel and
-    position. $G$: head. The embedding is $b_1, \ldots, b_M$ side by side: one 2-D tensor, as PML wants it.
+    position. $G$: head. The embedding is $b_1, \ldots, b_M$ side by side: one 2-D tensor, as PML takes it.
     The M masked maps are folded into the batch, so that G runs once; in training, its batch norms see all learners
     together. Mask convolutions and $W$ are drawn by Xavier's rule, each learner's for itself: learners that coincide
     would stay so.
@@ -39,15 +39,15 @@ class AttentionEnsemble(ModuleWithRecords):
         attention: The trunk of $A$: the stem's map to a map ``(B, A, H, W)`` of the same grid.
         head: $G$: a map like the stem's to ``(B, F)``; ends after pooling.
         num_learners: M >= 1.
-        embedding_size: Of all learners together; a multiple of M.
+        embedding_size: Size of the embedding of all learners together, a multiple of M.
         share_attention_trunk: Whether learners share the attention trunk and differ in their 1 x 1 convolutions only.
             Otherwise each gets a copy of it.
-        input_size: Channels, height and width of an image, for the dry run that finds out the widths. Images of other
+        input_size: Channels, height and width of an image, for the dry run that determines the widths. Images of other
             sizes may be given later, where stem and head take them.
-        checkpoint: Whether to keep nothing of G's inside for backward, and run it twice: time for memory. Running
+        checkpoint: Whether to run G twice instead of keeping its activations for backward: time for memory. Running
             statistics see each batch once.
-        collect_stats: As in PML. With statistics, ``learner_similarity`` is the mean cosine between two learners of one
-            image of the last batch.
+        collect_stats: Whether to collect statistics, as in PML. With statistics, ``learner_similarity`` is the mean
+            cosine between two learners of one image of the last batch.
 
     Attributes:
         out_features: ``embedding_size``, as in timm.
@@ -61,7 +61,7 @@ class AttentionEnsemble(ModuleWithRecords):
           length 1.
 
     Raises:
-        TypeError: If stem, attention or head is no module.
+        TypeError: If stem, attention or head is not a module.
         ValueError: If an argument breaks a rule, or stem, attention and head do not fit together.
 
     Examples:
@@ -126,7 +126,7 @@ class AttentionEnsemble(ModuleWithRecords):
     def from_backbone(
         cls,
         backbone: str | nn.Module,
-        split: str | None = None,
+        split: str | int | None = None,
         num_learners: int = 8,
         embedding_size: int = 512,
         pretrained: bool = False,
@@ -144,17 +144,18 @@ class AttentionEnsemble(ModuleWithRecords):
             backbone: "googlenet" (torchvision's, the paper's), the name of a timm model, or a module that maps images
                 to pooled features ``(B, F)``. Any network with one map ``(B, C, H, W)`` at the cut; not a vision
                 transformer.
-            split: Name of the module behind which to cut. None: "maxpool3" (GoogLeNet), "layer2" (ResNets), or where
-                timm's model has an eighth of the image's resolution.
+            split: Name of the module behind which to cut, or a number: 16 cuts a timm model behind its first stage with
+                a sixteenth of the image's resolution. The later the cut, the less each learner computes. None:
+                "maxpool3" (GoogLeNet), "layer2" (ResNets), or 8.
             num_learners: M >= 1.
-            embedding_size: Of all learners together.
+            embedding_size: Size of the embedding of all learners together.
             pretrained: Whether weights of the backbone are downloaded.
-            share_attention_trunk: As above.
-            input_size: As above; its channels are those of the network.
-            checkpoint: As above.
-            collect_stats: As above.
-            weights: Of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state dict,
-                or "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``. None for "googlenet".
+            share_attention_trunk: As in ``AttentionEnsemble``.
+            input_size: As in ``AttentionEnsemble``; its channels are those of the network.
+            checkpoint: As in ``AttentionEnsemble``.
+            collect_stats: As in ``AttentionEnsemble``.
+            weights: Weights of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state
+                dict, or "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``. None for "googlenet".
             **timm_kwargs: Passed to ``timm.create_model``. ``output_stride=8`` for small images.
 
         Raises:
@@ -182,12 +183,8 @@ class AttentionEnsemble(ModuleWithRecords):
             _check_ends_after_pooling(backbone)
             load_weights(backbone, weights)
         if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
-            raise ValueError(f"backbone must have maps of (B, C, H, W), got a {type(backbone).__name__}, which has not")
-        if split is None:
-            names = dict(backbone.named_modules())
-            split = next((name for name in (*_USUAL_SPLITS, *_an_eighth(backbone)) if name in names), None)
-            if split is None:
-                raise ValueError(f"split must be given for this backbone, one of {', '.join(cut_points(backbone))}")
+            raise ValueError(f"backbone must return maps (B, C, H, W), got a {type(backbone).__name__}, which does not")
+        split = _split_of(backbone, split)
         stem, head = cut_backbone(backbone, split)
         features = _features(stem, input_size)
         attention = copy_stage(head, features)
@@ -211,7 +208,7 @@ class AttentionEnsemble(ModuleWithRecords):
 
     @leaves_no_trace_where_refused
     def forward(self, images: Tensor) -> Tensor:
-        """Return the embeddings, learner by learner; ``pml_ext.learners.split_learners`` parts them."""
+        """Return the embeddings, learner by learner; ``pml_ext.learners.split_learners`` separates them."""
         features = self.stem(images)
         masked = (features.unsqueeze(1) * self._masks(features)).flatten(0, 1)  # (B * M, C, H, W)
         learners = self.linear(self._run_head(masked))
@@ -261,10 +258,21 @@ def _check_ends_after_pooling(backbone: Any) -> None:
         )
 
 
-def _an_eighth(backbone: nn.Module) -> list[str]:
-    """Return the first stage of a timm model whose map has an eighth of the resolution of the image."""
+def _split_of(backbone: nn.Module, split: str | int | None) -> str:
+    """Return the name of the module behind which to cut."""
+    if isinstance(split, str):
+        return split
+    modules = dict(backbone.named_modules())
     info: Any = getattr(backbone, "feature_info", ())
-    return [stage["module"] for stage in info if isinstance(stage, dict) and stage.get("reduction") == 8][:1]
+    stages = {x["reduction"]: x["module"] for x in reversed(info) if isinstance(x, dict) and "reduction" in x}
+    usual = _USUAL_SPLITS if split is None else ()
+    found = next((name for name in (*usual, stages.get(8 if split is None else split)) if name in modules), None)
+    if found is None and split is None:
+        raise ValueError(f"split must be given for this backbone, one of {', '.join(cut_points(backbone))}")
+    if found is None:
+        known = ", ".join(map(str, sorted(stages))) or "none: give the name of a module"
+        raise ValueError(f"split must be a module's name or one of this backbone's reductions ({known}), got {split!r}")
+    return str(found)
 
 
 @contextmanager

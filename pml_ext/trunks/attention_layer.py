@@ -1,11 +1,15 @@
 """One round of messages between samples: attention, projection, feed-forward (IBC)."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import scatter, to_dense_batch
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch_geometric calls it
+    from torch_geometric.nn import MessagePassing
+    from torch_geometric.utils import scatter, to_dense_batch
 
 
 class AttentionLayer(nn.Module):
@@ -14,7 +18,7 @@ class AttentionLayer(nn.Module):
     Args:
         embedding_size: D.
         heads: h, divides D.
-        dropout: Of attention weights, messages and the feed-forward part, 0 to 1.
+        dropout: Dropout of attention weights, messages and the feed-forward part, 0 to 1.
         null_message: Whether attention has one more sender, with score 0 and message 0.
     """
 
@@ -55,7 +59,7 @@ class DotAttention(MessagePassing):
     Args:
         embedding_size: D.
         heads: h, divides D.
-        dropout: Of the weights.
+        dropout: Dropout of the weights.
         null_message: Whether there is the 1.
     """
 

@@ -10,9 +10,9 @@ from pml_ext.validation import shown
 
 
 class BackboneFeatures(nn.Module):
-    """The mean over positions of a backbone's last map.
+    """Mean over positions of a backbone's last map, the baseline before training.
 
-    As embeddings of a pretrained network that is not trained any further they tell what training adds.
+    As embeddings of a pretrained network without further training, they show what training adds.
 
     Args:
         trunk: A ``PooledTrunk``, ``GlobalLocalTrunk`` or ``AttentionEnsemble``, which keeps its weights; also inside of

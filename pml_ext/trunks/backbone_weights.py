@@ -16,7 +16,8 @@ from huggingface_hub import constants
 from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
-from pml_ext.trunks.installed_weights import INSTALLED, installed_weights
+from pml_ext.extras import INSTALLED
+from pml_ext.trunks.installed_weights import installed_weights
 from pml_ext.trunks.model_names import arguments_of
 from pml_ext.validation import shown
 
@@ -30,7 +31,7 @@ def timm_model(name: str, pretrained: bool, weights: Weights = None, **kwargs: A
     """Return a timm model.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         pretrained: Whether timm downloads its weights, or takes them from where it has put them before.
         weights: A file (``.pth``, ``.safetensors``: timm's or torchvision's; averaged weights are taken where it has
             some), "installed" (those of the extra ``pretrained``), or a state dict. All of the network's weights must
@@ -64,7 +65,7 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
 
     Args:
         module: Changed in place.
-        weights: As in ``timm_model``, but for "installed".
+        weights: As in ``timm_model``, except "installed".
 
     Raises:
         FileNotFoundError: If the file is not there.
@@ -87,7 +88,7 @@ def read_weights(weights: Weights, name: str) -> tuple[dict[str, Tensor], str]:
     Raises:
         FileNotFoundError: If the file is not there.
         ImportError: If the package of the installed weights is not there.
-        TypeError: If ``weights`` is no file, "installed" or state dict.
+        TypeError: If ``weights`` is not a file, "installed" or state dict.
         ValueError: If the file cannot be read, holds no weights, or nothing is installed for this network.
     """
     if isinstance(weights, Mapping):

@@ -12,9 +12,9 @@ T = TypeVar("T", bound=nn.Module)
 
 
 def freeze_batch_norm(module: T) -> T:
-    """Keep all batch norms of a module in eval mode for good, whatever ``train()`` is called.
+    """Keep all batch norms of a module in eval mode permanently, even after ``train()``.
 
-    They normalise with their running statistics and do not change them; weight and bias are still trained. Proxy-Anchor
+    They normalize with their running statistics and do not change them; weight and bias are still trained. Proxy-Anchor
     and its successors do so on small data sets (CUB, Cars), where batch statistics are noisy. ``timm``'s function of
     this name also stops the training of weight and bias.
 
@@ -26,7 +26,7 @@ def freeze_batch_norm(module: T) -> T:
         The module.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
         ValueError: If it has no batch norm.
 
     Examples:

@@ -9,7 +9,7 @@ class ConvNet(nn.Module):
     What an image of 28 to 64 pixels leaves room for; without a download, and fast on a CPU.
 
     Args:
-        in_channels: Of the images.
+        in_channels: Channels of the images.
         width: Channels of the first stage; each stage has twice those of the one before.
 
     Attributes:

@@ -47,7 +47,7 @@ def cut_backbone(model: nn.Module, split: str) -> tuple[fx.GraphModule, fx.Graph
             head.erase_node(node)
         elif node.op != "get_attr":  # parameters of the network itself may be used on both sides
             raise ValueError(
-                f"split must be passed by all that is used behind it, got {split!r}, which {_name(node)} passes by"
+                f"split must be the only input of the layers behind it, got {split!r}, which {_name(node)} bypasses"
             )
     return fx.GraphModule(stem_root, stem, "Stem"), fx.GraphModule(head_root, head, "Head")
 
@@ -88,7 +88,7 @@ def _trace(model: nn.Module, split: str) -> tuple[fx.Graph, nn.Module]:
                 raise ValueError(f"backbone must be traceable by torch.fx, got a {name}: {error}") from error
     if str(traces[0][0]) != str(traces[1][0]):
         raise ValueError(
-            f"backbone must do the same in training and in evaluation outside of its modules, got a "
+            f"backbone must do the same in training and in evaluation outside its modules, got a "
             f"{type(model).__name__} that does not (dropout of the head: drop_rate=0; auxiliary outputs: turn them off)"
         )
     return traces[0]

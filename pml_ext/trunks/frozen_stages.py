@@ -28,7 +28,7 @@ def freeze_stages(trunk: nn.Module, backbone: str, num_stages: int) -> list[str]
         Names of the parameters.
 
     Raises:
-        ValueError: If the backbone has not more stages than that, or the stages are not known.
+        ValueError: If the backbone does not have more stages than that, or the stages are not known.
 
     Examples:
         >>> from pml_ext.trunks import PooledTrunk

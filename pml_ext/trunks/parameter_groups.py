@@ -36,16 +36,16 @@ def param_groups(
             ``AveragedModel`` and ``nn.Sequential`` are looked through.
         loss_func: Its parameters are the proxies, also where it is a part of ``trunk`` or shares parameters with it. So
             are those of PML's and our losses that are parts of ``trunk``, given or not.
-        lr: Of the backbone, > 0.
-        head_lr: Of the new layers, which ``trunk`` must then have. None: ``lr``.
-        proxy_lr: Of the loss's parameters.
-        weight_decay: >= 0.
+        lr: Learning rate of the backbone, > 0.
+        head_lr: Learning rate of the new layers, which ``trunk`` must then have. None: ``lr``.
+        proxy_lr: Learning rate of the loss's parameters.
+        weight_decay: Weight decay, >= 0.
 
     Returns:
         Groups with the keys ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out.
 
     Raises:
-        TypeError: If ``trunk`` or ``loss_func`` is no module, or ``trunk`` is a loss.
+        TypeError: If ``trunk`` or ``loss_func`` is not a module, or ``trunk`` is a loss.
         ValueError: If a rate is not positive, ``weight_decay`` is negative, nothing requires a gradient, ``head_lr``
             differs from ``lr`` in a network without known new layers, or the network has two backbones.
 

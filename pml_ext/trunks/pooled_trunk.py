@@ -26,7 +26,7 @@ class PooledTrunk(ModuleWithRecords):
 
     $$e(x) = W \, \mathrm{pool}(F(x)) + b$$
 
-    $F$: the last feature map, after second-order attention, if there is any. The embedding is not normalised: PML's
+    $F$: the last feature map, after second-order attention, if there is any. The embedding is not normalized: PML's
     distances do that. For an ensemble without masks it is: each learner's slice of ``num_learners`` has length 1.
 
     Args:
@@ -36,13 +36,13 @@ class PooledTrunk(ModuleWithRecords):
         pretrained: Whether timm downloads weights of the backbone.
         attention: Style of ``SecondOrderAttention`` before pooling, as on the global level of ``GlobalLocalTrunk``:
             "printed", "solar" or "normalized" (these with SOLAR's reduction, 2), or None.
-        pool_type: Of ``GlobalPool2d``.
-        num_learners: Into how many slices the embedding is cut that are normalised each for itself, >= 1. 1: the
-            embedding is not normalised.
+        pool_type: Kind of pooling, as in ``GlobalPool2d``.
+        num_learners: Number of slices of the embedding, each of which is normalized by itself, >= 1. With 1, the
+            embedding is not normalized.
         feature_channels: C; needed for a module without timm's ``num_features``.
-        collect_stats: As in PML.
-        weights: Of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state dict, or
-            "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``.
+        collect_stats: Whether to collect statistics, as in PML.
+        weights: Weights of the backbone, all names of which must fit: a file (``.pth``, ``.safetensors``), a state
+            dict, or "installed", for "tf_efficientnet_lite0" with the extra ``pretrained``.
         **timm_kwargs: Passed to ``timm.create_model``: ``in_chans=1`` for grayscale, ``output_stride=8`` for small
             images, as in ``GlobalLocalTrunk``.
 
@@ -58,7 +58,7 @@ class PooledTrunk(ModuleWithRecords):
 
     Raises:
         TypeError: If ``backbone`` is neither name nor module, or timm's model has no such argument.
-        ValueError: If an argument breaks a rule, or the backbone gives something else than one map with positions.
+        ValueError: If an argument breaks a rule, or the backbone does not return one map with positions.
 
     Examples:
         >>> import torch
@@ -70,7 +70,7 @@ class PooledTrunk(ModuleWithRecords):
         True
 
     Source:
-        No paper's: what the field's baselines have. Initialisation is PyTorch's.
+        Not from a paper; this is the head of the field's baselines. Initialization is PyTorch's.
     """
 
     def __init__(

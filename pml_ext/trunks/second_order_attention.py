@@ -19,7 +19,7 @@ _SOLAR_REDUCTIONS = {"local": 4, "global": 2}  # as released with SOLAR, for con
 
 
 class SecondOrderAttention(ModuleWithRecords):
-    r"""Add to each position what it gathers from all positions that resemble it.
+    r"""Add to each position of a map what it gathers from all positions that resemble it.
 
     $$A = \mathrm{softmax}(\zeta Q K^\top), \qquad F' = F + \varphi(A V)$$
 
@@ -34,16 +34,16 @@ class SecondOrderAttention(ModuleWithRecords):
             "normalized": as "solar", but BatchNorm, whose weight starts at zero, follows $\varphi$, which starts as
             PyTorch starts it: likewise the identity. In training, what is added has the mean (over batch and positions)
             and the spread that BatchNorm's bias and weight give it: it cannot outgrow them, as in "solar" at a high
-            learning rate from scratch. Not so where that BatchNorm is frozen.
+            learning rate from scratch. A frozen BatchNorm sets no such limit.
         attention_scale: $\zeta$ > 0. None: that of the style. At the widths of MHGL (1024, 2048) attention without
             scaling saturates.
         **kwargs: Passed to PML's ``ModuleWithRecords`` (``collect_stats``). With statistics,
-            ``attention_entropy`` is that of the last forward: 0 where each position looks at one only, 1 where it looks
-            at all alike. That needs the explicit matrix.
+            ``attention_entropy`` is that of the last forward: 0 if each position looks at one only, 1 if it looks at
+            all equally. That needs the explicit matrix.
 
     Attributes:
-        query: 1 x 1 convolution, followed by BatchNorm and ReLU but for style "printed".
-        key: Likewise.
+        query: 1 x 1 convolution, followed by BatchNorm and ReLU except in style "printed".
+        key: 1 x 1 convolution, followed by the same layers as ``query``.
         value: 1 x 1 convolution.
         out: $\varphi$, a 1 x 1 convolution.
         norm: What follows it: BatchNorm in style "normalized", else nothing.
@@ -52,7 +52,7 @@ class SecondOrderAttention(ModuleWithRecords):
         - features: ``(B, C, H, W)``, floating point. Output: the same.
 
     Raises:
-        TypeError: If ``attention_scale`` is no number, or requires a gradient, which it would not get.
+        TypeError: If ``attention_scale`` is not a number, or requires a gradient, which it would not get.
         ValueError: If an argument or the shape of the features breaks a rule.
 
     Examples:
@@ -161,10 +161,10 @@ def attention_of_level(
     """Return the attention of a feature level, with SOLAR's reduction where it divides the channels, or the identity.
 
     Args:
-        level: Of the map.
-        channels: Of the map.
-        style: Of the attention; "printed" has no reduction. None: no attention.
-        collect_stats: As in PML.
+        level: Level of the map.
+        channels: Channels of the map.
+        style: Style of the attention; "printed" has no reduction. None: no attention.
+        collect_stats: Whether to collect statistics, as in PML.
     """
     if style is None:
         return nn.Identity()

@@ -1,4 +1,4 @@
-"""What lies inside of wrappers: those of ``torch.compile``, of parallel training, of averaging, and ``Sequential``."""
+"""What lies inside wrappers: those of ``torch.compile``, of parallel training, of averaging, and ``Sequential``."""
 
 from torch import nn
 
@@ -7,9 +7,9 @@ _OF_LOSSES = "DistributedLossWrapper"  # PML's and ours, which keep the loss in 
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside of ``torch.compile``, ``DistributedDataParallel``, ``AveragedModel`` and the like.
+    """Return the module inside ``torch.compile``, ``DistributedDataParallel``, ``AveragedModel`` and the like.
 
-    A network of one's own that has a part of the name ``module`` beside others is no wrapper.
+    A network that has a part called ``module`` beside others is not a wrapper.
     """
     for name in (*_INSIDE, "loss") if type(module).__name__ == _OF_LOSSES else _INSIDE:
         inside = getattr(module, name, None)
@@ -19,7 +19,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def backbone_of(trunk: nn.Module) -> nn.Module | None:
-    """Return the attribute ``backbone`` of a network, also of one inside of wrappers or of a ``Sequential``, or None.
+    """Return the attribute ``backbone`` of a network, also of one inside wrappers or of a ``Sequential``, or None.
 
     Raises:
         ValueError: If a ``Sequential`` has two networks with a backbone.
@@ -37,7 +37,7 @@ def backbone_of(trunk: nn.Module) -> nn.Module | None:
 
 
 def timm_model_of(trunk: nn.Module) -> nn.Module | None:
-    """Return the timm model that a network is, inside of wrappers too, or the only one in a ``Sequential``, or None."""
+    """Return the timm model that a network is, inside wrappers too, or the only one in a ``Sequential``, or None."""
     trunk = unwrapped(trunk)
     if callable(getattr(trunk, "get_classifier", None)):
         return trunk

@@ -13,15 +13,15 @@ from pml_ext.visualization.thumbnails import as_image
 def attention_overlay(
     image: Any, attention: Tensor, alpha: float = 0.5, cmap: str = "inferno", brightest: float | None = None
 ) -> Any:
-    """Return the image with a map of weights laid over it in colours.
+    """Return the image with a map of weights laid over it in colors.
 
     Args:
         image: A tensor ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)``, an array ``(H, W)`` or ``(H, W, 3)``, a PIL image or
             a path. Numbers are uint8 or floats in 0 to 1.
         attention: ``(h, w)``, of any size, >= 0.
-        alpha: Share of the colours, 0 to 1.
-        cmap: Name of a matplotlib colour map.
-        brightest: Value of the brightest colour, > 0. None: the largest of ``attention``.
+        alpha: Share of the colors, 0 to 1.
+        cmap: Name of a matplotlib color map.
+        brightest: Value of the brightest color, > 0. None: the largest of ``attention``.
 
     Returns:
         A numpy array ``(H, W, 3)``, uint8.

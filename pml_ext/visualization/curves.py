@@ -21,8 +21,8 @@ def plot_curves(
 
     Args:
         curves: Name to values, at least one series.
-        xlabel: Of the x axis.
-        ylabel: Of the y axis.
+        xlabel: Label of the x axis.
+        ylabel: Label of the y axis.
         path: Where to save the picture; folders are made. None: nowhere.
 
     Returns:

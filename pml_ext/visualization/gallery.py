@@ -1,6 +1,7 @@
-"""Queries with their nearest neighbours, right ones framed green, wrong ones red."""
+"""Queries with their nearest neighbors, right ones framed green, wrong ones red."""
 
 import operator
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from pml_ext.extras import comes_with
 from pml_ext.neighbors.search import search
 from pml_ext.neighbors.similarity import unit_embeddings
 from pml_ext.validation import check_count
+from pml_ext.visualization.image_names import image_names
 from pml_ext.visualization.saving import save_figure
 from pml_ext.visualization.thumbnails import check_images, image_at
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RIGHT, _WRONG, _QUERY = "#1a9641", "#d7191c", "#333333"
+_MAX_NAME = 24  # characters of a name that fit under a picture
 
 
 def retrieval_gallery(
@@ -34,29 +37,33 @@ def retrieval_gallery(
     seed: int = 0,
     path: str | Path | None = None,
     searched: Sequence[int] | None = None,
+    names: Sequence[str | os.PathLike[str]] | None = None,
 ) -> "Figure":
     """Draw a row for each query: the query, then the images nearest to it by cosine.
 
-    Right neighbours (same label) have a solid green frame, wrong ones a dashed red frame with a cross, so that the
-    picture can be read without colours.
+    Right neighbors (same label) have a solid green frame, wrong ones a dashed red frame with a cross, so that the
+    picture can be read without colors.
 
     Args:
         embeddings: ``(N, D)``, floating point, finite, a tensor or an array.
         labels: ``(N,)``, integers, strings or bools, as in ``retrieval_metrics``.
         images: N images, as in ``retrieval_report``.
         queries: Indices of the queries. None: ``num_queries`` random ones, each of another class while there are any.
-        num_queries: Rows.
-        num_neighbors: Neighbours in a row. Fewer if there are fewer images.
-        seed: Of the random queries.
+        num_queries: How many random queries to draw, a row for each.
+        num_neighbors: How many neighbors to draw in a row. Fewer if there are fewer images.
+        seed: The seed of the random queries.
         path: Where to save the picture; folders are made. None: nowhere.
-        searched: Indices of the images that can be neighbours. None: all.
+        searched: Indices of the images that can be neighbors. None: all.
+        names: N strings or paths to write under the pictures; long ones lose their beginning. None: if ``images`` are
+            paths or a data set that has them, the paths below their common folder.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: If matplotlib is not installed; the message names the extra.
-        TypeError: If embeddings are not floating point, labels or images of another kind, or indices no integers.
+        TypeError: If embeddings are not floating point, labels or images of another kind, indices no integers, or
+            names no strings.
         ValueError: If lengths differ, embeddings are not finite, an index is out of range, there are fewer than two
             images, one cannot be read or has values out of range, or a setting breaks a rule.
     """
@@ -71,6 +78,7 @@ def retrieval_gallery(
     unit = unit_embeddings(as_embeddings("embeddings", embeddings, "cpu"))
     codes = class_codes(labels, len(unit)).queries
     check_images("images", images, len(unit))
+    files = image_names("names", names, images, len(unit))
     check_count("num_queries", num_queries)
     check_count("num_neighbors", num_neighbors)
     if queries is None:
@@ -79,7 +87,7 @@ def retrieval_gallery(
     places = _indices("searched", range(len(unit)) if searched is None else searched, len(unit))
     places = list(dict.fromkeys(places))  # one that is named twice is shown once
     position = {place: i for i, place in enumerate(places)}
-    own = torch.tensor([position.get(query, -1) for query in queries])  # a query is not its own neighbour
+    own = torch.tensor([position.get(query, -1) for query in queries])  # a query is not its own neighbor
     depth = min(num_neighbors, len(places) - int((own >= 0).any()))
     asked, gallery = unit[queries], unit[places]
     nearest = torch.cat([rows for _, rows in search(asked, gallery, depth, own)])  # (Q, k)
@@ -90,14 +98,15 @@ def retrieval_gallery(
         from matplotlib.figure import Figure  # on use: matplotlib comes with an extra
 
     columns = neighbors.shape[1] + 1
-    figure = Figure(figsize=(0.9 * columns, 1.05 * len(queries) + 0.3), dpi=120, layout="constrained")
+    height = 1.05 if files is None else 1.15
+    figure = Figure(figsize=(0.9 * columns, height * len(queries) + 0.3), dpi=120, layout="constrained")
     axes = figure.subplots(len(queries), columns, squeeze=False)
     for row, query in enumerate(queries):
-        _draw(axes[row, 0], images, query, _QUERY, "-", "query")
+        _draw(axes[row, 0], images, files, query, _QUERY, "-", "query")
         for column, (value, neighbor) in enumerate(zip(values[row], neighbors[row].tolist(), strict=True), 1):
             right = bool(codes[neighbor] == codes[query])
             mark = f"{value:.2f}" if right else f"{value:.2f} ✗"
-            _draw(axes[row, column], images, neighbor, _RIGHT if right else _WRONG, "-" if right else "--", mark)
+            _draw(axes[row, column], images, files, neighbor, _RIGHT if right else _WRONG, "-" if right else "--", mark)
     save_figure(figure, path)
     return figure
 
@@ -123,9 +132,13 @@ def _choose_queries(codes: Tensor, num_queries: int, seed: int) -> list[int]:
     return (list(seen.values()) + [i for i in order if i not in first])[:num_queries]
 
 
-def _draw(axes: Any, images: Any, index: int, color: str, style: str, title: str) -> None:
+def _draw(axes: Any, images: Any, files: Sequence[str] | None, index: int, color: str, style: str, title: str) -> None:
     axes.imshow(image_at(images, index))
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=7, color=color, pad=5)
+    if files is not None:
+        name = files[index]
+        end = name if len(name) <= _MAX_NAME else "\N{HORIZONTAL ELLIPSIS}" + name[1 - _MAX_NAME :]
+        axes.set_xlabel(end, fontsize=5, parse_math=False)  # a "$" is one
     for spine in axes.spines.values():
         spine.set(edgecolor=color, linewidth=2.5, linestyle=style)

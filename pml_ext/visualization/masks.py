@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 def mask_grid(images: Any, masks: Tensor, alpha: float = 0.7, path: str | Path | None = None) -> "Figure":
     """Draw a row for each image: the image, then each learner's mask on it.
 
-    Masks are averaged over channels. Fresh masks are nearly flat, and so are many trained ones: colours run from the
+    Masks are averaged over channels. Fresh masks are nearly flat, and so are many trained ones: colors run from the
     smallest to the largest value of a row, so that learners can be compared, and the row's range is written beside it.
 
     Args:
         images: B images: a tensor ``(B, H, W)``, ``(B, 1, H, W)`` or ``(B, 3, H, W)``, or a sequence of arrays or PIL
             images. Numbers are uint8 or floats in 0 to 1.
         masks: ``(B, M, C, h, w)``, what ``AttentionEnsemble.masks`` returns, or ``(B, M, h, w)``.
-        alpha: Share of the colours, 0 to 1.
+        alpha: Share of the colors, 0 to 1.
         path: Where to save the picture; folders are made. None: nowhere.
 
     Returns:

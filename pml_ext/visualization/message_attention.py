@@ -1,4 +1,4 @@
-"""Who listens to whom inside of a batch."""
+"""Draw the attention inside a batch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

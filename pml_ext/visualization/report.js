@@ -2,13 +2,123 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 for (const element of document.querySelectorAll(".needs-script")) element.hidden = false;
 
-// Tables: a click on a heading sorts, another one turns the order round.
+// A class opens in a dialog, from wherever its name stands.
+const dialog = document.getElementById("class-dialog");
+function make(tag, className, text) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+const inPercent = (value) => `${(100 * value).toFixed(1)}%`;
+function linkTo(code, ...content) {
+  const button = make(code in data.details ? "button" : "span");
+  button.append(...content);
+  if (!(code in data.details)) return button;
+  button.className = "class-link";
+  button.type = "button";
+  button.title = "Show this class";
+  button.addEventListener("click", () => openClass(code));
+  return button;
+}
+function tileOf(key, noun, kind, similarity) {
+  const [number, code] = data.shown[key];
+  const file = data.files[key];
+  const name = data.codes[code];
+  const lead = similarity === undefined ? "Query, " : `${kind}: `;
+  const told = `${lead}${noun} ${number}, class ${name}${file === undefined ? "" : `, ${file}`}`;
+  const picture = make(data.pictures[key] ? "img" : "div", data.pictures[key] ? "" : "blank");
+  if (data.pictures[key]) {
+    picture.src = data.pictures[key];
+    picture.alt = told;
+  } else {
+    picture.textContent = number;
+    picture.setAttribute("role", "img");
+    picture.setAttribute("aria-label", told);
+  }
+  picture.title = told;
+  const caption = make("figcaption");
+  if (similarity === undefined) {
+    caption.append("Query");
+  } else {
+    const sign = make("b", "", kind === "right" ? "\u2713" : "\u2717");
+    sign.setAttribute("aria-hidden", "true");
+    caption.append(sign, make("span", "hidden", `${kind},`), ` ${similarity.toFixed(2)}`, make("span", "name", name));
+  }
+  if (file !== undefined) caption.append(make("span", "file", file.replace(/[/\\]+$/, "").split(/[/\\]/).pop()));
+  const figure = make("figure", `tile ${kind}`);
+  figure.append(picture, caption);
+  return figure;
+}
+function openClass(code) {
+  const [images, metrics, others, pairs, queries] = data.details[code];
+  const names = Object.keys(data.metrics);
+  const body = document.getElementById("class-body");
+  const say = (values) => values.map((value, i) => `${names[i]} ${inPercent(value)}`).join(", ");
+  const counted = `${images.toLocaleString("en")} ${images === 1 ? "image" : "images"}`;
+  const parts = [make("p", "", others ? counted : `${counted}: ${say(metrics)}`)];
+  if (others) parts.push(...[metrics, others].map((values, i) => make("p", "", `${data.titles[i]}: ${say(values)}`)));
+  const inRun = others ? ` (${data.titles[0]})` : "";
+  parts.push(make("h3", "", `Taken for${inRun}`));
+  const list = make("ul", "taken");
+  for (const [other, share, first] of pairs) {
+    const item = make("li");
+    const shares = `: ${inPercent(share)} of the R nearest neighbors, ${inPercent(first)} of the first ones`;
+    item.append(linkTo(other, data.codes[other]), shares);
+    list.append(item);
+  }
+  parts.push(pairs.length ? list : make("p", "", "No other class."), make("h3", "", `Worst queries${inRun}`));
+  for (const [key, precision, neighbors] of queries) {
+    const row = make("div", "tiles");
+    const found = make("ol", "tiles");
+    for (const [neighbor, similarity, right] of neighbors) {
+      const item = make("li");
+      item.append(tileOf(neighbor, data.noun, right ? "right" : "wrong", similarity));
+      found.append(item);
+    }
+    row.append(tileOf(key, "image", "asked"), found);
+    const query = make("article", "query");
+    query.append(make("h4", "", `image ${data.shown[key][0]}, AP@R ${inPercent(precision)}`), row);
+    parts.push(query);
+  }
+  const heading = document.getElementById("class-name");
+  heading.textContent = data.codes[code];
+  body.replaceChildren(...parts);
+  if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0;
+  heading.focus();
+}
+document.getElementById("class-close").addEventListener("click", () => dialog.close());
+dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // beside it
+for (const place of document.querySelectorAll("[data-class]")) {
+  if (place.dataset.class in data.details) place.replaceWith(linkTo(place.dataset.class, ...place.childNodes));
+}
+
+// Tables: a click on a heading sorts, another one turns the order round. One class of each is in the tab order; arrow
+// keys move to the others.
 const collator = new Intl.Collator("en", { numeric: true });
 function keyOf(row, column) {
   const cell = row.cells[column];
   return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
 }
+function makeTabStop(table, link) {
+  for (const other of table.querySelectorAll(".class-link[tabindex='0']")) other.tabIndex = -1;
+  if (link) link.tabIndex = 0;
+}
+const linksOf = (table) => [...table.querySelectorAll("tbody tr:not([hidden]) .class-link")];
 for (const table of document.querySelectorAll("table.sortable")) {
+  for (const link of linksOf(table)) link.tabIndex = -1;
+  makeTabStop(table, linksOf(table)[0]);
+  table.tBodies[0].addEventListener("keydown", (event) => {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (!step || event.altKey || event.ctrlKey || event.metaKey) return;
+    const links = linksOf(table);
+    const next = links[links.indexOf(event.target) + step];
+    event.preventDefault();
+    if (!next) return;
+    makeTabStop(table, next);
+    next.focus();
+  });
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
     const down = head.getAttribute("aria-sort") === "ascending";
@@ -18,6 +128,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const order = typeof rows[0][0] === "number" ? (a, b) => a - b : collator.compare;
     rows.sort(([a], [b]) => (down ? order(b, a) : order(a, b)));
     table.tBodies[0].append(...rows.map(([, row]) => row));
+    makeTabStop(table, linksOf(table)[0]);
   }));
 }
 const filter = document.getElementById("class-filter");
@@ -26,6 +137,8 @@ filter?.addEventListener("input", () => {
   for (const row of document.getElementById("class-table").tBodies[0].rows) {
     row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);
   }
+  const table = document.getElementById("class-table");
+  makeTabStop(table, linksOf(table)[0]);
 });
 
 // Map: one point is in the tab order; arrow keys move to the nearest point in their direction.
@@ -36,12 +149,14 @@ if (svg) {
   const tip = document.getElementById("map-tip");
   const select = document.getElementById("map-class");
   const places = [...svg.querySelectorAll("path")].map((path, i) => {
-    const [group, image, picture] = data.points[i];
+    const [group, image] = data.points[i];
+    const file = data.files[image];
     const [x, y] = path.style.translate.split(" ").map(parseFloat);
     path.setAttribute("role", "img");
-    path.setAttribute("aria-label", `${data.names[group]}, image ${image}`);
+    const told = `image ${image}${file === undefined ? "" : `, ${file}`}`;
+    path.setAttribute("aria-label", `${data.names[group]}, ${told}`);
     path.setAttribute("tabindex", i ? "-1" : "0");
-    return { path, x, y: y || 0, group, image, picture };
+    return { path, x, y: y || 0, group, told, picture: data.pictures[image] };
   });
   svg.setAttribute("role", "application");
   svg.setAttribute("aria-describedby", "map-help");
@@ -60,7 +175,7 @@ if (svg) {
     image.hidden = !place.picture;
     if (place.picture) image.src = place.picture;
     tip.querySelector("b").textContent = data.names[place.group];
-    tip.querySelector("small").textContent = `image ${place.image}`;
+    tip.querySelector("small").textContent = place.told;
     tip.hidden = false;
     ring.setAttribute("cx", place.x);
     ring.setAttribute("cy", place.y);

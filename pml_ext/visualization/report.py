@@ -1,9 +1,7 @@
 """One HTML file that shows how well embeddings retrieve, and where they fail."""
 
-import importlib
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,26 +12,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pml_ext.evaluation.class_codes import ClassCodes, class_codes
-from pml_ext.evaluation.metrics import METRICS, as_embeddings, check_together
-from pml_ext.evaluation.ranking import query_values
-from pml_ext.extras import comes_with
-from pml_ext.neighbors.search import search
+from pml_ext.evaluation.metrics import as_embeddings, check_together
 from pml_ext.neighbors.similarity import similarity_chunks, unit_embeddings
 from pml_ext.precision import full_precision
 from pml_ext.validation import check_count
+from pml_ext.visualization.image_names import image_names
+from pml_ext.visualization.report_about import facts
+from pml_ext.visualization.report_choice import Chosen, choose, class_means, first_of_each
+from pml_ext.visualization.report_comparison import ChangedClass, ChangedQuery, Comparison
+from pml_ext.visualization.report_html import Image, Neighbor, Query
+from pml_ext.visualization.report_map import choose_points, map_method
 from pml_ext.visualization.report_page import (
+    ClassDetails,
     ClassRow,
     ConfusedPair,
     Histogram,
-    Neighbor,
     Point,
-    Query,
     Report,
     render_page,
 )
+from pml_ext.visualization.report_search import Confusions, Searched, confusions, search_all
 from pml_ext.visualization.thumbnails import check_images, encode_thumbnails, load_thumbnails
 
-_GALLERY_BYTES = _MAP_BYTES = 4_000_000
+_ROWS_BYTES, _APART_BYTES = 3_500_000, 5_000_000  # of pictures: in rows of the page; on the map and of classes
+_NEIGHBORS_OF_CLASS, _PAIRS_OF_CLASS = 5, 3
 _BINS = 2000  # of the fine histogram, from -1 to 1
 _MAX_BARS = 50
 
@@ -49,7 +51,14 @@ def retrieval_report(
     gallery: Tensor | np.ndarray[Any, Any] | None = None,
     gallery_labels: Any = None,
     gallery_images: Any = None,
-    title: str = "Retrieval report",
+    names: Sequence[str | os.PathLike[str]] | None = None,
+    gallery_names: Sequence[str | os.PathLike[str]] | None = None,
+    title: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    other: Tensor | np.ndarray[Any, Any] | None = None,
+    other_gallery: Tensor | np.ndarray[Any, Any] | None = None,
+    other_title: str | None = None,
+    other_about: Mapping[str, Any] | None = None,
     num_queries: int = 12,
     num_neighbors: int = 10,
     num_pairs: int = 20,
@@ -58,34 +67,52 @@ def retrieval_report(
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
-    """Write one HTML file about the retrieval of each image among all others, or in a gallery, by cosine.
+    """Write one HTML file about how well embeddings retrieve: each image among all others, or in a gallery, by cosine.
 
-    It has P@1, R-precision and MAP@R, overall and of each class; the worst and some random queries with their nearest
-    neighbours; the most confused classes; a map of the embeddings; and histograms of the similarities. The file needs
-    no network and can be sent around: its scripts and (small) pictures are inside, and names are escaped. Metrics are
-    those of ``pml_ext.evaluation.retrieval_metrics`` for embeddings of length 1. Similarities are computed in chunks;
-    10,000 images make a file of less than 10 MB.
+    The file has P@1, R-precision and MAP@R, overall and of each class; the worst and some random queries with their
+    nearest neighbors; the most confused classes; a map of the embeddings; and histograms of the similarities. A class
+    opens to show its worst queries and the classes it is taken for. With ``other``, the report compares two runs: which
+    classes and queries are better in the one, and which in the other.
+
+    The file loads nothing and can be sent around: its scripts and (small) pictures are inside, and all texts are
+    escaped. Metrics are those of ``pml_ext.evaluation.retrieval_metrics`` for embeddings of length 1. Similarities are
+    computed in chunks: for 50,000 images the peak of memory is less than 1 GB above the embeddings, and the file is
+    smaller than 15 MB.
 
     Args:
-        embeddings: ``(N, D)``, floating point, finite, a tensor or an array. Normalised here, computed on the CPU.
+        embeddings: ``(N, D)``, floating point, finite, a tensor or an array. They are normalized here; the report is
+            computed on the CPU.
         labels: ``(N,)``, integers, strings or bools, as in ``retrieval_metrics``. A class without a match is searched,
-            but has no say in the metrics: it is listed.
+            but does not count in the metrics; the report names it.
         images: N images: a tensor ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``; a sequence of PIL images,
             tensors, arrays ``(H, W)`` or ``(H, W, 3)``, or paths; or a data set of images or (image, label), without
-            a normalisation. Numbers are uint8 or floats in 0 to 1. Only what is shown is read. None: no pictures.
-        class_names: That of label i at index i, or a dict from labels to names. None: "class i"; strings as they are.
-        path: Of the file. Folders are made, an older file is replaced.
-        gallery: ``(M, D)``, what is searched. None: every image searches all others.
-        gallery_labels: ``(M,)``, as ``labels``.
-        gallery_images: M images, as ``images``; both or none.
-        title: Of the page.
-        num_queries: How many of the worst queries (lowest AP@R, of these with the most similar neighbour), and of
-            random ones, >= 1.
-        num_neighbors: Neighbours that are shown, >= 1. Fewer if there are fewer images.
-        num_pairs: Of confused classes, >= 1.
-        num_points: Images on the map, >= 0, drawn at random where there are more images. 0: no map.
-        method: Of the map: "tsne", or "umap", which needs the package umap-learn. For fewer than 5 points it is t-SNE.
-        seed: Of random queries, of the choice of points and of the map. The same seed gives the same file.
+            a normalization. Numbers are uint8 or floats in 0 to 1. Only what is shown is read. None: no pictures.
+        class_names: A sequence with the name of label i at index i, or a dict from labels to names. None: "class i";
+            labels that are strings are names.
+        path: The file to write. Folders are made; an older file is replaced.
+        gallery: ``(M, D)``, the embeddings that are searched. None: every image searches all others.
+        gallery_labels: ``(M,)``, the labels of the gallery, as ``labels``.
+        gallery_images: M images of the gallery, as ``images``; give both or none.
+        names: N strings or paths by which a reader knows the images, shown with the pictures. None: if ``images`` are
+            paths or a data set that has them, the paths below their common folder.
+        gallery_names: M names of the gallery's images, as ``names``.
+        title: The heading of the page and, with ``other``, the name of this run. None: "Retrieval report", or "this
+            run".
+        about: Facts for the top of the page, a mapping from names to values such as recipe, epoch and date. Values are
+            written by ``str``. A value that is a mapping, such as the settings, can be unfolded.
+        other: ``(N, D2)``, embeddings of the same images by another run, such as the one before a change. Differences
+            are ``embeddings`` minus ``other``. None: no comparison.
+        other_gallery: ``(M, D2)``, embeddings of the gallery by the other run.
+        other_title: The name of the other run. None: "the other run".
+        other_about: Facts about the other run, as ``about``. Facts that differ are bold.
+        num_queries: How many queries to show of each kind, >= 1: the worst (lowest AP@R, then the most similar
+            neighbor), random ones, and those that are better in each of two runs.
+        num_neighbors: How many neighbors to show, >= 1. Fewer if there are fewer images.
+        num_pairs: How many confused pairs of classes to show, >= 1.
+        num_points: How many images to show on the map, >= 0. They are drawn at random if there are more. 0: no map.
+        method: How the map is made: "tsne", or "umap", which needs the package umap-learn. Fewer than 5 points are
+            always placed by t-SNE.
+        seed: The seed of random queries, of the points and of the map. The same seed gives the same file.
         progress: Whether to show progress bars.
 
     Returns:
@@ -93,10 +120,11 @@ def retrieval_report(
 
     Raises:
         ImportError: If ``method`` is "umap" and umap-learn is not installed; the message names the extra.
-        TypeError: If embeddings are not floating point, labels of another kind, names no strings, or images of no
-            known kind.
+        TypeError: If embeddings are not floating point, labels of another kind, names or titles no strings, ``about``
+            is not a mapping, or images are of no known kind.
         ValueError: If lengths differ, embeddings are not finite, no image has a match, a label has no name, an image
-            cannot be read or has values out of range, or a setting breaks a rule.
+            cannot be read or has values out of range, an argument is given without the one that it belongs to, both
+            runs have one title, or a setting breaks a rule.
 
     Examples:
         >>> import tempfile
@@ -105,220 +133,230 @@ def retrieval_report(
         ...     path = retrieval_report(embeddings, labels, class_names=["cat", "dog"], path=f"{folder}/report.html")
         ...     path.read_text(encoding="utf-8").count("dog") > 10
         True
+
+        Two runs:
+
+        >>> other = torch.randn(40, 16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/report.html"
+        ...     path = retrieval_report(embeddings, labels, path=path, title="new", other=other, other_title="old")
+        ...     "Queries that are better in new" in path.read_text(encoding="utf-8")
+        True
     """
     check_together("gallery", gallery, "gallery_labels", gallery_labels)
     embeddings = as_embeddings("embeddings", embeddings)
     searched = embeddings if gallery is None else as_embeddings("gallery", gallery, width=embeddings.shape[1])
     codes = class_codes(labels, len(embeddings), gallery_labels, len(searched))
+    others = None
+    if other is None:
+        given = {"other_gallery": other_gallery, "other_title": other_title, "other_about": other_about}
+        for name, value in given.items():
+            _check_needs(name, value, "other", other)
+    else:
+        others = _check_other(other, other_gallery, len(embeddings), gallery, len(searched))
     if images is not None:
         check_images("images", images, len(embeddings))
     if gallery_images is not None:
         check_images("gallery_images", gallery_images, len(searched))
     if gallery is not None:
         check_together("images", images, "gallery_images", gallery_images)
-    counts = {"num_queries": num_queries, "num_neighbors": num_neighbors, "num_pairs": num_pairs}
-    for name, value in counts.items() if num_points == 0 else (counts | {"num_points": num_points}).items():
-        check_count(name, value)
-    names = _names(class_names, codes.classes)
-    map_method = _map_method(method, min(num_points, len(embeddings))) if num_points else None
-    if not isinstance(title, str):
-        raise TypeError(f"title must be a string, got {title!r}")
+    _check_needs("gallery_names", gallery_names, "gallery", gallery)
+    known = _Images(
+        codes,
+        _class_names(class_names, codes.classes),
+        image_names("names", names, images, len(embeddings)),
+        None if gallery is None else image_names("gallery_names", gallery_names, gallery_images, len(searched)),
+    )
+    counts: dict[str, int] = {"num_queries": num_queries, "num_neighbors": num_neighbors, "num_pairs": num_pairs}
+    for name, number in counts.items() if num_points == 0 else (counts | {"num_points": num_points}).items():
+        check_count(name, number)
+    placed_by = map_method(method, min(num_points, len(embeddings))) if num_points else None
+    titles = _titles(title, other_title, two=other is not None)
+    told = facts({"about": about} if other is None else {"about": about, "other_about": other_about})
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"path must be a file, got the folder {path}")
 
-    unit = unit_embeddings(embeddings.cpu()).float()
-    unit_gallery = unit if gallery is None else unit_embeddings(searched.cpu()).float()
-    result = _search(unit, unit_gallery, codes, num_neighbors, progress)
+    run = _searched(embeddings, None if gallery is None else searched, codes, num_neighbors, progress)
+    other_run = None if others is None else _searched(*others, codes, num_neighbors, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    worst, random = _choose_queries(result, num_queries, seed)
-    on_map = _choose_points(len(unit), num_points, seed)
-    positions = np.empty((0, 2)) if map_method is None else map_method.place(unit[on_map].numpy(), seed)
-    first = 0 if gallery is None else len(unit)  # pictures of the gallery are numbered behind those of queries
-    shown = {query: [first + i for i in result.nearest[query].tolist()] for query in worst + random}
-    gallery_pictures: dict[int, str] = {}
-    map_pictures: dict[int, str] = {}
+    means = class_means(run, codes.queries)
+    other_means = {} if other_run is None else class_means(other_run, codes.queries)
+    chosen = choose(run, other_run, means, other_means, codes.queries, num_queries, seed)
+    on_map = choose_points(len(run.unit), num_points, seed)
+    positions = np.empty((0, 2)) if placed_by is None else placed_by.place(run.unit[on_map].numpy(), seed)
+    in_rows, apart = dict[int, str](), dict[int, str]()
     if images is not None:
-        neighbors = [i for row in shown.values() for i in row]
-        if gallery is None:
-            thumbnails = load_thumbnails(images, [*shown, *neighbors, *on_map], progress)
-        else:
-            thumbnails = load_thumbnails(images, [*shown, *on_map], progress)
-            others = load_thumbnails(gallery_images, [i - first for i in neighbors], progress, "gallery_images")
-            thumbnails |= {first + i: thumbnail for i, thumbnail in others.items()}
-        in_rows = [i for query, row in shown.items() for i in (query, *row)]
-        gallery_pictures = encode_thumbnails(thumbnails, in_rows, _GALLERY_BYTES, max_side=96)
-        map_pictures = encode_thumbnails(thumbnails, on_map, _MAP_BYTES, max_side=64)
-
-    def describe(query: int) -> Query:
-        code, row = codes.queries[query], result.nearest[query]
-        similarities = (unit_gallery[row] * unit[query]).sum(1).tolist()
-        neighbors = [
-            Neighbor(i, names[other], bool(other == code), similarity, gallery_pictures.get(first + i))
-            for i, other, similarity in zip(row.tolist(), codes.gallery[row], similarities, strict=True)
-        ]
-        return Query(query, names[code], float(result.metrics[query, 2]), gallery_pictures.get(query), neighbors)
-
-    asked, sizes = torch.unique(codes.queries, return_counts=True)
+        in_rows, apart = _pictures(images, gallery_images, run, other_run, chosen, on_map, progress)
+    comparison = None
+    if other_run is not None:
+        comparison = Comparison(
+            titles,
+            other_run.mean_metrics,
+            chosen.num_changed,
+            [
+                ChangedClass(code, known.class_names[code], means[code].metrics[2], other_means[code].metrics[2])
+                for code in chosen.changed
+            ],
+            *(
+                [ChangedQuery(known.query(run, i, in_rows), known.query(other_run, i, in_rows)) for i in queries]
+                for queries in (chosen.better, chosen.worse)
+            ),
+        )
+    confused = confusions(run, codes.queries, len(codes.classes))
+    pairs_of = first_of_each(confused.a, _PAIRS_OF_CLASS)
+    describe_pair = partial(known.pair, confused)
     map_classes, group = torch.unique(codes.queries[on_map], return_inverse=True)
     report = Report(
-        title=title,
-        num_images=len(unit),
-        num_gallery=None if gallery is None else len(unit_gallery),
-        num_classes=len(asked),
-        embedding_size=unit.shape[1],
-        metrics=tuple(result.metrics[result.num_right > 0].mean(0).tolist()),
-        left_out=[names[code] for code in torch.unique(codes.queries[result.num_right == 0])],
-        classes=_class_rows(result, codes.queries, names),
-        pairs=_confused_pairs(result, dict(zip(asked.tolist(), sizes.tolist(), strict=True)), codes.queries, names)[
-            :num_pairs
+        title=titles[0] if other is None else " against ".join(titles),
+        about=told,
+        comparison=comparison,
+        num_images=len(run.unit),
+        num_gallery=None if gallery is None else len(run.gallery),
+        num_classes=len(torch.unique(codes.queries)),
+        embedding_size=run.unit.shape[1],
+        metrics=run.mean_metrics,
+        left_out=[known.class_names[code] for code in torch.unique(codes.queries[run.num_right == 0])],
+        classes=[ClassRow(code, known.class_names[code], *means[code]) for code in chosen.ranked],
+        details=[
+            ClassDetails(
+                code,
+                known.class_names[code],
+                *means[code],
+                None if other_run is None else other_means[code].metrics,
+                [describe_pair(i) for i in pairs_of.get(code, [])],
+                [known.query(run, i, {}, _NEIGHBORS_OF_CLASS) for i in chosen.queries_of[code]],
+            )
+            for code in chosen.detailed
         ],
-        worst=[describe(query) for query in worst],
-        random=[describe(query) for query in random],
+        pairs=[describe_pair(i) for i in range(min(num_pairs, len(confused.a)))],
+        worst=[known.query(run, i, in_rows) for i in chosen.worst],
+        random=[known.query(run, i, in_rows) for i in chosen.random],
         points=[
-            Point(float(x), float(y), int(c), i, map_pictures.get(i))
+            Point(float(x), float(y), int(c), i, known.file(i))
             for (x, y), c, i in zip(positions, group, on_map, strict=True)
         ],
-        map_names=[names[c] for c in map_classes],
-        method="" if map_method is None else map_method.name,
-        histogram=_similarity_histogram(unit, unit_gallery, codes, progress),
+        map_names=[known.class_names[code] for code in map_classes],
+        method="" if placed_by is None else placed_by.name,
+        histogram=_similarity_histogram(run.unit, run.gallery, codes, progress),
+        pictures=apart,
     )
     path.write_text(render_page(report), encoding="utf-8", errors="replace", newline="\n")
     return path
 
 
-class _Search(NamedTuple):
-    """What the search gives for each query: metrics are NaN for those without a match."""
+class _Images(NamedTuple):
+    """What is known of images, by their keys: queries, then the gallery."""
 
-    metrics: Tensor  # (N, 3), float64: precision at 1, R-precision, AP@R
-    num_right: Tensor  # (N,), int64: right images that there are (R)
-    nearest: Tensor  # (N, num_neighbors)
-    similarity: Tensor  # (N,), of the nearest
-    first: dict[tuple[int, int], int]  # pairs of class and neighbour's class, of first neighbours
-    among_r: dict[tuple[int, int], int]  # and of the R nearest
+    codes: ClassCodes
+    class_names: list[str]
+    files: Sequence[str] | None
+    gallery_files: Sequence[str] | None
+
+    def file(self, key: int) -> str | None:
+        """Return the name of an image."""
+        index = key - len(self.codes.queries)
+        files = self.files if index < 0 else self.gallery_files
+        return None if files is None else files[key if index < 0 else index]
+
+    def image(self, key: int, pictures: Mapping[int, str]) -> Image:
+        """Return what the page tells about an image."""
+        index, codes = key, self.codes.queries
+        if key >= len(codes):
+            index, codes = key - len(codes), self.codes.gallery
+        code = int(codes[index])
+        return Image(key, index, code, self.class_names[code], self.file(key), pictures.get(key))
+
+    def query(self, run: Searched, query: int, pictures: Mapping[int, str], num_neighbors: int | None = None) -> Query:
+        """Return what the page tells about a query and its neighbors."""
+        asked, *found = (self.image(key, pictures) for key in run.shown(query, num_neighbors))
+        similarities = run.similarities(query, num_neighbors)
+        neighbors = [
+            Neighbor(image, image.code == asked.code, value) for image, value in zip(found, similarities, strict=True)
+        ]
+        return Query(asked, float(run.metrics[query, 2]), neighbors)
+
+    def pair(self, confused: Confusions, i: int) -> ConfusedPair:
+        """Return what the page tells about a pair of classes."""
+        a, b = int(confused.a[i]), int(confused.b[i])
+        size = int(confused.sizes[a])
+        first = confused.num_first(i) / size
+        return ConfusedPair(a, self.class_names[a], b, self.class_names[b], size, first, float(confused.among_r[i]))
 
 
-def _search(unit: Tensor, gallery: Tensor, codes: ClassCodes, num_neighbors: int, progress: bool) -> _Search:
-    """Search every query, and compare the classes of queries and neighbours."""
-    alone = gallery is unit
-    num_neighbors = min(num_neighbors, len(gallery) - alone)
-    num_classes = len(codes.classes)
-    num_right = torch.bincount(codes.gallery, minlength=num_classes)[codes.queries] - int(alone)
-    if not (num_right > 0).any():
-        raise ValueError("labels must have a match for one image at least, got none")
-    metrics = torch.full((len(unit), len(METRICS)), torch.nan, dtype=torch.float64)
-    nearest = torch.empty(len(unit), num_neighbors, dtype=torch.long)
-    first, among_r = [], []
-    depths = num_right.clamp(min=num_neighbors)
-    for rows, neighbors in search(unit, gallery, depths, torch.arange(len(unit)) if alone else None, progress=progress):
-        nearest[rows] = neighbors[:, :num_neighbors]
-        of_query, of_neighbor, others = codes.queries[rows, None], codes.gallery[neighbors], num_right[rows]
-        for i, name in enumerate(METRICS):
-            metrics[rows, i] = query_values(name, of_neighbor == of_query, others)  # 0 / 0 where there is no other
-        pairs = of_query * num_classes + of_neighbor  # (n, k)
-        within = torch.arange(pairs.shape[1]) < others[:, None]
-        first.append(pairs[:, 0].clone())  # a view would keep all pairs
-        among_r.append(_counted(pairs[within], num_classes**2))
-    metrics[num_right == 0] = torch.nan
-    similarity = (unit * gallery[nearest[:, 0]]).sum(1)
-    return _Search(
-        metrics,
-        num_right,
-        nearest,
-        similarity,
-        _as_pairs(_counted(torch.cat(first), num_classes**2), num_classes),
-        _as_pairs(torch.cat(among_r, 1), num_classes),
+def _searched(
+    embeddings: Tensor, gallery: Tensor | None, codes: ClassCodes, num_neighbors: int, progress: bool
+) -> Searched:
+    unit = unit_embeddings(embeddings.cpu()).float()
+    unit_gallery = unit if gallery is None else unit_embeddings(gallery.cpu()).float()
+    return search_all(unit, unit_gallery, codes, num_neighbors, progress)
+
+
+def _pictures(
+    images: Any,
+    gallery_images: Any,
+    run: Searched,
+    other_run: Searched | None,
+    chosen: Chosen,
+    on_map: list[int],
+    progress: bool,
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the pictures in rows of the page, and those of the map and of classes, by their keys."""
+    in_rows = [key for query in chosen.worst + chosen.random for key in run.shown(query)]
+    for each in (run, other_run):
+        in_rows += [key for query in chosen.worse + chosen.better if each for key in each.shown(query)]
+    queries = [query for code in chosen.pictured for query in chosen.queries_of[code]]
+    of_classes = {key for query in queries for key in run.shown(query, _NEIGHBORS_OF_CLASS)}
+    apart = sorted(of_classes | set(on_map))
+    thumbnails = _thumbnails(images, gallery_images, len(run.unit), [*in_rows, *apart], progress)
+    return (
+        encode_thumbnails(thumbnails, in_rows, _ROWS_BYTES, max_side=96),
+        encode_thumbnails(thumbnails, apart, _APART_BYTES, max_side=64),
     )
 
 
-def _counted(codes: Tensor, num_codes: int) -> Tensor:
-    """Return the codes that occur, from 0 to ``num_codes - 1``, and how often, ``(2, n)``."""
-    if num_codes > len(codes):
-        return torch.stack(torch.unique(codes, return_counts=True))
-    counts = torch.bincount(codes)  # needs no sort
-    (occurring,) = counts.nonzero(as_tuple=True)
-    return torch.stack([occurring, counts[occurring]])
+def _thumbnails(
+    images: Any, gallery_images: Any, num_queries: int, keys: Sequence[int], progress: bool
+) -> dict[int, Any]:
+    of_queries = [key for key in keys if key < num_queries]
+    of_gallery = [key - num_queries for key in keys if key >= num_queries]
+    thumbnails = load_thumbnails(images, of_queries, progress)
+    if of_gallery:
+        loaded = load_thumbnails(gallery_images, of_gallery, progress, "gallery_images")
+        thumbnails |= {num_queries + i: thumbnail for i, thumbnail in loaded.items()}
+    return thumbnails
 
 
-def _as_pairs(codes: Tensor, num_classes: int) -> dict[tuple[int, int], int]:
-    """Return how often pairs of different classes occur; ``codes`` is (2, n): a * num_classes + b, and how often."""
-    counts: dict[tuple[int, int], int] = {}
-    for code, count in codes.T.tolist():
-        pair = divmod(code, num_classes)
-        if pair[0] != pair[1]:
-            counts[pair] = counts.get(pair, 0) + count
-    return counts
+def _check_needs(name: str, value: Any, needed: str, what: Any) -> None:
+    if value is not None and what is None:
+        raise ValueError(f"{needed} must come with {name}, got {name} alone")
 
 
-def _class_rows(result: _Search, of_query: Tensor, names: list[str]) -> list[ClassRow]:
-    with_match = result.num_right > 0
-    classes, inverse, sizes = torch.unique(of_query[with_match], return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(classes), len(METRICS), dtype=torch.float64).index_add_(
-        0, inverse, result.metrics[with_match]
-    )
-    rows = [
-        ClassRow(names[code], size, tuple(values))
-        for code, size, values in zip(classes, sizes.tolist(), (sums / sizes[:, None]).tolist(), strict=True)
-    ]
-    return sorted(rows, key=lambda row: row.metrics[::-1])
+def _check_other(
+    other: Any, other_gallery: Any, num_queries: int, gallery: Any, num_gallery: int
+) -> tuple[Tensor, Tensor | None]:
+    other = as_embeddings("other", other)
+    _check_needs("other_gallery", other_gallery, "gallery", gallery)
+    if gallery is not None:
+        check_together("other", other, "other_gallery", other_gallery)
+        other_gallery = as_embeddings("other_gallery", other_gallery, width=other.shape[1])
+    for name, rows, length in (("other", other, num_queries), ("other_gallery", other_gallery, num_gallery)):
+        if rows is not None and len(rows) != length:
+            first = "embeddings" if name == "other" else "gallery"
+            raise ValueError(f"{name} must have the {length} rows of {first}, got {len(rows)}")
+    return other, other_gallery
 
 
-def _confused_pairs(result: _Search, sizes: dict[int, int], of_query: Tensor, names: list[str]) -> list[ConfusedPair]:
-    """Return the pairs, those with the largest share among the R nearest first, then the most frequent."""
-    num_ranked = torch.zeros(len(names), dtype=torch.long).index_add_(0, of_query, result.num_right).tolist()
-    order = sorted(result.among_r.items(), key=lambda item: (-item[1] / num_ranked[item[0][0]], -item[1], item[0]))
-    return [
-        ConfusedPair(names[a], names[b], sizes[a], result.first.get((a, b), 0) / sizes[a], count / num_ranked[a])
-        for (a, b), count in order
-    ]
-
-
-def _choose_queries(result: _Search, num_queries: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the queries with the lowest AP@R (of these, where the neighbour looks most certain), and random others."""
-    score = result.metrics[:, 2]
-    possible = score.isfinite().nonzero().flatten().tolist()
-    scores, certain = score.tolist(), result.similarity.tolist()
-    worst = sorted(possible, key=lambda i: (scores[i], -certain[i], i))[:num_queries]
-    taken = set(worst)
-    order = torch.randperm(len(score), generator=torch.Generator().manual_seed(seed)).tolist()
-    return worst, [i for i in order if math.isfinite(scores[i]) and i not in taken][:num_queries]
-
-
-def _choose_points(length: int, num_points: int, seed: int) -> list[int]:
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:num_points]
-    return sorted(order.tolist())
-
-
-class _MapMethod(NamedTuple):
-    name: str
-    place: Callable[[np.ndarray[Any, Any], int], np.ndarray[Any, Any]]
-
-
-def _map_method(method: str, num_points: int) -> _MapMethod:
-    if method not in ("tsne", "umap"):
-        raise ValueError(f"method must be 'tsne' or 'umap', got {method!r}")
-    if method == "umap":
-        with comes_with("umap", "umap-learn", "method 'umap'", ", or use method='tsne'"):
-            module = importlib.import_module("umap")
-        if num_points >= 5:  # its spectral start fails for fewer
-            return _MapMethod("UMAP", partial(_place_by_umap, module))
-    return _MapMethod("t-SNE", _place_by_tsne)
-
-
-def _place_by_tsne(unit: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
-    """Return positions in two dimensions."""
-    from sklearn.manifold import TSNE  # on use: slow to load, and only maps need it
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # on use: only maps need it
-
-    init = "pca" if unit.shape[1] > 1 and unit.std(0).max() > 1e-4 else "random"  # PCA of equal rows has no scale
-    with threadpool_limits(1):  # sums in another order would give another map
-        return TSNE(init=init, perplexity=min(30, (len(unit) - 1) / 3), random_state=seed).fit_transform(unit)
-
-
-def _place_by_umap(umap: Any, unit: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
-    neighbors = min(15, len(unit) - 1)
-    placed = umap.UMAP(n_neighbors=neighbors, metric="cosine", random_state=seed, n_jobs=1).fit_transform(unit)
-    return np.nan_to_num(placed)  # it drops points that it cannot connect
+def _titles(title: Any, other_title: Any, two: bool) -> tuple[str, str]:
+    """Return the titles of both runs; of a single one only the first counts."""
+    for name, value in (("title", title), ("other_title", other_title)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} must be a string, got {value!r}")
+    if title is not None and title == other_title:
+        raise ValueError(f"other_title must differ from title, got {title!r} for both")
+    if not two:
+        return title or "Retrieval report", ""
+    return title or "this run", other_title or "the other run"
 
 
 def _similarity_histogram(unit: Tensor, gallery: Tensor, codes: ClassCodes, progress: bool) -> Histogram:
@@ -350,7 +388,7 @@ def _similarity_histogram(unit: Tensor, gallery: Tensor, codes: ClassCodes, prog
     return Histogram(low * 2 / _BINS - 1, size * 2 / _BINS, bars[0], bars[1], means[0], means[1], separation)
 
 
-def _names(class_names: Sequence[str] | Mapping[Any, str] | None, classes: list[Any]) -> list[str]:
+def _class_names(class_names: Sequence[str] | Mapping[Any, str] | None, classes: list[Any]) -> list[str]:
     """Return the names of the classes, in their order."""
     if class_names is None:
         return [label if isinstance(label, str) else f"class {label}" for label in classes]

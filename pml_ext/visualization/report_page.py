@@ -3,60 +3,75 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pml_ext.version import __version__
+from pml_ext.visualization.report_about import Fact, about_section
+from pml_ext.visualization.report_comparison import Comparison, comparison_section
+from pml_ext.visualization.report_html import (
+    Image,
+    Neighbor,
+    Query,
+    breakable,
+    class_link,
+    number_of,
+    percent,
+    query_article,
+    signed_points,
+    sortable_table,
+    strong,
+)
 
 MAX_CLASS_ROWS = 2000
 _MAX_NAMES = 200  # of left-out classes
 _MAX_LEGEND = 12
 _SHAPES = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.5-3.5h7v7h-7z", "M0-4.8 4.5 3.4h-9z", "M0-5 5 0 0 5-5 0z")
+_DIALOG = """<dialog id="class-dialog" aria-labelledby="class-name">
+<button type="button" id="class-close">Close</button>
+<h2 id="class-name" tabindex="-1"></h2>
+<div id="class-body"></div>
+</dialog>"""
 _METRICS = (
-    ("P@1", "share of queries whose nearest neighbour is of the same class"),
+    ("P@1", "share of queries whose nearest neighbor is of the same class"),
     ("R-precision", "share of the same class among the R nearest, R being the number of images to find of the class"),
-    ("MAP@R", "as R-precision, but early neighbours count more"),
+    ("MAP@R", "as R-precision, but early neighbors count more"),
 )
 
 
 class ClassRow(NamedTuple):
     """A class and its metrics, 0 to 1."""
 
+    code: int
     name: str
     images: int
     metrics: tuple[float, ...]
 
 
 class ConfusedPair(NamedTuple):
-    """Shares of class ``name`` whose neighbours are of class ``other``."""
+    """Shares of class ``name`` whose neighbors are of class ``other``."""
 
+    code: int
     name: str
+    other_code: int
     other: str
     images: int
     first: float
     among_r: float
 
 
-class Neighbor(NamedTuple):
-    """A neighbour of a query, and the ``data:`` address of its picture, or None."""
+class ClassDetails(NamedTuple):
+    """What a class leads to: the classes that it is most often taken for, and its worst queries."""
 
-    image: int
+    code: int
     name: str
-    right: bool
-    similarity: float
-    picture: str | None
-
-
-class Query(NamedTuple):
-    """A query with its neighbours, from near to far."""
-
-    image: int
-    name: str
-    average_precision: float
-    picture: str | None
-    neighbors: list[Neighbor]
+    images: int
+    metrics: tuple[float, ...]
+    other_metrics: tuple[float, ...] | None  # of the other run
+    pairs: list[ConfusedPair]
+    queries: list[Query]
 
 
 class Point(NamedTuple):
@@ -66,7 +81,7 @@ class Point(NamedTuple):
     y: float
     class_index: int
     image: int
-    picture: str | None
+    name: str | None
 
 
 class Histogram(NamedTuple):
@@ -85,6 +100,8 @@ class Report(NamedTuple):
     """All that the page shows."""
 
     title: str
+    about: list[Fact]
+    comparison: Comparison | None
     num_images: int  # queries
     num_gallery: int | None  # None: the queries search each other
     num_classes: int
@@ -92,6 +109,7 @@ class Report(NamedTuple):
     metrics: tuple[float, ...]
     left_out: list[str]
     classes: list[ClassRow]  # worst first
+    details: list[ClassDetails]
     pairs: list[ConfusedPair]
     worst: list[Query]
     random: list[Query]
@@ -99,6 +117,12 @@ class Report(NamedTuple):
     map_names: list[str]
     method: str
     histogram: Histogram
+    pictures: Mapping[int, str]  # ``data:`` addresses of images on the map and of classes, by their keys
+
+    @property
+    def noun(self) -> str:
+        """What a neighbor is called."""
+        return "image" if self.num_gallery is None else "gallery image"
 
 
 def render_page(report: Report) -> str:
@@ -112,6 +136,7 @@ def render_page(report: Report) -> str:
     )
     sections = [
         ("metrics", "Metrics", _metrics(report)),
+        ("comparison", "Comparison", _comparison(report)),
         ("classes", "Classes", _classes(report)),
         ("confusions", "Confused classes", _confusions(report.pairs)),
         ("gallery", "Queries", _gallery(report)),
@@ -121,7 +146,8 @@ def render_page(report: Report) -> str:
     sections = [section for section in sections if section[2]]
     links = "".join(f'<li><a href="#{key}">{heading}</a></li>' for key, heading, _ in sections)
     body = "\n".join(
-        f'<section id="{key}" aria-labelledby="h-{key}">\n<h2 id="h-{key}">{heading}</h2>\n{content}\n</section>'
+        f'<section id="{key}" aria-labelledby="h-{key}">\n<h2 id="h-{key}">{heading}{_of_run(report, key)}</h2>\n'
+        f"{content}\n</section>"
         for key, heading, content in sections
     )
     return f"""<!DOCTYPE html>
@@ -138,14 +164,16 @@ def render_page(report: Report) -> str:
 <body>
 <a class="skip" href="#main">Skip to the content</a>
 <header>
-<h1>{escape(report.title)}</h1>
-<p>{_count(report.num_images, "image")} of {_count(report.num_classes, "class", "classes")}, embeddings of
-{_count(report.embedding_size, "number")}. {_searched(report)} by cosine similarity.</p>
+<h1>{breakable(report.title)}</h1>
+<p>{number_of(report.num_images, "image")} of {number_of(report.num_classes, "class", "classes")}, embeddings of
+{number_of(report.embedding_size, "number")}. {_searched(report)} by cosine similarity.</p>
+{about_section(report.about, _titles(report))}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main id="main" tabindex="-1">
 {body}
 </main>
+{_DIALOG}
 <footer><p>Made by pml-ext {escape(__version__)}.</p></footer>
 <script type="application/json" id="data">{_json(report)}</script>
 <script>{script}</script>
@@ -157,28 +185,91 @@ def render_page(report: Report) -> str:
 def _searched(report: Report) -> str:
     if report.num_gallery is None:
         return "Each image is searched among all others"
-    return f"Each image is a query that is searched in a gallery of {_count(report.num_gallery, 'other image')}"
+    return f"Each image is a query that is searched in a gallery of {number_of(report.num_gallery, 'other image')}"
+
+
+def _titles(report: Report) -> tuple[str, ...]:
+    return (report.title,) if report.comparison is None else report.comparison.titles
 
 
 def _json(report: Report) -> str:
+    shown: dict[int, list[Any]] = {}
+    classes: dict[int, str] = {}
+    details: dict[int, list[Any]] = {}
+    files = {point.image: point.name for point in report.points if point.name is not None}
+
+    def key_of(image: Image) -> int:
+        shown[image.key] = [image.number, image.code]
+        classes[image.code] = image.class_name
+        if image.name is not None:
+            files[image.key] = image.name
+        return image.key
+
+    def near(neighbor: Neighbor) -> list[float]:
+        return [key_of(neighbor.image), *_short(neighbor.similarity), int(neighbor.right)]
+
+    for row in report.details:
+        classes[row.code] = row.name
+        classes.update((pair.other_code, pair.other) for pair in row.pairs)
+        pairs = [[pair.other_code, *_short(pair.among_r, pair.first)] for pair in row.pairs]
+        queries = [
+            [key_of(query.image), *_short(query.average_precision), [near(neighbor) for neighbor in query.neighbors]]
+            for query in row.queries
+        ]
+        others = None if row.other_metrics is None else _short(*row.other_metrics)
+        details[row.code] = [row.images, _short(*row.metrics), others, pairs, queries]
     names = [name for name, _ in _METRICS]
     data = {
         "metrics": dict(zip(names, report.metrics, strict=True)),
         "classes": [[row.name, row.images, *row.metrics] for row in report.classes],
         "names": report.map_names,
-        "points": [[point.class_index, point.image, point.picture or ""] for point in report.points],
+        "points": [[point.class_index, point.image] for point in report.points],
+        "titles": _titles(report),
+        "noun": report.noun,
+        "codes": classes,
+        "details": details,
+        "shown": shown,
+        "files": files,
+        "pictures": report.pictures,
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")  # no </script>, no <!--
 
 
+def _short(*values: float) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
 def _metrics(report: Report) -> str:
+    comparison = report.comparison
+    others = [None] * len(_METRICS) if comparison is None else comparison.metrics
     cards = "".join(
-        f'<div><dt>{name}</dt><dd class="value"><data value="{value!r}">{_percent(value)}</data></dd>'
-        f"<dd>{text}</dd></div>"
-        for (name, text), value in zip(_METRICS, report.metrics, strict=True)
+        f'<div><dt>{name}</dt><dd class="value"><data value="{value!r}">{percent(value)}</data></dd>'
+        f"{_other_value(report, value, other)}<dd>{text}</dd></div>"
+        for (name, text), value, other in zip(_METRICS, report.metrics, others, strict=True)
     )
     return f'<dl class="cards">{cards}</dl>{_left_out(report)}'
+
+
+def _other_value(report: Report, value: float, other: float | None) -> str:
+    if other is None or report.comparison is None:
+        return ""
+    return (
+        f'<dd class="other"><data value="{other!r}">{percent(other)}</data> in '
+        f"{breakable(report.comparison.titles[1])}, difference "
+        f'<data value="{value - other!r}">{signed_points(value - other)}</data> points</dd>'
+    )
+
+
+def _of_run(report: Report, section: str) -> str:
+    """Return which run a section is about, where there are two."""
+    if report.comparison is None or section == "comparison":
+        return ""
+    return f" <small>{breakable(report.comparison.titles[0])}</small>"
+
+
+def _comparison(report: Report) -> str:
+    return "" if report.comparison is None else comparison_section(report.comparison, report.noun)
 
 
 def _left_out(report: Report) -> str:
@@ -191,7 +282,7 @@ def _left_out(report: Report) -> str:
         else ("without an image to find in the gallery", "", "none")
     )
     if len(names) == 1:
-        return f"<p>Left out of the metrics: the class {_strong(names[0])}{one} {rule}.</p>"
+        return f"<p>Left out of the metrics: the class {strong(names[0])}{one} {rule}.</p>"
     listed = "".join(f"<li>{escape(name)}</li>" for name in names[:_MAX_NAMES])
     more = f"<p>and {len(names) - _MAX_NAMES:,} more</p>" if len(names) > _MAX_NAMES else ""
     return (
@@ -202,38 +293,39 @@ def _left_out(report: Report) -> str:
 
 def _classes(report: Report) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{_breakable(row.name)}</th><td data-value="{row.images}">{row.images:,}</td>'
-        + "".join(f'<td data-value="{value!r}">{_percent(value)}</td>' for value in row.metrics[:-1])
+        f'<tr><th scope="row">{class_link(row.code, row.name)}</th><td data-value="{row.images}">{row.images:,}</td>'
+        + "".join(f'<td data-value="{value!r}">{percent(value)}</td>' for value in row.metrics[:-1])
         + f'<td class="bar" data-value="{row.metrics[-1]!r}" style="--share:{row.metrics[-1]:.3f}">'
-        f"{_percent(row.metrics[-1])}</td></tr>"
+        f"{percent(row.metrics[-1])}</td></tr>"
         for row in report.classes[:MAX_CLASS_ROWS]
     )
-    count = len(report.classes)
-    shown = f"The {MAX_CLASS_ROWS:,} worst of {count:,} classes" if count > MAX_CLASS_ROWS else f"{count:,} classes"
-    shown = "One class" if count == 1 else shown
+    total = len(report.classes)
+    shown = f"The {MAX_CLASS_ROWS:,} worst of {total:,} classes" if total > MAX_CLASS_ROWS else f"{total:,} classes"
+    shown = "One class" if total == 1 else shown
     columns = [("Class", "none"), ("Images", "none")] + [(name, "none") for name, _ in _METRICS]
     columns[-1] = ("MAP@R", "ascending")
-    table = _table(
-        "class-table",
-        f"{shown}{'' if report.num_gallery is not None else ' with more than one image'}, worst first",
-        columns,
-        rows,
+    with_match = "" if report.num_gallery is not None else " with more than one image"
+    listed = sortable_table("class-table", f"{shown}{with_match}, worst first", columns, rows)
+    lead = (
+        '<p class="needs-script" hidden>Choose a class to see its worst queries and what it is taken for. '
+        "Arrow keys move from class to class.</p>"
     )
-    if count < 10:
-        return table
+    if total < 10:
+        return lead + listed
     search = '<label>Find a class <input type="search" id="class-filter" autocomplete="off"></label>'
-    return f'<p class="controls needs-script" hidden>{search}</p>{table}'
+    return f'{lead}<p class="controls needs-script" hidden>{search}</p>{listed}'
 
 
 def _confusions(pairs: Sequence[ConfusedPair]) -> str:
     if not pairs:
-        return "<p>None: no image has one of another class among its R nearest neighbours.</p>"
+        return "<p>None: no image has one of another class among its R nearest neighbors.</p>"
     rows = "".join(
-        f'<tr><th scope="row">{_breakable(pair.name)}</th><td class="text">{_breakable(pair.other)}</td>'
+        f'<tr><th scope="row">{class_link(pair.code, pair.name)}</th>'
+        f'<td class="text">{class_link(pair.other_code, pair.other)}</td>'
         f'<td data-value="{pair.images}">{pair.images:,}</td>'
-        f'<td data-value="{pair.first!r}">{_percent(pair.first)}</td>'
+        f'<td data-value="{pair.first!r}">{percent(pair.first)}</td>'
         f'<td class="bar" data-value="{pair.among_r!r}" style="--share:{pair.among_r:.3f}">'
-        f"{_percent(pair.among_r)}</td></tr>"
+        f"{percent(pair.among_r)}</td></tr>"
         for pair in pairs
     )
     columns = [
@@ -244,61 +336,22 @@ def _confusions(pairs: Sequence[ConfusedPair]) -> str:
         ("Among R", "descending"),
     ]
     text = (
-        "<p>How often neighbours of a class are of another class: share of the first neighbours of its images, and of "
+        "<p>How often neighbors of a class are of another class: share of the first neighbors of its images, and of "
         "their R nearest.</p>"
     )
-    return text + _table("pair-table", "Most confused pairs", columns, rows)
-
-
-def _table(key: str, caption: str, columns: Iterable[tuple[str, str]], rows: str) -> str:
-    head = "".join(
-        f'<th scope="col" aria-sort="{order}"><button type="button">{name}</button></th>' for name, order in columns
-    )
-    return (
-        f'<div class="scroll" role="region" aria-labelledby="{key}-caption" tabindex="0">'
-        f'<table class="sortable" id="{key}"><caption id="{key}-caption">{caption}.</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    return text + sortable_table("pair-table", "Most confused pairs", columns, rows)
 
 
 def _gallery(report: Report) -> str:
     parts = [
-        '<p class="key">Neighbours from near to far, with their cosine similarities. '
+        '<p class="key">Neighbors from near to far, with their cosine similarities. '
         '<span class="right"><b aria-hidden="true">✓</b> solid frame: same class</span> '
         '<span class="wrong"><b aria-hidden="true">✗</b> dashed frame: another class</span></p>'
     ]
     for heading, queries in (("Worst queries, by AP@R", report.worst), ("Random queries", report.random)):
         if queries:
-            noun = "image" if report.num_gallery is None else "gallery image"
-            parts.append(f"<h3>{heading}</h3>" + "".join(_query(query, noun) for query in queries))
+            parts.append(f"<h3>{heading}</h3>" + "".join(query_article(query, report.noun) for query in queries))
     return "\n".join(parts)
-
-
-def _query(query: Query, noun: str) -> str:
-    alt = f"Query, image {query.image}, class {query.name}"
-    tiles = "".join(_neighbor(neighbor, noun) for neighbor in query.neighbors)
-    return (
-        f'<article class="query"><h4>{escape(query.name)} <small>image {query.image}, AP@R '
-        f'{_percent(query.average_precision)}</small></h4><div class="tiles"><figure class="tile asked">'
-        f"{_picture(query.picture, alt, query.image)}<figcaption>Query</figcaption></figure>"
-        f'<ol class="tiles">{tiles}</ol></div></article>'
-    )
-
-
-def _neighbor(neighbor: Neighbor, noun: str) -> str:
-    kind, sign = ("right", "✓") if neighbor.right else ("wrong", "✗")
-    alt = f"{kind}: {noun} {neighbor.image}, class {neighbor.name}"
-    return (
-        f'<li><figure class="tile {kind}">{_picture(neighbor.picture, alt, neighbor.image)}'
-        f'<figcaption><b aria-hidden="true">{sign}</b><span class="hidden">{kind},</span> '
-        f'{neighbor.similarity:.2f}<span class="name">{_breakable(neighbor.name)}</span></figcaption></figure></li>'
-    )
-
-
-def _picture(picture: str | None, alt: str, index: int) -> str:
-    if picture is None:
-        return f'<div class="blank" role="img" aria-label="{escape(alt)}">{index}</div>'
-    return f'<img src="{picture}" alt="{escape(alt)}" width="96" height="96" decoding="async">'
 
 
 def _map(report: Report) -> str:
@@ -329,7 +382,7 @@ between groups mean little.{looks}</p>
 <p id="map-help" class="needs-script" hidden>Point at an image, or move from image to image with the arrow keys;
 Page Up and Page Down go through all of them, Escape hides the note.</p>
 <figure class="map" id="map-figure">
-<svg id="map-svg" viewBox="0 0 640 {height:.0f}" role="img" aria-label="Map of the embeddings, coloured by class">
+<svg id="map-svg" viewBox="0 0 640 {height:.0f}" role="img" aria-label="Map of the embeddings, colored by class">
 {marks}
 <circle id="map-ring" r="8"/></svg>
 <div id="map-tip" role="tooltip" hidden><img alt="" width="64" height="64"><span><b></b><small></small></span></div>
@@ -339,7 +392,7 @@ Page Up and Page Down go through all of them, Escape hides the note.</p>
 
 
 def _look(class_index: int) -> tuple[int, int]:
-    """Return hue (degrees) and shape of a class; 48 classes look different, and neighbours in number very."""
+    """Return hue (degrees) and shape of a class; 48 classes look different, and classes of neighboring numbers very."""
     return 30 * (5 * class_index % 12) + 15, class_index // 12 % len(_SHAPES)
 
 
@@ -381,7 +434,7 @@ def _histogram(histogram: Histogram) -> str:
     kinds = [("positive", "same class", histogram.positive), ("negative", "different classes", histogram.negative)]
     rows = "".join(
         f'<tr><th scope="row">{start:.2f} to {start + histogram.width:.2f}</th>'
-        f"<td>{_percent(a)}</td><td>{_percent(b)}</td></tr>"
+        f"<td>{percent(a)}</td><td>{percent(b)}</td></tr>"
         for start, a, b in (
             (histogram.low + i * histogram.width, a, b)
             for i, (a, b) in enumerate(zip(histogram.positive, histogram.negative, strict=True))
@@ -390,7 +443,7 @@ def _histogram(histogram: Histogram) -> str:
     if any(histogram.negative):
         summary = (
             f"On average {histogram.mean_positive:.2f} for pairs of one class and {histogram.mean_negative:.2f} for "
-            f"others; the pair of one class is the more similar one in {_percent(histogram.separation)} of comparisons."
+            f"others; the pair of one class is the more similar one in {percent(histogram.separation)} of comparisons."
         )
     else:
         summary = f"On average {histogram.mean_positive:.2f}; there are no pairs of different classes."
@@ -415,19 +468,3 @@ def _histogram(histogram: Histogram) -> str:
 <thead><tr><th scope="col">Similarity</th><th scope="col">Same class</th><th scope="col">Different classes</th></tr>
 </thead>
 <tbody>{rows}</tbody></table></div></details>"""
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def _breakable(name: str) -> str:
-    return escape(name).replace("_", "_<wbr>")
-
-
-def _strong(text: str) -> str:
-    return f"<strong>{escape(text)}</strong>"

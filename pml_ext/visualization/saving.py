@@ -12,7 +12,7 @@ def save_figure(figure: "Figure", path: str | Path | None) -> None:
 
     Args:
         figure: What is drawn.
-        path: Of the file; matplotlib adds ".png" to a name without suffix. None: nowhere.
+        path: Path of the file; matplotlib adds ".png" to a name without suffix. None: nowhere.
 
     Raises:
         ValueError: If it is a folder, beside which matplotlib would save, or matplotlib does not know its suffix.

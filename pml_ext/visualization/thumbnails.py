@@ -20,8 +20,8 @@ def check_images(name: str, images: Any, length: int) -> None:
     """Check what can be known of images before they are read.
 
     Args:
-        name: Of the argument, for messages.
-        images: As ``retrieval_report`` takes them.
+        name: Name of the argument, for messages.
+        images: The images, as ``retrieval_report`` takes them.
         length: How many there must be.
 
     Raises:
@@ -49,7 +49,7 @@ def load_thumbnails(
     """Read some images, in the order of their indices, and return them as small PIL images.
 
     Raises:
-        TypeError: If an item is no image, path or tuple that begins with one; the message has its index.
+        TypeError: If an item is not an image, path or tuple that begins with one; the message has its index.
         ValueError: If an item cannot be read, or its shape or values break a rule.
     """
     thumbnails = {}
@@ -68,7 +68,7 @@ def encode_thumbnails(
     Args:
         thumbnails: Some images by index.
         shown: Indices in the order of the page, an index for each time it is shown.
-        max_bytes: Of all addresses together. The smallest size is taken where none fits.
+        max_bytes: Size of all addresses together, in bytes. The smallest size is taken where none fits.
         max_side: The longest side in pixels.
     """
     for side, quality in _QUALITIES:
@@ -142,7 +142,7 @@ def as_image(item: Any, name: str) -> Any:
         low, high = float(array.min()), float(array.max())
         if not -1e-3 <= low <= high <= 1 + 1e-3:  # NaN, too
             raise ValueError(
-                f"{name} must have floats in 0 to 1, got {low:.3g} to {high:.3g}; normalised for a network?"
+                f"{name} must have floats in 0 to 1, got {low:.3g} to {high:.3g}; normalized for a network?"
             )
         array = (255 * array.clip(0, 1)).round().astype(np.uint8)
     if array.dtype != np.uint8:

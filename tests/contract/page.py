@@ -17,13 +17,13 @@ VERSIONS = f"torch {'.'.join(torch.__version__.split('.')[:2])} and PML {pytorch
 HEAD = """\
 # Compatibility
 
-Which loss works with which part of pytorch-metric-learning (PML) and PyTorch. Each cell is the result of a check that
-runs the combination; what it checks is below the table. Numbers point to the reasons at the end, which `in this font`
-are the messages of the errors that are raised. "Our" classes are those of this package.
+Which loss works with which part of pytorch-metric-learning (PML) and PyTorch? Each cell is the result of a check that
+runs the combination. The list below a table says what its checks do. Numbers point to the reasons at the end; text
+`in this font` is the message of an error that is raised. "Our" classes are those of this package.
 
-This page was written with {versions} by `{command}`;
-`tests/contract/test_battery.py` compares each cell with what its check says. The distributed wrappers run here in one
-process, and in several, also with `efficient=True`, in `tests/distributed` and `tests/contract/test_distributed.py`.
+This page was written with {versions} by `{command}`.
+`tests/contract/test_battery.py` compares each cell with its check. The distributed wrappers run here in one process.
+`tests/distributed` and `tests/contract/test_distributed.py` run them in several, also with `efficient=True`.
 """
 
 

@@ -118,7 +118,7 @@ def test_bad_classes(dataset, classes, error, message):
 
 
 def test_bad_datasets(dataset):
-    with pytest.raises(TypeError, match="dataset must have labels or targets, got TensorDataset without"):
+    with pytest.raises(TypeError, match="dataset must have labels or targets, got a TensorDataset with neither"):
         ClassSubset(torch.utils.data.TensorDataset(torch.zeros(2)), [0])
     dataset.labels = [0.5] * 6
     with pytest.raises(TypeError, match=r"dataset\.labels must have an integer dtype, got float64"):

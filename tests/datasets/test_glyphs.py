@@ -66,7 +66,7 @@ def test_images(image_size):
 
 
 def test_jitter_keeps_to_its_limits(monkeypatch):
-    """A plus sign's centre moves by up to 6% of the side; its width varies by up to 15% and a little rotation."""
+    """A plus sign's center moves by up to 6% of the side; its width varies by up to 15% and a little rotation."""
     monkeypatch.setitem(glyphs._SPLITS, "train", "+")
     plus = Glyphs("train", samples_per_class=640, image_size=64).data[::16].float()  # one face
     grid = torch.arange(64.0)

@@ -53,7 +53,7 @@ def test_another_image_of_the_class_takes_its_place(files):
 def test_a_class_of_broken_images(files):
     files.skip_broken = True
     files.broken[1] = True  # known before
-    message = r"cannot read any of the 2 images of a class, .*1\.png for one"
+    message = r"cannot read any of the 2 images of a class, such as .*1\.png"
     with pytest.warns(UserWarning, match=r"3\.png"), pytest.raises(ValueError, match=message):
         files[1]
 

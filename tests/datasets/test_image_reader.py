@@ -26,11 +26,11 @@ def pixels(path, **settings):
     return np.asarray(image)
 
 
-def write_png(path, depth, colour, rows, keep=None):
+def write_png(path, depth, color, rows, keep=None):
     """Write a PNG of any depth; rows of numbers, one for each value; some bytes of the stream may be lost."""
     raw = b"".join(b"\0" + struct.pack(f">{len(row)}{'H' if depth == 16 else 'B'}", *row) for row in rows)
-    width = len(rows[0]) // {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0))]
+    width = len(rows[0]) // {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, color, 0, 0, 0))]
     chunks += [(b"IDAT", zlib.compress(raw)[:keep]), (b"IEND", b"")]
     parts = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
@@ -38,7 +38,7 @@ def write_png(path, depth, colour, rows, keep=None):
 
 
 def save_transparent(path, mode):
-    """Three pixels: green and opaque, of any colour and transparent, black and transparent by half where possible."""
+    """Three pixels: green and opaque, of any color and transparent, black and transparent by half where possible."""
     image = Image.new("RGBA", (3, 1))
     image.putdata([(0, 255, 0, 255), (90, 7, 200, 0), (0, 0, 0, 128)])
     if mode == "P":
@@ -82,7 +82,7 @@ def test_flatten_copies_and_keeps_what_is_opaque():
     assert np.abs(np.array(flatten(multiplied).getpixel((0, 0))) - [244, 224, 204]).max() <= 2  # 0.2 c + 0.8 * 255
 
 
-# What lies where, of the six colours in two rows, after EXIF's orientation has been undone; by hand.
+# What lies where, of the six colors in two rows, after EXIF's orientation has been undone; by hand.
 UPRIGHT = {
     1: [[0, 1, 2], [3, 4, 5]],
     2: [[2, 1, 0], [5, 4, 3]],
@@ -149,15 +149,15 @@ def test_dark_16_bit_images_are_told_once(tmp_path):
         read_image(dark)
 
 
-@pytest.mark.parametrize("colour", [2, 6, 4])
-def test_16_bit_colours(colour, tmp_path):
+@pytest.mark.parametrize("color", [2, 6, 4])
+def test_16_bit_colors(color, tmp_path):
     """Of which PIL gives the upper 8 bits."""
-    row = {2: [1023, 512, 0], 6: [1023, 512, 0, 65535], 4: [1023, 65535]}[colour]
-    path = write_png(tmp_path / "a.png", 16, colour, [row])
+    row = {2: [1023, 512, 0], 6: [1023, 512, 0, 65535], 4: [1023, 65535]}[color]
+    path = write_png(tmp_path / "a.png", 16, color, [row])
     with pytest.warns(UserWarning, match="a.png has 16 bits and no value above 1023: "):
         assert pixels(path).max() == 3
     for read in (ImageReader(white=1023), ImageReader(white="largest")):
-        with pytest.raises(ValueError, match="white must be 65535 for 16-bit colours, which PIL cuts to 8 bits, got "):
+        with pytest.raises(ValueError, match="white must be 65535 for 16-bit colors, which PIL cuts to 8 bits, got "):
             read(path)
 
 
@@ -190,10 +190,10 @@ def test_pipes_and_folders_are_no_images(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     (tmp_path / "y.png").mkdir()
     for name in ("x.png", "y.png"):
-        with pytest.raises(ValueError, match=rf"cannot read image .*{name}: it is no regular file"):
+        with pytest.raises(ValueError, match=rf"cannot read image .*{name}: it is not a regular file"):
             read_image(tmp_path / name)
     both = [tmp_path / "x.png", tmp_path / "y.png"]
-    assert broken_images(both) == {0: "it is no regular file", 1: "it is no regular file"}
+    assert broken_images(both) == {0: "it is not a regular file", 1: "it is not a regular file"}
 
 
 def test_what_is_wrong_with_the_machine_is_not_wrong_with_the_image(tmp_path, monkeypatch):
@@ -211,11 +211,11 @@ def test_what_is_wrong_with_the_machine_is_not_wrong_with_the_image(tmp_path, mo
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"background": "paper"}, ValueError, "background must be a colour, as 'white' or '#ffffff', got 'paper'"),
+        ({"background": "paper"}, ValueError, "background must be a color, such as 'white' or '#ffffff', got 'paper'"),
         ({"background": (0, 0)}, ValueError, r"background must have three values of 0 to 255, got \(0, 0\)"),
         ({"background": (0, 0, 256)}, ValueError, r"background must have three values of 0 to 255, got \(0, 0, 256\)"),
-        ({"background": 0}, TypeError, "background must be a colour's name or three integers, got 0"),
-        ({"background": (0.5, 0, 0)}, TypeError, r"background must be a colour's name or three integers, got \(0\.5"),
+        ({"background": 0}, TypeError, "background must be a color name or three integers, got 0"),
+        ({"background": (0.5, 0, 0)}, TypeError, r"background must be a color name or three integers, got \(0\.5"),
         ({"turn": 1}, TypeError, "turn must be True or False, got 1"),
         ({"white": 0}, ValueError, "white must be 1 to 65535 or 'largest', got 0"),
         ({"white": 65536}, ValueError, "white must be 1 to 65535 or 'largest', got 65536"),
@@ -242,7 +242,7 @@ def test_gray_of_16_bits_with_a_transparent_value(tmp_path):
     assert values.tolist() == [[1, 2, 3], [255, 255, 255]]
 
 
-def test_dark_colours_of_16_bits_are_told_where_some_are_transparent(tmp_path):
+def test_dark_colors_of_16_bits_are_told_where_some_are_transparent(tmp_path):
     write_png(tmp_path / "a.png", 16, 4, [[0, 0, 1000, 65535]] * 2)  # two pixels: gray, alpha
     with pytest.warns(UserWarning, match="16 bits and no value above 1023"):
         read_image(tmp_path / "a.png")

@@ -283,7 +283,7 @@ def others(rank, world, rows, splits):
     torch.randint(2**31, ())  # the one number that a call takes
     observed["generator"] = (after, torch.rand(3))
 
-    # the loss itself inside of a checkpoint: both runs must draw the same dropout
+    # the loss itself inside a checkpoint: both runs must draw the same dropout
     noisy = DistributedLossWrapper(IntraBatchLoss(NUM_CLASSES, SIZE, IntraBatchRefiner(SIZE, dropout=0.5)).double())
     two = []
     for again in (False, True):
@@ -331,7 +331,7 @@ def others(rank, world, rows, splits):
     mining.register_forward_pre_hook(cloned, with_kwargs=True)
     observed["itself, mined"] = mining(*own, *own), mining(*own)
 
-    # a rank that fails inside of the loss, after it has changed
+    # a rank that fails inside the loss, after it has changed
     memory = DistributedLossWrapper(CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=30))
     memory(DATA[rows], LABELS[rows])
     before = memory.loss.embedding_memory.clone(), memory.loss.queue_idx

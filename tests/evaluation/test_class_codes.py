@@ -13,7 +13,7 @@ DTYPES = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint6
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["array", "tensor", "list of scalars", "object", ">"])
 def test_integers(dtype, kind):
-    """The extremes of each type, and neighbours of them."""
+    """The extremes of each type, and neighbors of them."""
     info = np.iinfo(dtype)
     values = [info.max, info.min, info.max - 1, info.max, info.min + 1, info.min]
     labels = np.array(values, dtype=dtype)

@@ -18,7 +18,7 @@ from harness import peak_since, start_peak
 
 torch.set_num_threads(1)
 x = torch.randn(20_000, 4)
-x = x[x[:, 0].argsort()]  # neighbours in number are near
+x = x[x[:, 0].argsort()]  # neighbors in number are near
 retrieval_metrics(x[:100], torch.arange(100) // 2)  # what is loaded on first use
 for labels in (torch.arange(20_000) // 2, torch.arange(20_000).clamp(min=10_000)):
     start = start_peak()
@@ -35,4 +35,4 @@ def test_memory_does_not_grow_with_classes():
     (many, of_many), (large, of_large) = ([float(x) for x in line.split()] for line in done.stdout.splitlines())
     assert 0 < of_many < of_large < 1
     assert 5 < many < 160, many  # of all queries and 10,000 classes: 191 MB as bools
-    assert 5 < large < 240, large  # of 10,000 queries and their 10,000 neighbours: 763 MB as integers
+    assert 5 < large < 240, large  # of 10,000 queries and their 10,000 neighbors: 763 MB as integers

@@ -73,7 +73,7 @@ def test_matches_loops(num_queries, width, num_classes, num_gallery, average, se
 def test_by_hand():
     """Classes a and b on a line at 0 1 2.5 | 1.6 4, and c alone at 9.
 
-    Neighbours of 0: 1 1.6 2.5 4; of 1: 1.6 0 2.5 4; of 2.5: 1.6 1 4 0 (1.5 away both, 1 comes first by index);
+    Neighbors of 0: 1 1.6 2.5 4; of 1: 1.6 0 2.5 4; of 2.5: 1.6 1 4 0 (1.5 away both, 1 comes first by index);
     of 1.6: 1 2.5 0 4 (0.6, 0.9, 1.6, 2.4); of 4: 2.5 1.6.
     """
     points, labels = torch.tensor([[0.0], [1.0], [2.5], [1.6], [4.0], [9.0]]), list("aaabbc")
@@ -163,7 +163,7 @@ def test_dtypes(dtype):
 
 
 def test_float64_is_not_rounded():
-    """Two neighbours that float32 cannot tell apart."""
+    """Two neighbors that float32 cannot tell apart."""
     x = torch.tensor([[1.0], [2.0 + 1e-12], [0.0]], dtype=torch.float64)
     assert retrieval_metrics(x, [0, 1, 0], metrics=("precision_at_1",))["precision_at_1"] == 1.0
     rounded = retrieval_metrics(x.float(), [0, 1, 0], metrics=("precision_at_1",))

@@ -123,7 +123,7 @@ def test_references_without_a_gradient_are_references():
 
 
 def test_labels_that_are_missing_do_not_move_running_norms():
-    """The refined embeddings are normalised before the loss on them asks for labels."""
+    """The refined embeddings are normalized before the loss on them asks for labels."""
     loss_func = make(CASES["IntraBatchLoss"])
     before = loss_func.norm.running_mean.clone(), loss_func.norm.num_batches_tracked.clone()
     with pytest.raises(ValueError, match="labels are required"):

@@ -167,10 +167,10 @@ def test_nothing_within_the_margins_has_a_gradient_of_zeros(chunk_size):
 
 
 def clusters(noise):
-    """Return rows around few centres, many of another label nearby, and their exact loss, float64, with gradient."""
+    """Return rows around few centers, many of another label nearby, and their exact loss, float64, with gradient."""
     rng = torch.Generator().manual_seed(0)
-    centres = torch.randn(10, 16, generator=rng, dtype=torch.float64).repeat(12, 1)
-    emb = (centres + noise * torch.randn(120, 16, generator=rng, dtype=torch.float64)).float()
+    centers = torch.randn(10, 16, generator=rng, dtype=torch.float64).repeat(12, 1)
+    emb = (centers + noise * torch.randn(120, 16, generator=rng, dtype=torch.float64)).float()
     labels = torch.randint(40, (120,), generator=rng)
     wide = emb.double().requires_grad_()
     unit = torch.nn.functional.normalize(wide)

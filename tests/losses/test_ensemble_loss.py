@@ -285,7 +285,7 @@ def test_logits_are_the_mean_of_the_learners():
         for own, child in zip(slices(EMB), loss_func.losses.values(), strict=True)
     ]
     torch.testing.assert_close(loss_func.get_logits(EMB), sum(cosines) / M)
-    with pytest.raises(TypeError, match="must have get_logits, MultiSimilarityLoss has not"):
+    with pytest.raises(TypeError, match="must define get_logits; MultiSimilarityLoss does not"):
         EnsembleLoss(MultiSimilarityLoss(), M).get_logits(EMB)
 
 

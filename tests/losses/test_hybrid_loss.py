@@ -247,7 +247,7 @@ def test_get_logits():
         logits = theirs.get_logits(EMB.bfloat16())
     assert logits.dtype == theirs.proxy_loss.proxies.dtype == torch.float32
     assert torch.equal(logits, theirs.get_logits(EMB.bfloat16().float()))
-    with pytest.raises(TypeError, match="proxy_loss must have get_logits, ContrastiveLoss has not"):
+    with pytest.raises(TypeError, match="proxy_loss must define get_logits; ContrastiveLoss does not"):
         HybridLoss(proxy_loss=losses.ContrastiveLoss()).get_logits(EMB)
 
 

@@ -46,7 +46,7 @@ def smoothed(logits):
 
 
 def test_value_from_its_parts():
-    """Raw embeddings to the raw classifier; normalised ones to the graph, batch norm and a bare classifier."""
+    """Raw embeddings to the raw classifier; normalized ones to the graph, batch norm and a bare classifier."""
     loss_func = make(temperature=0.3)
     refined = loss_func.refiner(EMB / EMB.norm(dim=1, keepdim=True))
     mean, var = refined.mean(0), refined.var(0, unbiased=False)
@@ -95,7 +95,7 @@ def test_parts_that_are_off_are_not_there():
         assert all(p.grad.any() for p in loss_func.parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="refined_weight must be positive for refine, got 0"):
         raw_only.refine(EMB)
-    with pytest.raises(TypeError, match="raw_loss must have get_logits, NoneType has not"):
+    with pytest.raises(TypeError, match="raw_loss must define get_logits; NoneType does not"):
         refined_only.get_logits(EMB)
 
 
@@ -344,7 +344,7 @@ class Sizeless(nn.Module):
         ({"raw_loss": ProxyAnchorLoss(NUM_CLASSES, 4)}, ValueError, "embedding_size must agree with raw_loss"),
         ({"loss": ProxyAnchorLoss(7, SIZE)}, ValueError, "num_classes must agree with loss"),
         ({"refiner": "gat"}, TypeError, r"refiner must be a torch\.nn\.Module, got 'gat'"),
-        ({"refiner": Sizeless()}, ValueError, "refiner must have out_features, Sizeless has not"),
+        ({"refiner": Sizeless()}, ValueError, "refiner must define out_features; Sizeless does not"),
         (
             {"refiner": IntraBatchRefiner(4)},
             ValueError,

@@ -75,7 +75,7 @@ def test_logits():
         loss_func.get_logits(EMB[:, :2])
 
 
-def test_initialisation():
+def test_initialization():
     loss_func = LabelSmoothingCrossEntropyLoss(100, 64)
     assert loss_func.weight.abs().max() <= 1 / 8  # as torch.nn.Linear
     assert loss_func.weight.abs().max() > 0.12

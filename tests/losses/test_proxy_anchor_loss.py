@@ -82,7 +82,7 @@ def test_is_pml_loss(distance, miner, device):
     torch.testing.assert_close(ours.get_logits(emb), theirs.get_logits(emb))
 
 
-def test_same_initialisation_and_state_dict():
+def test_same_initialization_and_state_dict():
     torch.manual_seed(3)
     theirs = losses.ProxyAnchorLoss(40, 8)
     torch.manual_seed(3)

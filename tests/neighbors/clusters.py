@@ -1,4 +1,4 @@
-"""Embeddings in clusters, and their groups of neighbours with sets and loops."""
+"""Embeddings in clusters, and their groups of neighbors with sets and loops."""
 
 import torch
 
@@ -16,7 +16,7 @@ EMB = clusters()
 
 
 def reference_groups(emb, k1, size):
-    """The neighbours with sets and loops."""
+    """The neighbors with sets and loops."""
     unit = emb / emb.norm(dim=1, keepdim=True)
     similarity = (unit @ unit.T).fill_diagonal_(2)
     order = similarity.argsort(1, descending=True).tolist()

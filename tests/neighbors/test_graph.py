@@ -21,7 +21,7 @@ both_ways = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids
 
 @both_ways
 @pytest.mark.parametrize("k", [1, 5, 100])
-def test_neighbours(dtype, k, device):
+def test_neighbors(dtype, k, device):
     edge_index = knn_graph(EMB.to(device, dtype), k).cpu()
     for i, expected in enumerate(by_hand(EMB, k)):
         assert neighbors_of(edge_index, i) == expected
@@ -41,7 +41,7 @@ def test_mini_batches(dtype):
 
 @both_ways
 def test_equal_rows(dtype):
-    """A sample is never its own neighbour, though others lie as near."""
+    """A sample is never its own neighbor, though others lie as near."""
     edge_index = knn_graph(torch.ones(6, 3, dtype=dtype), 2)
     assert edge_index.shape == (2, 12)
     assert (edge_index[0] != edge_index[1]).all()

@@ -31,7 +31,7 @@ def test_autocast_changes_nothing():
 
 
 def test_near_items_are_told_apart():
-    """All similarities near 1, all items neighbours: the offset of neighbours must not round differences away."""
+    """All similarities near 1, all items neighbors: the offset of neighbors must not round differences away."""
     emb = torch.ones(1, D) + 0.003 * torch.randn(60, D, generator=torch.Generator().manual_seed(0))
     unit = torch.nn.functional.normalize(emb)
     groups = neighbor_groups(unit, 59, 60)

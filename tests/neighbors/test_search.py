@@ -21,7 +21,7 @@ def by_loops(queries, gallery, k, own=None):
 
 
 def gathered(chunks, length):
-    """The neighbours of all queries as lists, in order, and the sizes of chunks."""
+    """The neighbors of all queries as lists, in order, and the sizes of chunks."""
     nearest, sizes = [None] * length, []
     for rows, neighbors in chunks:
         sizes.append(len(rows))

@@ -54,7 +54,7 @@ def test_what_is_no_checkpoint(state, missing, tmp_path):
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=rf"x\.pt: a checkpoint must have '{missing}', got none"):
         read_checkpoint(tmp_path / "x.pt")
-    with pytest.raises(FileNotFoundError, match="a checkpoint must be there to go on from, got none at "):
+    with pytest.raises(FileNotFoundError, match="a checkpoint must exist to resume from, got none at "):
         read_checkpoint(tmp_path / "y.pt")
 
 

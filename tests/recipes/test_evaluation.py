@@ -23,7 +23,7 @@ def test_embed():
 
 
 def test_metrics_by_hand():
-    """Four points on a line of classes 0, 0, 1, 1: one query of class 1 has a neighbour of class 0 before its own."""
+    """Four points on a line of classes 0, 0, 1, 1: one query of class 1 has a neighbor of class 0 before its own."""
     angles = torch.tensor([0.0, 0.1, 0.25, 0.9])
     embeddings, labels = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 0, 1, 1])
     metrics = retrieval_metrics(embeddings, labels)
@@ -146,7 +146,7 @@ def test_placeholders_are_not_embedded(tmp_path):
     assert readable.tolist() == [True, False, False, True, True, False]
     assert labels.tolist() == [5, 3, 4] and embeddings.isfinite().all()
     np.testing.assert_allclose(embeddings, embed(trunk, torch.utils.data.Subset(files, [0, 3, 4]))[0])
-    with pytest.raises(ValueError, match="dataset must have an image that can be read, got 3 that cannot"):
+    with pytest.raises(ValueError, match="dataset must have at least one image that can be read, got 3 that cannot"):
         embed_readable(trunk, torch.utils.data.Subset(files, [1, 2, 5]))
     files.transform = lambda image: int("a fault of the transform")
     with pytest.raises(ValueError, match="invalid literal"):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pml_ext.recipes import RECIPES, Trainer, load_run, recipe
+from pml_ext.recipes.attention_ensemble import ATTENTION_ENSEMBLE
 from pml_ext.recipes.pixel_scaling import with_pixel_scaling
 from pml_ext.recipes.run_config import describe_run, read_config, write_config
 from pml_ext.recipes.settings import settle
@@ -85,6 +86,25 @@ def test_who_chooses_a_backbone_or_weights_does_without_the_presets(donor, tmp_p
     assert (chosen.weights, chosen.pretrained) == (None, False)
     paper = recipe("proxy_anchor", 4, preset="paper:cub", backbone=NETWORK, weights=donor)
     assert torch.equal(paper.trunk.backbone.model.conv_stem.weight, donor["conv_stem.weight"])
+
+
+@pytest.mark.parametrize(
+    ("given", "frozen", "split"),
+    [
+        ({}, 3, 16),
+        ({"weights": "w.pth"}, 3, 16),
+        ({"pretrained": False}, 0, 16),
+        ({"backbone": "resnet18"}, 0, None),
+        ({"backbone": "resnet18", "weights": "w.pth"}, 0, None),
+        ({"backbone": "resnet18", "frozen_stages": 2, "split": 8}, 2, 8),
+        ({"pretrained": False, "frozen_stages": 2}, 2, 16),
+    ],
+)
+def test_what_is_frozen_and_shared_unless_given(given, frozen, split):
+    """Only what the preset was tried with: its backbone with weights."""
+    settings = settle("finetune", ATTENTION_ENSEMBLE.numbers, given)
+    assert (settings.frozen_stages, settings.split) == (frozen, split)
+    assert settle("small", ATTENTION_ENSEMBLE.numbers, {"backbone": "resnet18", "pretrained": True}).frozen_stages == 0
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ def test_other_settings_are_refused(changes, differing, tmp_path):
     trainer_of(made(), tmp_path).train(1)
     other = made(**changes)
     before, trainer = copy.deepcopy(other), trainer_of(other, tmp_path)
-    with pytest.raises(ValueError, match=rf"a recipe must be that of {tmp_path / 'last.pt'} to go on: .*{differing}"):
+    with pytest.raises(
+        ValueError, match=rf"the recipe must be that of {tmp_path / 'last.pt'} to resume: .*{differing}"
+    ):
         trainer.resume()
     assert same(before, other) and not trainer.history and other.settings is not None
 
@@ -111,7 +113,9 @@ def test_what_else_cannot_go_on(tmp_path):
         trainer_of(made(), tmp_path, autocast=torch.bfloat16).resume()
     frozen = made()
     frozen.trunk.backbone.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"must have the parameters of trunk_optimizer, .* what is frozen now was not"):
+    with pytest.raises(
+        ValueError, match=r"must have the parameters of trunk_optimizer, .* other layers are frozen now than then"
+    ):
         trainer_of(frozen, tmp_path).resume()
     trainer = Trainer(made(), torch.utils.data.TensorDataset(IMAGES[:20], LABELS[:20]), LABELS[:20], folder=tmp_path)
     with pytest.raises(
@@ -186,7 +190,7 @@ def test_a_folder_that_holds_another_run(tmp_path):
     trainer_of(made(width=8), tmp_path, validate=score).train(1)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     second = made()
-    with pytest.warns(UserWarning, match=f"{tmp_path} held another run, which is in {tmp_path / 'replaced-1'} now"):
+    with pytest.warns(UserWarning, match=f"{tmp_path} held another run, which was moved to {tmp_path / 'replaced-1'}"):
         trainer_of(second, tmp_path).train(1)
     assert same(load_run(tmp_path, "cpu").recipe, second)
     assert {path.name: path.read_bytes() for path in (tmp_path / "replaced-1").iterdir()} == first
@@ -205,7 +209,7 @@ def test_a_folder_that_holds_another_run(tmp_path):
     trainer = trainer_of(made(epochs=4, **STEPS), tmp_path / "elsewhere")  # goes on in a folder of others
     trainer_of(made(**STEPS), tmp_path / "here").train(1)
     trainer.resume(tmp_path / "here" / "last.pt")
-    with pytest.warns(UserWarning, match=r"elsewhere held another run, which is in .*replaced-1 now"):
+    with pytest.warns(UserWarning, match=r"elsewhere held another run, which was moved to .*replaced-1"):
         trainer.train(2)
 
 
@@ -214,7 +218,7 @@ def test_files_of_two_runs_that_former_versions_have_mixed(tmp_path):
     second = made()
     trainer_of(second, tmp_path / "b").train(2)
     os.replace(tmp_path / "a" / "best.pt", tmp_path / "b" / "best.pt")
-    with pytest.warns(UserWarning, match=r"best\.pt is of another run than .*last\.pt, which is taken"):
+    with pytest.warns(UserWarning, match=r"best\.pt is of another run than .*last\.pt, which is used instead"):
         run = load_run(tmp_path / "b", "cpu")
     assert run.epoch == 2 and same(run.recipe, second)
 

@@ -35,7 +35,7 @@ def test_a_config_that_knows_more_is_kept(tmp_path):
     trained(tmp_path / "first")
     config = read_config(tmp_path / "first") | {"seed": 3}
     config["versions"]["torch"] = "of then"
-    write_config(tmp_path / "second", config)  # as train.py does
+    write_config(tmp_path / "second", config)  # as ``pml-ext train`` does
     trained(tmp_path / "second")
     assert read_config(tmp_path / "second") == config
 
@@ -76,7 +76,7 @@ def test_a_run_of_a_former_version(tmp_path):
 
 def test_a_run_with_what_is_gone(tmp_path):
     written_by({"depth": 2}, tmp_path)
-    with pytest.raises(ValueError, match="the setting 'depth' is gone, and must have been 1, got 2"):
+    with pytest.raises(ValueError, match="the setting 'depth' no longer exists and must have been 1, got 2"):
         load_run(tmp_path)
 
 
@@ -92,7 +92,7 @@ def test_errors(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"last\.pt must hold the network of config\.json, got another"):
         load_run(tmp_path)
-    with pytest.raises(ValueError, match="device must be there, got 'nowhere'"):
+    with pytest.raises(ValueError, match="device must be available, got 'nowhere'"):
         load_run(tmp_path, device="nowhere")
     (tmp_path / "last.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"must hold best\.pt or last\.pt"):

@@ -46,7 +46,7 @@ def test_living_owners_and_those_of_other_hosts_are_respected(tmp_path):
         lock_of(tmp_path, **owner)
         with pytest.raises(
             ValueError,
-            match=r"must be free, got .* \(process \d+ on \S+ since then, last heard of 0 s ago\); if .* delete ",
+            match=r"must be free, got .* \(process \d+ on \S+ since then, last active 0 s ago\); if .* delete ",
         ):
             RunLock(tmp_path).__enter__()
     (tmp_path / "lock.json").write_text("")  # whoever it is
@@ -98,7 +98,7 @@ def test_owners_elsewhere_count_as_dead_when_they_are_silent(owner, tmp_path):
     lock_of(tmp_path, **owner)
     lock = tmp_path / "lock.json"
     os.utime(lock, (time.time() - 200,) * 2)
-    with pytest.raises(ValueError, match=r"last heard of 20\d s ago.*of another host counts no longer after 300 s"):
+    with pytest.raises(ValueError, match=r"last active 20\d s ago.*of another host expires after 300 s"):
         RunLock(tmp_path).__enter__()
     os.utime(lock, (time.time() - 400,) * 2)
     with RunLock(tmp_path):

@@ -296,7 +296,7 @@ def test_errors(tmp_path):
     for labels in (LABELS + 0.5, LABELS > 1, [str(label) for label in LABELS.tolist()]):
         with pytest.raises(TypeError, match="labels must have an integer dtype"):
             Trainer(made, torch.utils.data.TensorDataset(IMAGES, LABELS), labels)
-    with pytest.raises(ValueError, match="device must be there, got 'nowhere'"):
+    with pytest.raises(ValueError, match="device must be available, got 'nowhere'"):
         Trainer(made, Images(), device="nowhere")
     with pytest.raises(ValueError, match="path must be given for a trainer without folder"):
         Trainer(made, Images()).resume()

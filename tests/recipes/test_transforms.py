@@ -52,7 +52,7 @@ def test_small_images_are_shifted_in_training_only():
     torch.testing.assert_close(made.test(image), image.float() / 127.5 - 1)
 
 
-def test_gray_images_are_not_flipped_and_colour_ones_are():
+def test_gray_images_are_not_flipped_and_color_ones_are():
     for channels in (1, 3):
         image = torch.zeros(channels, 16, 16, dtype=torch.uint8)
         image[:, :, :8] = 255

@@ -1,4 +1,4 @@
-"""Rows shorter than 1e-12, which normalising divides by that: the dense form by autograd is the reference."""
+"""Rows shorter than 1e-12, which normalizing divides by that: the dense form by autograd is the reference."""
 
 import pytest
 import torch

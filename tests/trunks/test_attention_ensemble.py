@@ -244,6 +244,13 @@ class TestFromBackbone:
         assert trunk.stem(torch.zeros(1, 3, 64, 64)).shape[2:] == (8, 8)
         assert [n for n, _ in trunk.named_parameters()] == [n for n, _ in chosen.named_parameters()]
 
+    def test_a_number_cuts_behind_the_first_stage_of_that_reduction(self):
+        trunk = AttentionEnsemble.from_backbone("test_efficientnet", 16, 2, 8, input_size=(3, 64, 64))
+        assert trunk.stem(torch.zeros(1, 3, 64, 64)).shape[2:] == (4, 4)
+        dilated = AttentionEnsemble.from_backbone("test_efficientnet", 8, 2, 8, input_size=(3, 64, 64), output_stride=8)
+        usual = AttentionEnsemble.from_backbone("test_efficientnet", None, 2, 8, input_size=(3, 64, 64))
+        assert [n for n, _ in dilated.stem.named_parameters()] == [n for n, _ in usual.stem.named_parameters()]
+
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "split", "stage"),
@@ -366,7 +373,8 @@ class TestFromBackbone:
             ({"backbone": "resnet5O"}, "backbone must be a timm model such as .*resnet50.*, got 'resnet5O'"),
             ({"backbone": "googlnet"}, "backbone must be a timm model such as googlenet.* got 'googlnet'"),
             ({"split": "layer7"}, r"split must be one of conv1, .* layer2, layer2\.0, .* got 'layer7'"),
-            ({"split": "layer2.0.conv1"}, r"got 'layer2\.0\.conv1', which .* passes by"),
+            ({"split": 5}, r"split must be .*reductions \(2, 4, 8, 16, 32\), got 5"),
+            ({"split": "layer2.0.conv1"}, r"got 'layer2\.0\.conv1', which .* bypasses"),
             ({"split": "global_pool"}, r"stem must give one map \(B, C, H, W\), got \(1, 512\)"),
             (
                 {"backbone": "vit_tiny_patch16_224", "input_size": (3, 224, 224)},
@@ -378,7 +386,7 @@ class TestFromBackbone:
             ),
             (
                 {"backbone": "swin_tiny_patch4_window7_224", "split": "layers.1"},
-                r"backbone must have maps of \(B, C, H, W\), got a SwinTransformer",
+                r"backbone must return maps \(B, C, H, W\), got a SwinTransformer",
             ),
             (
                 {"backbone": "googlenet", "input_size": (1, 64, 64)},

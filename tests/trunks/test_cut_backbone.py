@@ -109,7 +109,7 @@ def test_cut_points():
 
 
 class Residual(nn.Module):
-    """Something passes by the cut."""
+    """Something bypasses the cut."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ class Normalizing(Residual):
 
 
 class Skipping(Residual):
-    """The input itself passes by the cut."""
+    """The input itself bypasses the cut."""
 
     def forward(self, images):
         return self.b(self.a(images)).mean(1) + images.mean(1)
@@ -184,15 +184,15 @@ def test_what_happens_around_the_cut(model, split):
         (
             Skipping(),
             "a",
-            "split must be passed by all that is used behind it, got 'a', which the value 'images' passes",
+            "split must be the only input of the layers behind it, got 'a', which the value 'images' bypasses",
         ),
         (Residual(), "c", r"split must be one of a, b \(or a module in one\), got 'c'"),
         (Residual(), "", "split must be one of a, b"),
-        (Residual(), "b", "split must be passed by all that is used behind it, got 'b', which 'a' passes by"),
+        (Residual(), "b", "split must be the only input of the layers behind it, got 'b', which 'a' bypasses"),
         (Residual(), "unused", "split must be a module that runs once, got 'unused', which runs 0 times"),
         (Twice(), "b", "split must be a module that runs once, got 'b', which runs 2 times"),
-        (Sized(), "a", "got 'a', which the value 'size' passes by"),
-        (Dropping(), "a", "backbone must do the same in training and in evaluation outside of its modules, got a Drop"),
+        (Sized(), "a", "got 'a', which the value 'size' bypasses"),
+        (Dropping(), "a", "backbone must do the same in training and in evaluation outside its modules, got a Drop"),
         (Branching(), "a", "backbone must be traceable by torch.fx, got a Branching: symbolically traced variables"),
     ],
 )

@@ -89,7 +89,7 @@ def test_levels_of_resnet50_are_conv4_and_conv5():
 @pytest.mark.parametrize("attention", ["printed", "solar", "normalized", None])
 @pytest.mark.parametrize("pool_type", ["avg", "avg+max", "gem"])
 def test_embedding_is_that_of_its_parts(attention, pool_type):
-    """The two halves are those of the heads, normalised together."""
+    """The two halves are those of the heads, normalized together."""
     trunk = make_tiny(attention=attention, pool_type=pool_type).eval()
     local = trunk.backbone.first(IMAGES)
     halves = [trunk.local_head(local), trunk.global_head(trunk.backbone.second(local))]

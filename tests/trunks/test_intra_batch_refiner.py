@@ -190,7 +190,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_every_dropout_of_a_layer():
-    """Of the messages, inside of the feed-forward part and behind it."""
+    """Of the messages, inside the feed-forward part and behind it."""
     refiner = make(dropout=0.5).train()
     widths = []
     refiner.layers[0].dropout.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
@@ -210,7 +210,7 @@ def test_dropout_of_attention_is_the_same_on_average():
         assert not torch.allclose(run(), expected, atol=0.1)
 
 
-def test_initialisation_and_reset():
+def test_initialization_and_reset():
     refiner = IntraBatchRefiner(64, heads=4, num_layers=2)
     layer = refiner.layers[1]
     bound = math.sqrt(6 / 128)

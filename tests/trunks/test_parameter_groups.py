@@ -92,7 +92,7 @@ def test_wrappers_are_looked_through(wrap):
 
 
 def test_a_backbone_that_cannot_be_told():
-    """Also one inside of a module that we know nothing of."""
+    """Also one inside a module that we know nothing of."""
     net = nn.Module()
     net.trunk = Trunk()
     for trunk in (net, nn.Linear(2, 2)):

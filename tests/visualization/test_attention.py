@@ -29,8 +29,8 @@ def test_image_forms(image):
     assert overlay.dtype == np.uint8
 
 
-def test_colours():
-    """Bright where attention is large; the image alone with alpha 0, the colours alone with alpha 1."""
+def test_colors():
+    """Bright where attention is large; the image alone with alpha 0, the colors alone with alpha 1."""
     attention = torch.tensor([[0.0, 1.0]])
     image = torch.full((4, 8), 0.5)
     assert (attention_overlay(image, attention, alpha=0) == 128).all()
@@ -62,5 +62,5 @@ def test_bad_arguments():
         attention_overlay(torch.rand(4, 4), torch.rand(1, 2, 2))
     with pytest.raises(ValueError, match=r"image must have 1 or 3 channels, got shape \(4, 4, 4\)"):
         attention_overlay(torch.rand(4, 4, 4), torch.rand(2, 2))
-    with pytest.raises(ValueError, match="image must have floats in 0 to 1, got 3 to 3; normalised for a network"):
+    with pytest.raises(ValueError, match="image must have floats in 0 to 1, got 3 to 3; normalized for a network"):
         attention_overlay(torch.full((4, 4), 3.0), torch.rand(2, 2))

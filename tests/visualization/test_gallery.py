@@ -12,7 +12,7 @@ LABELS = torch.tensor([0, 1, 0, 1, 0])
 IMAGES = (torch.arange(5)[:, None, None] * 50).expand(5, 4, 4).to(torch.uint8)
 
 
-def test_neighbours_and_frames(tmp_path):
+def test_neighbors_and_frames(tmp_path):
     figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0, 3], num_neighbors=4, path=tmp_path / "gallery.png")
     axes = np.array(figure.axes).reshape(2, 5)
     shown = [[int(ax.images[0].get_array().flat[0]) // 50 for ax in row] for row in axes]
@@ -36,11 +36,11 @@ def test_neighbours_and_frames(tmp_path):
 )
 def test_kinds_of_images(images):
     figure = retrieval_gallery(EMB, LABELS, images, num_queries=2, num_neighbors=9)
-    assert len(figure.axes) == 2 * 5  # fewer neighbours than asked for
+    assert len(figure.axes) == 2 * 5  # fewer neighbors than asked for
 
 
 def drawn(axis):
-    """The colours of a picture's pixels, as matplotlib maps them."""
+    """The colors of a picture's pixels, as matplotlib maps them."""
     (picture,) = axis.images
     return picture.to_rgba(picture.get_array(), bytes=True)[..., :3]
 
@@ -62,6 +62,20 @@ def test_kinds_of_embeddings():
         assert [axis.get_title() for axis in figure.axes] == expected
 
 
+def test_names_under_the_pictures(tmp_path):
+    names = [f"photos/${i}$/a_long_name_of_an_image_{i}.jpg" for i in range(4)] + ["photos/b.jpg"]
+    figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0], names=names, path=tmp_path / "gallery.png")
+    texts = [axis.get_xlabel() for axis in figure.axes]
+    assert texts[1] == "\u2026_name_of_an_image_1.jpg" and texts[4] == "photos/b.jpg"
+    assert max(map(len, texts)) == 24
+    assert not any(axis.xaxis.label.get_parse_math() for axis in figure.axes)
+    for i in range(5):
+        Image.new("L", (4, 4)).save(tmp_path / f"{i}.png")
+    figure = retrieval_gallery(EMB, LABELS, [tmp_path / f"{i}.png" for i in range(5)], queries=[0])
+    assert [axis.get_xlabel() for axis in figure.axes] == [f"{i}.png" for i in range(5)]
+    assert {axis.get_xlabel() for axis in retrieval_gallery(EMB, LABELS, IMAGES, queries=[0]).axes} == {""}
+
+
 def test_random_queries_are_of_different_classes():
     labels = torch.arange(40) // 4
     figure = retrieval_gallery(
@@ -78,7 +92,7 @@ def test_bad_arguments():
     for bad, message in ((EMB / 0, "embeddings must be finite"), (EMB[:, 0], "embeddings must have shape")):
         with pytest.raises(ValueError, match=message):
             retrieval_gallery(bad, LABELS, IMAGES)
-    with pytest.raises(ValueError, match=r"images\[\d\] must have floats in 0 to 1, got -2 to -2; normalised"):
+    with pytest.raises(ValueError, match=r"images\[\d\] must have floats in 0 to 1, got -2 to -2; normalized"):
         retrieval_gallery(EMB, LABELS, torch.rand(5, 3, 4, 4) * 0 - 2)
     with pytest.raises(ValueError, match=r"queries must be indices in 0 to 4, at least one, got \[5\]"):
         retrieval_gallery(EMB, LABELS, IMAGES, queries=[5])
@@ -96,6 +110,7 @@ def test_bad_arguments():
         ({"images": ["gone.png"] * 5}, ValueError, r"images\[\d\]: cannot read image gone\.png: "),
         ({"labels": None}, TypeError, "labels must have a length, with an entry for each image, got NoneType"),
         ({"labels": [*LABELS.tolist(), 0]}, ValueError, "one length of at least 2, got 5, 6, 5"),
+        ({"names": ["a"] * 4}, ValueError, "names must have one entry for each of 5 embeddings, got 4"),
         ({"queries": [0.5]}, TypeError, r"queries must be indices in 0 to 4, at least one, got \[0\.5\]"),
         ({"queries": torch.tensor([0.0])}, TypeError, "queries must be indices in 0 to 4, at least one, got tensor"),
         ({"queries": 1}, TypeError, "queries must be indices in 0 to 4, at least one, got 1"),
@@ -113,6 +128,6 @@ def test_what_cannot_be_drawn(changes, kind, message):
 
 
 def test_an_image_that_is_searched_twice_is_shown_once():
-    """The query, too, was its own neighbour where it was named twice."""
+    """The query, too, was its own neighbor where it was named twice."""
     figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0], searched=[3, 0, 1, 0, 3])
     assert [int(axis.images[0].get_array().flat[0]) // 50 for axis in figure.axes] == [0, 1, 3]

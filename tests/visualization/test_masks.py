@@ -16,7 +16,7 @@ def test_rows_and_columns(tmp_path):
 
 
 def test_learners_of_an_image_share_one_scale():
-    """Flat masks of 0.4 and 0.6: the darkest and the brightest colour, in each row for itself."""
+    """Flat masks of 0.4 and 0.6: the darkest and the brightest color, in each row for itself."""
     masks = torch.tensor([[0.4, 0.6], [0.1, 0.2]])[:, :, None, None].expand(2, 2, 4, 4)
     axes = mask_grid(torch.zeros(2, 4, 4), masks, alpha=1.0).axes
     pictures = [axis.get_images()[0].get_array() for axis in axes]

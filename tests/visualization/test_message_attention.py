@@ -12,7 +12,7 @@ def test_classes_are_sorted(tmp_path):
     weights[1, 0] = 0.25  # from class 2 to class 0
     weights[3, 3] = 1.0
     figure = batch_attention(weights, labels, path=tmp_path / "attention.png")
-    axis, _ = figure.axes  # and the colour bar
+    axis, _ = figure.axes  # and the color bar
     expected = np.array([[0, 0, 0.25, 0], [0, 1, 0, 0], [0, 0, 0, 0.5], [0, 0, 0.5, 0]])
     np.testing.assert_array_equal(axis.get_images()[0].get_array(), expected)
     assert axis.get_title() == "head 0\nitself 0.25, class 0.25, others 0.06"

@@ -1,9 +1,6 @@
-import json
 import re
-import shutil
 import sys
 import time
-from html.parser import HTMLParser
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -15,65 +12,10 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from pml_ext.datasets import ImageArrays
 from pml_ext.visualization import retrieval_report
-from pml_ext.visualization.report import _counted
 from pml_ext.visualization.thumbnails import encode_thumbnails, load_thumbnails
-from tests.needs import needs
+from tests.visualization.report_pages import EVIL, Page, clusters
 
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
-EVIL = [
-    "<script>hacked=1</script>",
-    "</script><img src=x onerror='hacked=1'>",
-    '"><b id="bold">&amp;',
-    "a_b \u2028 <!-- </script ",
-]
-
-
-class Page(HTMLParser):
-    """What is in a report: start tags with attributes, the JSON, and the rows of each table."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.text = path.read_text(encoding="utf-8")
-        self.tags, self.tables, self.open = [], {}, None
-        self.feed(self.text)
-        self.data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', self.text)[1])
-        self.metrics = tuple(self.data["metrics"].values())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "table":
-            self.open = self.tables[dict(attrs).get("id")] = []
-        elif tag == "tr" and self.open is not None:
-            self.open.append([])
-        elif tag in ("td", "th") and self.open:
-            self.open[-1].append("")
-
-    def handle_data(self, data):
-        if self.open and self.open[-1]:
-            self.open[-1][-1] += data
-
-    def handle_endtag(self, tag):
-        if tag == "table":
-            self.open = None
-
-    def all(self, tag, **attributes):
-        return [attrs for name, attrs in self.tags if name == tag and attributes.items() <= attrs.items()]
-
-
-def clusters(num_images=300, num_classes=12, dim=16, spread=1.0):
-    labels = torch.randint(num_classes, (num_images,))
-    return torch.randn(num_classes, dim)[labels] + spread * torch.randn(num_images, dim), labels
-
-
-@pytest.fixture
-def report(tmp_path):
-    def make(*args, **kwargs):
-        kwargs = {"num_points": 0, "path": tmp_path / "report.html"} | kwargs
-        path = retrieval_report(*args, **kwargs)
-        assert path == kwargs["path"]
-        return Page(path)
-
-    return make
 
 
 def use_chunks(monkeypatch):
@@ -85,7 +27,7 @@ def use_chunks(monkeypatch):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_metrics_are_those_of_pml(report, monkeypatch, chunked):
     embeddings, labels = clusters()
-    embeddings[40:110] = embeddings[40]  # ties, also across classes, and more of them than neighbours
+    embeddings[40:110] = embeddings[40]  # ties, also across classes, and more of them than neighbors
     labels = torch.cat([3 * labels + 5, torch.tensor([1000, 2000])])  # two classes without a match
     embeddings = torch.cat([embeddings, torch.randn(2, 16)])
     if chunked:
@@ -113,7 +55,7 @@ TOY_LABELS = torch.tensor([4, 7, 4, 7, 4, 9])
 
 def test_by_hand(report):
     page = report(TOY, TOY_LABELS, class_names={4: "cat", 7: "dog", 9: "eel"}, num_queries=2)
-    # Neighbours, R = 2 for cats (0, 2, 4), 1 for dogs (1, 3):
+    # Neighbors, R = 2 for cats (0, 2, 4), 1 for dogs (1, 3):
     # 0: 1 2 | 3 4, AP (0 + 1/2) / 2. 2: 1 0 (0.2 before 0.3), AP 1/4. 4: 3 2, AP 1/4. 1: 0. 3: 2
     assert page.data["classes"] == [["dog", 2, 0, 0, 0], ["cat", 3, 0, 0.5, 0.25]]
     assert page.metrics == pytest.approx([0, 0.3, 0.15])
@@ -121,7 +63,7 @@ def test_by_hand(report):
     assert "the class <strong>eel</strong>, which has one image" in page.text
     pairs = [row[:5] for row in page.tables["pair-table"][1:]]
     assert pairs == [["dog", "cat", "2", "100.0%", "100.0%"], ["cat", "dog", "3", "100.0%", "50.0%"]]
-    queries = re.findall(r"<h4>(.*?) <small>image (\d), AP@R (.*?)</small>", page.text)
+    queries = re.findall(r"<h4><span.*?>(.*?)</span> <small>image (\d), AP@R (.*?)</small>", page.text)
     assert queries[:2] == [("dog", "1", "0.0%"), ("dog", "3", "0.0%")]  # 1 is the more certain one
     assert len(queries) == 4 and len({query[1] for query in queries}) == 4
     kinds = re.findall(r'<figure class="tile (right|wrong|asked)">.*?aria-label="(.*?)"', page.text)
@@ -266,16 +208,70 @@ def test_umap(report, monkeypatch):
 def test_names_cannot_run(report):
     embeddings, labels = clusters(60, 4)
     images = torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8)
-    page = report(embeddings, labels, images, EVIL, title=EVIL[1], num_points=60)
+    files = [f"{EVIL[i % 4]}/{EVIL[(i + 1) % 4]}" for i in range(60)]
+    page = report(embeddings, labels, images, EVIL, title=EVIL[1], names=files, num_points=60)
     assert len(page.all("script")) == 2 and not page.all("b", id="bold")
+    assert not set("<>&") & set(re.search(r'id="data">(.*)</script>\n<script>', page.text)[1])
     assert all(img["src"].startswith("data:image/webp;base64,") for img in page.all("img") if "src" in img)
     assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
     assert {row[0] for row in page.tables["class-table"][1:]} == set(EVIL) == set(page.data["names"])
-    assert any(img.get("alt", "").endswith(f"class {EVIL[2]}") for img in page.all("img"))
+    assert any(f"class {EVIL[2]}, " in img.get("alt", "") for img in page.all("img"))
+    assert set(page.data["files"].values()) == set(files)
     for alone in (1, 2):
         left_out = report(embeddings, [9] * (60 - alone) + list(range(alone)), class_names=EVIL * 3)
         assert len(left_out.all("script")) == 2 and not left_out.all("img") and "Left out" in left_out.text
     assert "http" not in re.sub(r"http-equiv", "", page.text).replace("data:", "")
+
+
+def test_names_of_images(report, tmp_path):
+    """In the rows of queries, on the map, and in what classes lead to."""
+    paths = [tmp_path / folder / f"{i}.png" for i, folder in enumerate(["cat", "dog", "cat", "dog", "cat", "eel"])]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    names = {4: "cat", 7: "dog", 9: "eel"}
+    page = report(TOY, TOY_LABELS, paths, names, num_points=9, num_queries=1)
+    assert "</span> <small>image 1, dog/<wbr>1.png, AP@R 0.0%</small></h4>" in page.text
+    assert {"alt", "title"} <= {key for img in page.all("img") for key in img}
+    assert all(img["title"] == img["alt"] for img in page.all("img") if "src" in img)
+    assert page.all("img", title="wrong: image 0, class cat, cat/0.png")
+    assert '<span class="name">cat</span><span class="file">0.png</span>' in page.text
+    assert page.data["files"] == {str(i): f"{path.parent.name}/{path.name}" for i, path in enumerate(paths)}
+    assert report(TOY, TOY_LABELS, paths, names, num_points=9, num_queries=1, names=list("abcdef")).data["files"] == (
+        dict(zip("012345", "abcdef", strict=True))
+    )
+    assert report(TOY, TOY_LABELS, names=list("abcdef")).all("div", title="wrong: image 0, class class 4, a")
+    assert 'class="file"' not in report(TOY, TOY_LABELS).text
+    with pytest.raises(ValueError, match="gallery must come with gallery_names, got gallery_names alone"):
+        report(TOY, TOY_LABELS, gallery_names=list("abcdef"))
+
+
+def test_what_a_class_leads_to(report):
+    """By hand, as above: cats (0, 2, 4) are taken for dogs (1, 3), and all dogs for cats."""
+    page = report(TOY, TOY_LABELS, class_names={4: "cat", 7: "dog", 9: "eel"})
+    angles = ANGLES.tolist()
+    near = lambda query, others: [  # noqa: E731
+        [i, round(float(np.cos(angles[i] - angles[query])), 4), int(TOY_LABELS[i] == TOY_LABELS[query])] for i in others
+    ]
+    assert page.data["codes"] == {"0": "cat", "1": "dog", "2": "eel"}
+    assert page.data["details"] == {
+        "1": [2, [0, 0, 0], None, [[0, 1, 1]], [[1, 0, near(1, [0, 2, 3, 4, 5])], [3, 0, near(3, [2, 4, 1, 0, 5])]]],
+        "0": [3, [0, 0.5, 0.25], None, [[1, 0.5, 1]], [[0, 0.25, near(0, [1, 2, 3, 4, 5])],
+                                                       [2, 0.25, near(2, [1, 0, 3, 4, 5])]]],
+    }  # fmt: skip
+    assert page.data["shown"]["3"] == [3, 1] and set(page.data["shown"]) == set("012345")
+    linked = [attrs["data-class"] for attrs in page.all("span") if "data-class" in attrs]
+    assert linked[:2] == ["1", "0"] and set(linked) == {"0", "1"}
+
+
+def test_pictures_of_the_worst_classes(report, monkeypatch):
+    monkeypatch.setattr("pml_ext.visualization.report_choice._CLASSES_WITH_PICTURES", 2)
+    labels = torch.arange(60) // 2
+    page = report(torch.randn(60, 4), labels, torch.rand(60, 4, 4), num_queries=1, num_neighbors=2)
+    rows = list(page.data["details"].values())
+    assert len(rows) == 30
+    shown = [{query[0], *(near[0] for near in query[2])} for row in rows[:2] for query in row[4]]
+    assert len(shown) == 4 and set(map(int, page.data["pictures"])) == set.union(*shown)
 
 
 def test_surrogates_and_strange_names_are_written(report):
@@ -289,7 +285,7 @@ def test_structure(report):
     assert page.all("meta", name="viewport")
     assert all(th.get("scope") in ("col", "row") for th in page.all("th"))
     assert [th.get("aria-sort") for th in page.all("th", scope="col")][:5] == [*["none"] * 4, "ascending"]
-    assert len(page.all("button")) == 2 * 5
+    assert len(page.all("button")) == 2 * 5 + 1
     assert len(page.all("caption")) == len(page.all("table")) == 3
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -363,8 +359,8 @@ KINDS = [
 def test_kinds_of_images(kind, tmp_path, report):
     images = images_of_kind(kind, tmp_path)
     page = report(torch.randn(30, 4), torch.arange(30) % 3, images, num_points=9, num_queries=2, num_neighbors=3)
-    assert len([img for img in page.all("img") if "src" in img]) == 2 * 2 * 4  # queries and neighbours
-    assert all(point[2].startswith("data:image/webp;base64,") for point in page.data["points"])
+    assert len([img for img in page.all("img") if "src" in img]) == 2 * 2 * 4  # queries and neighbors
+    assert all(page.data["pictures"][str(i)].startswith("data:image/webp;base64,") for _, i in page.data["points"])
     (picture,) = load_thumbnails(images, [7]).values()
     expected = Image.fromarray(images_of_kind("array", tmp_path)[7])
     if kind in ("gray", "flat"):
@@ -389,7 +385,7 @@ def test_reads_what_is_shown_and_leaves_it(report):
             return big, 0
 
     page = report(torch.randn(500, 4), torch.arange(500) % 9, Lazy(), num_points=20, num_queries=2, num_neighbors=3)
-    assert len(read) == len(set(read)) <= 2 * 2 * 4 + 20
+    assert len(read) == len(set(read)) <= 2 * 2 * 4 + 20 + 9 * 2 * 4
     assert big.size == (300, 200) and page.data["points"]
 
 
@@ -423,13 +419,6 @@ def test_many_classes_and_left_out_names_are_cut(report):
     assert "The 2,000 worst of 2,100 classes" in page.text
     assert len(page.tables["class-table"]) == 2001
     assert "300 classes with one image each" in page.text and "and 100 more" in page.text
-
-
-@pytest.mark.parametrize("num_codes", [7, 5000])
-def test_counted(num_codes):
-    """Few codes are counted, many are sorted."""
-    codes = torch.tensor([5, 0, 5, 6, 5, 0, 6, 5])
-    assert _counted(codes, num_codes).tolist() == [[0, 5, 6], [2, 4, 2]]
 
 
 def test_bad_arguments(report, tmp_path):
@@ -485,7 +474,7 @@ def test_bad_class_names(report, names, error, message):
         (iter([]), TypeError, "images must be a tensor, .*, got list_iterator"),
         (torch.zeros(6, 3, 4, 4, dtype=torch.long), TypeError, "uint8 or floats in 0 to 1, got torch.int64"),
         (torch.zeros(6, 4, 4, 3), ValueError, r"images must have shape .*, got \(6, 4, 4, 3\)"),
-        (torch.zeros(6, 3, 4, 4) - 2, ValueError, r"images\[0\] must have floats in 0 to 1, got -2 to -2; normalised"),
+        (torch.zeros(6, 3, 4, 4) - 2, ValueError, r"images\[0\] must have floats in 0 to 1, got -2 to -2; normalized"),
         (torch.full((6, 4, 4), torch.nan), ValueError, r"images\[0\] must have floats in 0 to 1, got nan"),
         (
             [np.zeros((4, 4), dtype=np.int64)] * 6,
@@ -501,183 +490,3 @@ def test_bad_class_names(report, names, error, message):
 def test_bad_images(report, images, error, message):
     with pytest.raises(error, match=message):
         report(TOY, TOY_LABELS, images)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = needs("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(browser, tmp_path):
-    embeddings, labels = clusters(150, 14)
-    names = [*EVIL, *(f"a_rather_long_name_of_a_class_{i}" for i in range(10))]
-    images = torch.randint(256, (150, 3, 16, 16), dtype=torch.uint8)
-    path = retrieval_report(embeddings, labels, images, names, tmp_path / "r.html", num_queries=2, num_points=100)
-    contexts, wrong = [], []
-
-    def make(width=1280, scheme="light", js=True):
-        context = browser.new_context(
-            viewport={"width": width, "height": 800},
-            color_scheme=scheme,
-            java_script_enabled=js,
-            reduced_motion="reduce",
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(request.url))
-        page.goto(path.as_uri())
-        return page
-
-    yield make
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-def column(page, index, table="class-table"):
-    return page.eval_on_selector_all(f"#{table} tbody tr", f"rows => rows.map(row => row.cells[{index}].textContent)")
-
-
-@pytest.mark.browser
-def test_browser_sorts(opened):
-    page = opened()
-    assert page.evaluate("typeof hacked") == "undefined"
-    heads = page.locator("#class-table thead th")
-    for index in range(5):
-        before = heads.nth(index).get_attribute("aria-sort")
-        for turn in range(2):
-            if turn:  # by keyboard
-                heads.nth(index).locator("button").focus()
-                page.keyboard.press("Enter")
-            else:
-                heads.nth(index).locator("button").click()
-            order = heads.nth(index).get_attribute("aria-sort")
-            assert order == ("descending" if before == "ascending" else "ascending")
-            before = order
-            assert [heads.nth(i).get_attribute("aria-sort") for i in range(5)].count("none") == 4
-            if index:
-                values = [float(value.rstrip("%")) for value in column(page, index)]
-                assert values == sorted(values, reverse=order == "descending") and len(set(values)) > 1
-            else:
-                names = [name for name in column(page, 0) if name.startswith("a_rather")]
-                numbers = [int(name.rsplit("_")[-1]) for name in names]
-                assert numbers == sorted(range(10), reverse=order == "descending")
-    page.locator("#class-filter").fill("CLASS_3")
-    assert (
-        page.locator("#class-table tbody tr:visible")
-        .all_text_contents()[0]
-        .startswith("a_rather_long_name_of_a_class_3")
-    )
-    assert page.locator("#class-table tbody tr:visible").count() == 1
-    page.locator("#pair-table button").nth(3).click()
-    shares = [float(value.rstrip("%")) for value in column(page, 3, "pair-table")]
-    assert shares == sorted(shares) and len(set(shares)) > 1
-
-
-@pytest.mark.browser
-def test_browser_map(opened):
-    page = opened()
-    data = json.loads(page.locator("#data").text_content())
-    points, tip = page.locator("#map-svg path"), page.locator("#map-tip")
-    assert points.count() == 100 and not tip.is_visible()
-
-    def expect(index):
-        group, image, picture = data["points"][index]
-        assert tip.is_visible()
-        assert tip.locator("b").text_content() == data["names"][group]
-        assert tip.locator("small").text_content() == f"image {image}"
-        assert tip.locator("img").get_attribute("src") == picture
-        assert points.nth(index).get_attribute("aria-label") == f"{data['names'][group]}, image {image}"
-
-    def focused():
-        return page.evaluate("[...document.querySelectorAll('#map-svg path')].indexOf(document.activeElement)")
-
-    points.nth(42).scroll_into_view_if_needed()
-    points.nth(42).hover(force=True)
-    expect(42)
-    page.mouse.move(5, 5)
-    assert not tip.is_visible()
-    page.locator("#map-class").focus()
-    page.keyboard.press("Tab")
-    assert focused() == 0
-    expect(0)
-    places = [tuple(map(float, p)) for p in re.findall(r"translate:\s*([\d.]+)px ([\d.]+)px", page.content())]
-    moved = 0
-    for key, axis, sign in (("Right", 0, 1), ("Down", 1, 1), ("Left", 0, -1), ("Up", 1, -1)):
-        before = places[focused()]
-        page.keyboard.press(f"Arrow{key}")
-        expect(focused())
-        assert sign * (places[focused()][axis] - before[axis]) >= 0
-        moved += places[focused()] != before
-    assert moved >= 2  # where there is a point in that direction
-    seen = set()
-    for _ in range(100):
-        page.keyboard.press("PageDown")
-        seen.add(focused())
-    assert seen == set(range(100))
-    assert page.locator("#map-svg path[tabindex='0']").count() == 1
-    page.keyboard.press("Escape")
-    assert not tip.is_visible()
-    page.locator("#map-class").select_option(label=EVIL[0])
-    group = data["names"].index(EVIL[0])
-    assert page.locator("#map-svg path.chosen").count() == sum(point[0] == group for point in data["points"]) > 0
-    page.locator("#map-class").focus()
-    page.keyboard.press("Tab")
-    assert data["points"][focused()][0] == group
-    page.keyboard.press("Shift+Tab")
-    page.locator("#map-class").select_option("")
-    assert page.locator("#map-svg path.chosen").count() == 0
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 390, 1280])
-def test_browser_widths_and_contrast(opened, width, scheme):
-    page = opened(width, scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert page.evaluate("document.getElementById('class-table').parentElement.scrollHeight") > 0
-    poor = page.evaluate(
-        """() => {
-        const luminance = (rgb) => {
-          const [r, g, b] = rgb.match(/[\\d.]+/g).map(Number).map((x) => x / 255)
-            .map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
-          return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-        };
-        const background = (element) => {
-          for (; element; element = element.parentElement) {
-            const color = getComputedStyle(element).backgroundColor;
-            if (!/, 0\\)$/.test(color)) return color;
-          }
-        };
-        const faint = [];
-        for (const element of document.querySelectorAll("body *")) {
-          const hasText = [...element.childNodes].some((x) => x.nodeType === 3 && x.data.trim());
-          if (!hasText || !element.checkVisibility()) continue;
-          const style = getComputedStyle(element);
-          const ink = element instanceof SVGElement ? style.fill : style.color;
-          let [a, b] = [luminance(ink), luminance(background(element))];
-          if (a < b) [a, b] = [b, a];
-          if ((a + 0.05) / (b + 0.05) < 4.5) faint.push(element.outerHTML.slice(0, 80));
-        }
-        return faint;
-        }"""
-    )
-    assert poor == []
-
-
-@pytest.mark.browser
-def test_browser_without_scripts(opened):
-    page = opened(js=False)
-    assert page.locator("#map-svg path").first.is_visible()
-    assert not page.locator("#class-filter").is_visible() and not page.locator("#map-class").is_visible()
-    assert page.locator("#class-table tbody tr").count() > 5

@@ -30,5 +30,5 @@ print(peak_since(start))
 def test_memory_of_large_classes(tmp_path):
     done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "r.html"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 5 < float(done.stdout) < 450, done.stdout  # the neighbours of all queries: 576 MB, as integers
+    assert 5 < float(done.stdout) < 450, done.stdout  # the neighbors of all queries: 576 MB, as integers
     assert (tmp_path / "r.html").stat().st_size > 10_000

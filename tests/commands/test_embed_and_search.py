@@ -1,28 +1,28 @@
-"""Names, full disks, damaged indexes and networks that fail: embed.py and search.py, without a training."""
+"""``pml-ext embed`` and ``search`` without a training: names, full disks, damaged indexes, networks that fail."""
 
 import io
 import json
 import os
+import re
 import resource
-import runpy
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
-import command_line
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from examples import embed, search
 from pml_ext import recipes
+from pml_ext.commands import embed, search
+from pml_ext.commands.command_line import Command, print_any_name
+from pml_ext.commands.index import content_of, read_index, write_index
+from pml_ext.commands.main import main
 from pml_ext.datasets import ImageReader
 from pml_ext.recipes.run_lock import RunLock
 
-EXAMPLES = Path(embed.__file__).parent
 INDEX = ["embeddings.npy", "index.faiss", "index.json", "paths.txt"]
 NAMES = ["a.png", "b.png", "sub/c.png", "sub/猫.png", os.fsdecode(b"sub/\xe9t\xe9.png")]
 
@@ -37,13 +37,16 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def loaded(monkeypatch):
+def loaded(tmp_path, monkeypatch):
     """A network that is loaded from any folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
     torch.manual_seed(0)
     made = recipes.recipe("triplet", 2, width=4, in_channels=3, image_size=8, embedding_size=6)
     made.trunk.eval()
     run = SimpleNamespace(recipe=made, autocast=None, checksum="1a2b", reader=ImageReader())
-    monkeypatch.setattr(recipes, "load_run", lambda *args: run)
+    for module in (embed, search):
+        monkeypatch.setattr(module, "load_run", lambda *args: run)
     return run
 
 
@@ -56,15 +59,16 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def command(name, arguments, monkeypatch, capsys):
-    """Run an example as a program, in this process; return the exit status and stderr without progress bars."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+def command(name, arguments, capsys):
+    """Run a command as a program does; return the exit status and stderr without progress bars."""
     try:
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        main([name, *map(str, arguments)])
         status = 0
     except SystemExit as stopped:
         status = stopped.code
-    return status, [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("embedding:")]
+    bars = "embedding:", "checking images:"
+    lines = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
+    return status, [line for line in lines if line and not line.startswith(bars)]
 
 
 @pytest.mark.parametrize(
@@ -79,16 +83,16 @@ def command(name, arguments, monkeypatch, capsys):
 def test_what_a_terminal_does_not_have_is_escaped(encoding, errors, printed, monkeypatch):
     terminal = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding, errors, newline="\n", write_through=True))
-    command_line.Command(prog="names").run(lambda: print("猫 é \udce9"), [])
+    Command("names", "names").run(lambda: print("猫 é \udce9"), [])
     assert terminal.getvalue() == printed
 
 
 def test_search_among_names_that_cannot_be_printed(photos, loaded, monkeypatch, capsys):
     run, terminal = photos.parent / "run", io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, "cp1252", newline="\n", write_through=True))
-    assert command("embed", ["--run", run, "--images", photos], monkeypatch, capsys) == (0, [])
-    given = ["--run", run, "--query", photos / NAMES[4], "--k", 5, "--out", run / os.fsdecode(b"\xe9.png")]
-    assert command("search", given, monkeypatch, capsys) == (0, [])
+    assert command("embed", [run, photos], capsys) == (0, [])
+    given = [run, photos / NAMES[4], "--k", 5, "--out", run / os.fsdecode(b"\xe9.png")]
+    assert command("search", given, capsys) == (0, [])
     lines = terminal.getvalue().decode("cp1252").splitlines()
     assert lines[0].startswith("5 images, 6 numbers each: ")
     assert lines[2].split() == ["1", "1.0000", r"sub/\udce9t\udce9.png"]
@@ -104,18 +108,18 @@ def listed(names):
 def test_an_index_keeps_all_names(tmp_path):
     names = [*NAMES, "a\rb.png", " c.png ", "d\u2028e.png"]
     rows = np.eye(8, dtype=np.float32)
-    embed.write_index(tmp_path / "index", rows, names, {"folder": "/p", "weights": "1"})
-    embeddings, paths, origin = search.read_index(tmp_path / "index")
+    write_index(tmp_path / "index", rows, names, {"folder": "/p", "weights": "1"})
+    embeddings, paths, origin = read_index(tmp_path / "index")
     assert paths == names
     assert embeddings.tolist() == rows.tolist()
-    assert origin == {"folder": "/p", "weights": "1", "images": 8, "content": embed.content_of(rows, listed(names))}
+    assert origin == {"folder": "/p", "weights": "1", "images": 8, "content": content_of(rows, listed(names))}
 
 
 def test_names_that_an_index_cannot_keep(photos, loaded):
     shutil.copy(photos / "a.png", photos / "a\nb.png")
-    with pytest.raises(ValueError, match=r"--images must have no line break in a name, got '.*/a\\nb\.png'"):
+    with pytest.raises(ValueError, match=r"IMAGES must have no line break in a name, got '.*/a\\nb\.png'"):
         indexed(photos)
-    assert not (photos.parent / "run").exists()
+    assert not (photos.parent / "run" / "index").exists()
 
 
 def test_equal_similarities_come_by_index():
@@ -130,8 +134,9 @@ def test_equal_similarities_come_by_index():
 
 
 def test_images_that_are_gone_leave_an_empty_place(photos, loaded, monkeypatch, capsys):
+    print_any_name()
     index = indexed(photos)
-    before = search.main(index.parent, photos / "a.png", k=5)
+    before = [result["path"] for result in search.main(index.parent, photos / "a.png", k=5)["results"]]
     (photos / "b.png").unlink()
     (photos / "sub" / "c.png").write_text("no image")
     from matplotlib.figure import Figure
@@ -139,13 +144,14 @@ def test_images_that_are_gone_leave_an_empty_place(photos, loaded, monkeypatch, 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
     capsys.readouterr()
-    assert search.main(index.parent, photos / "a.png", k=5) == before
+    again = search.main(index.parent, photos / "a.png", k=5)["results"]
+    assert [result["path"] for result in again] == before
     printed = capsys.readouterr()
-    gone = [photos / path for _, path in before if path in ("b.png", "sub/c.png")]
+    gone = [photos / path for path in before if path in ("b.png", "sub/c.png")]
     assert printed.err == (f"warning: the picture lacks 2 of 5 images that cannot be read: {gone[0]}, {gone[1]}\n")
     assert printed.out.splitlines()[-1] == f"picture: {index.parent / 'search.png'}"
-    shown = {axis.get_title().split(":")[0]: bool(axis.images) for axis in drawn[0].axes}
-    assert shown == {"query": True} | {str(rank): photos / path not in gone for rank, (_, path) in enumerate(before, 1)}
+    shown = {re.split("[:\n]", axis.get_title())[0]: bool(axis.images) for axis in drawn[0].axes}
+    assert shown == {"query": True} | {str(rank): photos / path not in gone for rank, path in enumerate(before, 1)}
     assert [text.get_text() for axis in drawn[0].axes for text in axis.texts] == ["cannot be read"] * 2
 
 
@@ -165,12 +171,12 @@ def of_array(*args, **kwargs):
         (damaged("index.json", b"{"), "error: cannot read {index}/index.json: it is no JSON: "),
         (damaged("index.json", b"\xff"), "error: cannot read {index}/index.json: it is no JSON: "),
         (damaged("index.json", b"[1]"), "error: {index}/index.json must have a text 'folder', got None: run "),
-        (damaged("index.json", b'{"folder": "/"}'), "/index.json must have a text 'weights', got None: run examples/"),
+        (damaged("index.json", b'{"folder": "/"}'), "/index.json must have a text 'weights', got None: run "),
         (damaged("index.json", b'{"folder": 3, "weights": "1a2b"}'), "must have a text 'folder', got 3: run "),
         (damaged("index.json", b'{"folder": "/", "weights": "0"}'), "error: --index must be made with the network of"),
         (
             lambda index: (index / "index.json").unlink(),
-            "error: --index must be made by examples/embed.py, got {index}",
+            'error: --index must be made by "pml-ext embed", got {index}',
         ),
         (lambda index: (index / "embeddings.npy").unlink(), "got {index} without embeddings.npy"),
         (damaged("embeddings.npy", b""), "error: cannot read {index}/embeddings.npy: it is no array of NumPy"),
@@ -180,7 +186,7 @@ def of_array(*args, **kwargs):
         (of_array(np.eye(5, 6), dtype=int), "{index}/embeddings.npy must be a tensor or an array with a floating"),
         (of_array(np.full((5, 6), np.nan)), "error: {index}/embeddings.npy must be finite, got nan in row 0; 5 of 5"),
         (of_array(np.zeros((0, 6))), "error: {index}/embeddings.npy must have at least one row and one column, got"),
-        (of_array(np.eye(5, 4)), "error: {index}/embeddings.npy must have 6 columns, as the network of --run, got 4"),
+        (of_array(np.eye(5, 4)), "error: {index}/embeddings.npy must have 6 columns, as the network of RUN, got 4"),
         (
             damaged("paths.txt", b"a.png\nb.png\n"),
             "error: {index}/paths.txt must have 5 lines, one for each row, got 2",
@@ -194,7 +200,7 @@ def test_a_damaged_index(damage, message, photos, loaded, monkeypatch, capsys):
     (index / "index.json").write_text(json.dumps(about))
     damage(index)
     capsys.readouterr()
-    status, lines = command("search", ["--run", index.parent, "--query", photos / "a.png"], monkeypatch, capsys)
+    status, lines = command("search", [index.parent, photos / "a.png"], capsys)
     assert (status, len(lines)) == (2, 1)
     assert message.format(index=index) in lines[0]
     assert not (index.parent / "search.png").exists()
@@ -227,21 +233,21 @@ class Broken(torch.nn.Module):
 def test_a_network_that_fails(output, message, photos, loaded, monkeypatch, capsys):
     run = photos.parent / "run"
     working = loaded.recipe.trunk
-    given = {"embed": ["--run", run, "--images", photos], "search": ["--run", run, "--query", photos / "a.png"]}
+    given = {"embed": [run, photos], "search": [run, photos / "a.png"]}
     for before in ("nothing", "an index"):
         if before == "an index":
             loaded.recipe.trunk = working
             indexed(photos)
             capsys.readouterr()
-        kept = contents(run / "index") if run.exists() else None
+        kept = contents(run / "index") if (run / "index").exists() else None
         loaded.recipe.trunk = Broken(output)
-        status, lines = command("embed", given["embed"], monkeypatch, capsys)
+        status, lines = command("embed", given["embed"], capsys)
         assert (status, len(lines)) == (2, 1)
-        assert lines[0].startswith(f"embed.py: error: the network of --run must {message.format(n=5)}")
-        assert (contents(run / "index") if run.exists() else None) == kept
-    status, lines = command("search", given["search"], monkeypatch, capsys)
+        assert lines[0].startswith(f"pml-ext embed: error: the network of RUN must {message.format(n=5)}")
+        assert (contents(run / "index") if (run / "index").exists() else None) == kept
+    status, lines = command("search", given["search"], capsys)
     assert (status, len(lines)) == (2, 1)
-    assert lines[0].startswith(f"search.py: error: the network of --run must {message.format(n=1)}")
+    assert lines[0].startswith(f"pml-ext search: error: the network of RUN must {message.format(n=1)}")
     assert not (run / "search.png").exists()
 
 
@@ -260,7 +266,7 @@ def test_a_full_disk(file, before, tmp_path, monkeypatch):
     rows, path, folder = LARGE[file]
     out, embeddings = tmp_path / "index", np.ones((rows, 1), dtype=np.float32)
     if before == "an index":
-        embed.write_index(out, embeddings[:2], ["old"] * 2, {"folder": "old", "weights": "0"})
+        write_index(out, embeddings[:2], ["old"] * 2, {"folder": "old", "weights": "0"})
     kept = contents(out) if before == "an index" else {}
     if file == "index.faiss":  # as large as the array, which is written before
         monkeypatch.setattr(np, "save", lambda *args: None)
@@ -268,7 +274,7 @@ def test_a_full_disk(file, before, tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
         with pytest.raises(OSError, match=rf"^cannot write {out}: File too large$"):
-            embed.write_index(out, embeddings, [path] * rows, {"folder": folder, "weights": "1"})
+            write_index(out, embeddings, [path] * rows, {"folder": folder, "weights": "1"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(out) == kept
@@ -280,7 +286,7 @@ def test_killed_while_an_index_is_moved(moved, before, tmp_path, monkeypatch):
     """Whatever lies there then is no index: above all no mixture of two."""
     out = tmp_path / "index"
     if before == "an index":
-        embed.write_index(out, np.zeros((2, 3), dtype=np.float32), ["old"] * 2, {"folder": "old", "weights": "1"})
+        write_index(out, np.zeros((2, 3), dtype=np.float32), ["old"] * 2, {"folder": "old", "weights": "1"})
     replace, moves = os.replace, []
 
     def killed(source, target):
@@ -291,9 +297,9 @@ def test_killed_while_an_index_is_moved(moved, before, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        embed.write_index(out, np.ones((2, 3), dtype=np.float32), ["new"] * 2, {"folder": "new", "weights": "1"})
+        write_index(out, np.ones((2, 3), dtype=np.float32), ["new"] * 2, {"folder": "new", "weights": "1"})
     with pytest.raises(FileNotFoundError, match="--index must be made by "):
-        search.read_index(out)
+        read_index(out)
     assert set(contents(out)) == (set(INDEX) - {"index.json"} if before == "an index" else set(moves))
 
 
@@ -321,14 +327,14 @@ def test_flipped_bits_of_an_index(file, photos, loaded):
     for place in (len(content) - 3, len(content) - 20):
         (index / file).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(ValueError, match=r"embeddings.npy and paths.txt must be as they were written"):
-            search.read_index(index)
+            read_index(index)
     (index / file).write_bytes(content)
-    search.read_index(index)
+    read_index(index)
     about = json.loads((index / "index.json").read_text())
     del about["content"]  # of a former version
     (index / "index.json").write_text(json.dumps(about))
     np.save(index / "embeddings.npy", np.load(index / "embeddings.npy").astype(float))
-    assert search.main(photos.parent / "run", photos / "a.png", k=1)[0][1] == "a.png"
+    assert search.main(photos.parent / "run", photos / "a.png", k=1)["results"][0]["path"] == "a.png"
 
 
 def test_an_index_for_other_programs(photos, loaded):
@@ -345,7 +351,7 @@ def test_an_index_for_other_programs(photos, loaded):
         "folder": str(photos),
         "weights": "1a2b",
         "images": 5,
-        "content": embed.content_of(rows, (index / "paths.txt").read_bytes()),
+        "content": content_of(rows, (index / "paths.txt").read_bytes()),
     }
 
 

@@ -1,27 +1,26 @@
-"""Train on any data, embed a folder, search: train.py, embed.py and search.py of the examples."""
+"""``pml-ext train``: on any data; and what embeds and searches with its run."""
 
-import doctest
 import json
 import os
 import re
-import runpy
+import shutil
 import struct
-import subprocess
 import sys
 import zlib
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-import command_line
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
-from examples import embed, search, train
 from pml_ext import recipes
+from pml_ext.commands import embed, index, opened_data, parser, search, train
+from pml_ext.commands.main import main
+from pml_ext.commands.tables import METRICS
 from pml_ext.datasets import ImageReader, open_data
 from pml_ext.datasets.sources import opens_folder
 from pml_ext.recipes import load_run, retrieval_metrics
@@ -33,13 +32,8 @@ from tests.processes import run_scripts
 pytestmark = pytest.mark.xdist_group("commands")  # they share a trained network
 
 CLASSES, EACH, SIDE = 8, 6, 28
+MAIN = Path(recipes.__file__).parents[1] / "__main__.py"
 TINY = {"width": 4, "batch_size": 16}
-EXAMPLES = Path(train.__file__).parent
-
-
-def test_what_commands_share():
-    results = doctest.testmod(command_line)
-    assert results.attempted >= 5 and not results.failed
 
 
 def make_images():
@@ -67,8 +61,21 @@ def write_npz(path, **changes):
 def run(data, out, recipe="proxy_anchor", pictures=False, **changes):
     """Train; without pictures, whose drawing takes ten times as long as the training."""
     common = {"epochs": 2, "settings": TINY, "validation_classes": 2, "device": "cpu"}
-    with nullcontext() if pictures else mock.patch.object(train, "draw"):
-        return train.main(recipe, data, out, **(common | changes))
+    with ExitStack() as stack:
+        for name in () if pictures else ("draw_curves", "draw_gallery", "write_run_report"):
+            stack.enter_context(mock.patch.object(train, name))
+        result = train.main(data, out, recipe, **(common | changes))
+    return {name: x for name, x in result.items() if name not in ("out", "baseline")}
+
+
+def embed_folder(run, images, out=None, **kwargs):
+    embed.main(run, images, out, **kwargs)
+    written = index.read_index(Path(run) / "index" if out is None else Path(out))
+    return written.embeddings.numpy(), written.paths
+
+
+def found(*args, **kwargs):
+    return [(result["similarity"], result["path"]) for result in search.main(*args, **kwargs)["results"]]
 
 
 def lines(folder, without=("seconds",)):
@@ -89,11 +96,11 @@ def scripted_scores(monkeypatch, scores):
     """Let the validation of one epoch after the other find these scores."""
     scores = iter(scores)
 
-    def scripted(*args, metrics=recipes.METRICS, **kwargs):
-        values = retrieval_metrics(*args, metrics=metrics, **kwargs)
-        return values if "NMI" in metrics else values | {"mean_average_precision_at_r": next(scores)}
+    def scripted(embedded):
+        return opened_data.metrics_of(embedded) | {"mean_average_precision_at_r": next(scores)}
 
-    monkeypatch.setattr(recipes, "retrieval_metrics", scripted)
+    monkeypatch.setattr(train, "metrics_of", lambda x, *m: opened_data.metrics_of(x, *m) if m else scripted(x))
+    monkeypatch.setattr(train, "measure_baseline", lambda *args: {"title": "raw", "test": {"precision_at_1": 0.12}})
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +130,7 @@ def test_what_a_run_leaves(trained, photos):
     assert [entry["epoch"] for entry in epochs] == [1, 2]
     assert all({"loss", "lr", *recipes.METRICS} <= set(entry) for entry in epochs)
     assert last == result
-    assert set(result) == {"split", "epoch", *train.METRICS}
+    assert set(result) == {"split", "epoch", *METRICS}
     assert result["precision_at_1"] > 0.5  # 0.2 by chance
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["image_size"] == SIDE  # of the images; the preset has 32
@@ -137,8 +144,8 @@ def test_the_config_builds_the_run_again(trained, photos):
     loaded = load_run(folder, "cpu")
     opened = open_data(photos)
     opened.test.transform = loaded.recipe.transforms.test
-    metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
-    assert metrics == {name: result[name] for name in train.METRICS}
+    metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(METRICS))
+    assert metrics == {name: result[name] for name in METRICS}
     assert loaded.epoch == result["epoch"]
     assert dict(loaded.recipe.settings) | {"milestones": []} == loaded.config["settings"]
     assert same(loaded.recipe.trunk.state_dict(), weights(folder, "best.pt"))
@@ -154,11 +161,12 @@ def test_resume_ends_where_an_uninterrupted_run_does(data, tmp_path, monkeypatch
         validations.append(1)
         if len(validations) == 2:  # within epoch 2, before it is saved
             raise KeyboardInterrupt
-        return retrieval_metrics(*args, **kwargs)
+        return opened_data.metrics_of(*args, **kwargs)
 
     parts = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr(recipes, "retrieval_metrics", killed)
+        patch.setattr(train, "metrics_of", killed)
+        patch.setattr(train, "measure_baseline", lambda *args: {"title": "none"})
         with pytest.raises(KeyboardInterrupt):
             run(data, parts, epochs=3)
     assert len(lines(parts)) == 1
@@ -199,7 +207,7 @@ def test_resume_of_a_run_killed_in_its_first_epoch(data, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes.Trainer, "train", killed)
+        patch.setattr(train.Trainer, "train", killed)
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path / "a")
     assert run(data, tmp_path / "a", resume=True) == run(data, tmp_path / "b")
@@ -244,8 +252,8 @@ def test_validation_chooses_the_epoch(data, tmp_path, monkeypatch):
     tested, others = {}, {}
     for state, metrics in ((weights(tmp_path, "best.pt"), tested), (weights(tmp_path, "last.pt"), others)):
         loaded.recipe.trunk.load_state_dict(state)
-        metrics |= retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
-    assert {name: result[name] for name in train.METRICS} == tested != others
+        metrics |= retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(METRICS))
+    assert {name: result[name] for name in METRICS} == tested != others
 
 
 @pytest.mark.trains
@@ -261,7 +269,7 @@ def test_without_validation_the_last_epoch_is_tested(data, tmp_path):
 @pytest.mark.parametrize(("test_classes", "images"), [(4, [12, 12, 24]), (5, [18, 0, 30])])
 def test_validation_classes_unless_there_are_too_few(test_classes, images, photos, tmp_path, capsys):
     run(photos, tmp_path, test_classes=test_classes, validation_classes=None, epochs=1)
-    few = "3 training classes are too few to cut validation classes from: the last epoch is kept"
+    few = "the last epoch is kept, since there are no validation classes: 3 training classes are too few"
     assert (few in capsys.readouterr().out.splitlines()) == (test_classes == 5)
     config = load_run(tmp_path).config["data"]
     assert [config["images"][name] for name in ("train", "validation", "test")] == images
@@ -275,21 +283,24 @@ def test_what_a_run_prints(data, tmp_path, monkeypatch, capsys):
     result = run(data, tmp_path / "a")
     printed = capsys.readouterr().out.splitlines()
     first, second, _ = lines(tmp_path / "a")
-    assert printed == [
-        "2 classes to train, 2 to validate, 4 to test",
+    assert re.fullmatch(r"proxy_anchor: convnet, 28 x 28 pixels, 0\.0 million parameters", printed[0])
+    assert printed[1:-4] == [
+        "12 images of 2 classes to train, 12 images of 2 classes to validate, 24 images of 4 classes to test",
+        "2 steps in 2 epochs",
         f"epoch 1/2: loss {first['loss']:.3g}, validation P@1 {100 * first['precision_at_1']:.1f}, MAP@R 90.0",
         f"epoch 2/2: loss {second['loss']:.3g}, validation P@1 {100 * second['precision_at_1']:.1f}, MAP@R 30.0",
-        "test, with the network of epoch 1 of 2 (best on validation classes), percent:",
-        "  ".join(f"{title} {100 * result[name]:.1f}" for name, title in train.METRICS.items()),
-        f"network, metrics and pictures: {tmp_path / 'a'}",
     ]
+    assert printed[-4].split() == ["test", "classes,", "percent", "P@1", "R-precision", "MAP@R", "NMI"]
+    assert printed[-3].split() == ["raw", "12.0"]
+    row = "epoch 1 of 2 (best on validation classes)"
+    assert printed[-2].startswith(row)
+    assert printed[-2][len(row) :].split() == [f"{100 * result[name]:.1f}" for name in METRICS]
+    assert printed[-1] == f"network, metrics and pictures: {tmp_path / 'a'}"
     run(data, tmp_path / "b", validation_classes=0, epochs=1)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:3] == [
-        "4 classes to train, 0 to validate, 4 to test",
-        f"epoch 1/1: loss {lines(tmp_path / 'b')[0]['loss']:.3g}",
-        "test, with the network of epoch 1 of 1 (the last), percent:",
-    ]
+    assert printed[3] == "the last epoch is kept, since there are no validation classes"
+    assert printed[4] == f"epoch 1/1: loss {lines(tmp_path / 'b')[0]['loss']:.3g}"
+    assert printed[-2].startswith("epoch 1 of 1 (the last) ")
 
 
 @pytest.mark.trains
@@ -305,18 +316,18 @@ def test_no_class_is_seen_twice(tmp_path, monkeypatch):
 
     def watched(trunk, view, **kwargs):
         seen["embedded"].append(values(view))
-        return recipes.evaluation.embed(trunk, view, **kwargs)
+        return recipes.embed(trunk, view, **kwargs)
 
     def trainer(made, view, **kwargs):
         seen["trained"].append(values(view))
-        return recipes.trainer.Trainer(made, view, **kwargs)
+        return recipes.Trainer(made, view, **kwargs)
 
-    monkeypatch.setattr(recipes, "embed", watched)
-    monkeypatch.setattr(recipes, "Trainer", trainer)
+    monkeypatch.setattr(opened_data, "embed", watched)
+    monkeypatch.setattr(train, "Trainer", trainer)
     run(tmp_path / "flat.npz", tmp_path / "run", test_classes=3, split_seed=None)
-    validation, again, test = seen["embedded"]
-    assert test == {5, 6, 7}  # once, at the end
-    assert validation == again
+    untrained, before, validation, again, test = seen["embedded"]
+    assert before == test == {5, 6, 7}  # before the training, and once, at the end
+    assert untrained == validation == again
     assert len(validation) == 2
     assert seen["trained"] == [set(range(5)) - validation]
 
@@ -330,8 +341,8 @@ def test_queries_search_the_gallery(tmp_path):
     loaded, opened = load_run(tmp_path / "run", "cpu"), open_data("in_shop", root=tmp_path / "shop")
     opened.test.transform = opened.gallery.transform = loaded.recipe.transforms.test
     query, gallery = (recipes.embed(loaded.recipe.trunk, view) for view in (opened.test, opened.gallery))
-    metrics = retrieval_metrics(*query, gallery, metrics=tuple(train.METRICS))
-    assert metrics == {name: result[name] for name in train.METRICS}
+    metrics = retrieval_metrics(*query, gallery, metrics=tuple(METRICS))
+    assert metrics == {name: result[name] for name in METRICS}
     assert (tmp_path / "run" / "gallery.png").exists()
 
 
@@ -348,7 +359,7 @@ def test_a_gallery_of_some_images():
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe(name, data, tmp_path):
     result = run(data, tmp_path, recipe=name, epochs=1, embedding_size=16)
-    assert all(0 <= result[metric] <= 1 for metric in train.METRICS)
+    assert all(0 <= result[metric] <= 1 for metric in METRICS)
     state = torch.load(tmp_path / "best.pt", weights_only=True)["loss"]
     loaded = load_run(tmp_path, "cpu").recipe.loss.state_dict()
     assert same(loaded, state)
@@ -358,7 +369,7 @@ def test_every_recipe(name, data, tmp_path):
 
 @pytest.mark.trains
 def test_options(data, tmp_path):
-    settings = TINY | dict([train.setting("warmup_epochs=1"), train.setting("clip_value=0.5")])
+    settings = TINY | dict([parser.setting("warmup_epochs=1"), parser.setting("clip_value=0.5")])
     given = {"backbone": "resnet10t", "image_size": 16, "chunk_size": 6, "autocast": "bfloat16", "workers": 1}
     result = run(data, tmp_path, **given, settings=settings)
     loaded = load_run(tmp_path, "cpu")
@@ -371,24 +382,6 @@ def test_options(data, tmp_path):
     assert metrics == {name: result[name] for name in metrics}
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("a=1", 1),
-        ("a=2e-3", 2e-3),
-        ("a=true", True),
-        ("a=False", False),
-        ("a=None", None),
-        ("a=max", "max"),
-        ("a=(1, 2)", (1, 2)),
-        ("a=x=y", "x=y"),
-    ],
-)
-def test_setting(text, value):
-    assert train.setting(text) == ("a", value)
-    assert type(train.setting(text)[1]) is type(value)
-
-
 @pytest.mark.parametrize(("size", "side"), [((28, 28), 28), ((30, 20), 32), ((105, 9), 64), ((3, 5), 8)])
 def test_side_of_small_images(size, side):
     assert train.side_of(Image.new("L", size)) == side
@@ -397,20 +390,20 @@ def test_side_of_small_images(size, side):
 
 def test_embed_and_search(trained, photos, tmp_path, capsys):
     folder, _ = trained
-    embeddings, paths = embed.main(folder, photos, device="cpu", batch_size=10)
-    index = folder / "index"
-    assert {path.name for path in index.iterdir()} == {"embeddings.npy", "paths.txt", "index.faiss", "index.json"}
-    assert (index / "paths.txt").read_text().splitlines() == paths
+    embeddings, paths = embed_folder(folder, photos, device="cpu", batch_size=10)
+    place = folder / "index"
+    assert {path.name for path in place.iterdir()} == {"embeddings.npy", "paths.txt", "index.faiss", "index.json"}
+    assert (place / "paths.txt").read_text().splitlines() == paths
     assert paths == sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
-    written = np.load(index / "embeddings.npy")
+    written = np.load(place / "embeddings.npy")
     assert (written.dtype, written.shape) == (np.float32, (CLASSES * EACH, 64))
     np.testing.assert_array_equal(written, embeddings)
     np.testing.assert_allclose(np.linalg.norm(written, axis=1), 1, rtol=1e-5)
-    origin = json.loads((index / "index.json").read_text())
+    origin = json.loads((place / "index.json").read_text())
     assert (origin["folder"], origin["images"]) == (str(photos), CLASSES * EACH)
     capsys.readouterr()
     for path in ("class0/03.png", "class3/20.png", "class7/47.png"):
-        results = search.main(folder, photos / path, k=3, out=tmp_path / "found" / "search.png", device="cpu")
+        results = found(folder, photos / path, k=3, out=tmp_path / "found" / "search.png", device="cpu")
         assert len(results) == 3
         assert results[0] == (pytest.approx(1, abs=1e-5), path)
         assert results[0][0] > results[1][0] >= results[2][0]
@@ -419,7 +412,7 @@ def test_embed_and_search(trained, photos, tmp_path, capsys):
         printed = capsys.readouterr().out.splitlines()
         assert printed[1].split() == ["1", "1.0000", path]
     assert (tmp_path / "found" / "search.png").read_bytes().startswith(b"\x89PNG")
-    assert len(search.main(folder, photos / "class0/03.png", k=1000, out=tmp_path / "all.png")) == CLASSES * EACH
+    assert len(found(folder, photos / "class0/03.png", k=1000, out=tmp_path / "all.png")) == CLASSES * EACH
 
 
 def test_the_picture_of_a_search(photos, tmp_path, monkeypatch):
@@ -430,7 +423,11 @@ def test_the_picture_of_a_search(photos, tmp_path, monkeypatch):
     files = sorted(photos.rglob("*.png"))[:13]
     search.draw(files[0], [(0.5, file) for file in files[1:]], tmp_path / "search.png", ImageReader())
     axes = [axis for axis in drawn[0].axes if axis.images]
-    assert [axis.get_title() for axis in axes] == ["query", *(f"{rank}: 0.500" for rank in range(1, 13))]
+    titles = ["query", *(f"{rank}: 0.500" for rank in range(1, 13))]
+    names = [f"{file.parent.name}/{file.name}" for file in files]
+    assert [axis.get_title() for axis in axes] == [f"{a}\n{b}" for a, b in zip(titles, names, strict=True)]
+    assert search._end_of("a$b/a name that is too long.png") == "...is too long.png"
+    assert search._end_of(os.fsdecode(b"a$/\xe9.png")) == r"a\$/?.png"
     for axis, file in zip(axes, files, strict=True):
         np.testing.assert_array_equal(axis.images[0].get_array()[..., 0], np.asarray(Image.open(file)))
 
@@ -440,20 +437,23 @@ def test_skip_broken(trained, tmp_path, capsys):
     photos = write_folder(tmp_path / "photos")
     for name in ("class2/13.png", "class5/31.png"):
         (photos / name).write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"cannot read image .*class2/13\.png"):
-        embed.main(folder, photos, tmp_path / "index", device="cpu")
-    embeddings, paths = embed.main(folder, photos, tmp_path / "index", skip_broken=True, device="cpu")
+    with pytest.raises(
+        ValueError,
+        match=r"cannot read 2 of 48 images \(--skip-broken: leave them out\): .*class2/13\.png, .*31\.png; the first",
+    ):
+        embed_folder(folder, photos, tmp_path / "index", device="cpu")
+    embeddings, paths = embed_folder(folder, photos, tmp_path / "index", skip_broken=True, device="cpu")
     both = ", ".join(str(photos / name) for name in ("class2/13.png", "class5/31.png"))
     assert capsys.readouterr().err.splitlines()[-1] == f"warning: skipped 2 of 48 images that cannot be read: {both}"
     assert len(embeddings) == len(paths) == 46
     assert not {"class2/13.png", "class5/31.png"} & set(paths)
     for query in ("class2/14.png", "class7/47.png"):
-        results = search.main(folder, photos / query, 1, tmp_path / "index", tmp_path / "found.png", "cpu")
+        results = found(folder, photos / query, 1, tmp_path / "index", tmp_path / "found.png", "cpu")
         assert results == [(pytest.approx(1, abs=1e-5), query)]
     for path in photos.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="must have an image that can be read, got 48 that cannot"):
-        embed.main(folder, photos, tmp_path / "index", skip_broken=True)
+    with pytest.raises(ValueError, match="must have at least one image that can be read, got 48 that cannot"):
+        embed_folder(folder, photos, tmp_path / "index", skip_broken=True)
 
 
 @pytest.mark.trains
@@ -482,21 +482,35 @@ def test_broken_images_are_found_before_the_training(tmp_path, capsys):
 @pytest.mark.trains
 def test_resume_with_more_epochs_and_without_a_file_that_broke(tmp_path, monkeypatch, capsys):
     photos, out = write_folder(tmp_path / "photos"), tmp_path / "run"
-    given = ["--recipe", "triplet", "--data", photos, "--out", out, "--validation-classes", 0, "--device", "cpu"]
+    given = [
+        photos,
+        "--recipe",
+        "triplet",
+        "--preset",
+        "small",
+        "--out",
+        out,
+        "--validation-classes",
+        0,
+        "--device",
+        "cpu",
+    ]
     given += ["--set", "width=4", "batch_size=16", "--resume", "--epochs"]
     run(photos, out, recipe="triplet", validation_classes=0, epochs=1, settings=TINY | {"schedule": "step"})
     given += [2, "--set", "schedule=step"]
     (photos / "class1" / "09.png").write_bytes(b"no image")
-    assert "--skip-broken: leave them out" in command("train", given, monkeypatch, capsys)[1]
+    assert "--skip-broken: leave them out" in command("train", given, capsys)[1]
     os.rename(photos / "class2" / "12.png", photos / "class2" / "99.png")
     message = (
-        "train.py: error: --data must have the images that the run began with, got other files or labels for train "
+        "pml-ext train: error: DATA must have the images that the run began with, got other files or labels for train "
     )
-    assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
+    assert command("train", [*given, "--skip-broken"], capsys)[1].startswith(message)
     os.rename(photos / "class2" / "99.png", photos / "class2" / "12.png")
     (out / "lock.json").write_text(json.dumps({"process": 7, "host": "elsewhere", "since": "noon"}))
-    message = f"train.py: error: --out must be free, got {out}, which another process writes (process 7 on elsewhere"
-    assert command("train", [*given, "--skip-broken"], monkeypatch, capsys)[1].startswith(message)
+    message = (
+        f"pml-ext train: error: --out must be free, got {out}, which another process writes to (process 7 on elsewhere"
+    )
+    assert command("train", [*given, "--skip-broken"], capsys)[1].startswith(message)
     (out / "lock.json").unlink()
     changes = {"validation_classes": 0, "settings": TINY | {"schedule": "step"}, "resume": True}
     run(photos, out, recipe="triplet", epochs=2, skip_broken=True, **changes)
@@ -506,8 +520,8 @@ def test_resume_with_more_epochs_and_without_a_file_that_broke(tmp_path, monkeyp
     assert [entry["epoch"] for entry in lines(out)] == [1, 2, 2]
     assert not list(out.glob("*lock*"))
     given[given.index("--epochs") + 1] = 1
-    status, line = command("train", given, monkeypatch, capsys)  # the file stays left out
-    assert (status, line.startswith("train.py: error: --epochs must be >= 2, which ")) == (2, True)
+    status, line = command("train", given, capsys)  # the file stays left out
+    assert (status, line.startswith("pml-ext train: error: --epochs must be >= 2, which ")) == (2, True)
 
 
 def test_broken_images_of_a_gallery(tmp_path):
@@ -518,8 +532,8 @@ def test_broken_images_of_a_gallery(tmp_path):
     next(tmp_path.rglob("id_5/2.png")).write_text("no image")
     opened = open_data("in_shop", root=tmp_path)
     with pytest.raises(ValueError, match=r"cannot read 1 of 15 images .*id_5/2\.png; the first: cannot identify"):
-        train.readable_part(opened, False)
-    kept = train.readable_part(opened, True)
+        opened_data.readable_part(opened, False)
+    kept = opened_data.readable_part(opened, True)
     assert [len(view) for view in (kept.train, kept.test, kept.gallery)] == [9, 2, 3]
     assert kept.gallery.labels.tolist() == [0, 1, 1]
     assert [image.size for image, _ in kept.gallery] == 3 * [opened.train[0][0].size]
@@ -528,20 +542,19 @@ def test_broken_images_of_a_gallery(tmp_path):
 
 def test_an_index_of_another_network(trained, photos, tmp_path):
     folder, _ = trained
-    embed.main(folder, photos, tmp_path / "index")
+    embed_folder(folder, photos, tmp_path / "index")
     origin = json.loads((tmp_path / "index" / "index.json").read_text())
     assert origin["weights"] == load_run(folder).checksum
     (tmp_path / "index" / "index.json").write_text(json.dumps(origin | {"weights": "0"}))
-    with pytest.raises(ValueError, match="--index must be made with the network of --run"):
-        search.main(folder, photos / "class0/03.png", index=tmp_path / "index")
+    with pytest.raises(ValueError, match="--index must be made with the network of RUN"):
+        found(folder, photos / "class0/03.png", index=tmp_path / "index")
 
 
-def command(name, arguments, monkeypatch, capsys):
-    """Run an example as a program, in this process; return the exit status and the last line on stderr."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+def command(name, arguments, capsys):
+    """Run a command as a program does; return the exit status and the last line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        main([name, *map(str, arguments)])
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return stopped.value.code, error.splitlines()[-1]
@@ -567,9 +580,9 @@ def bad_data(kind, folder):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("missing/toy.npz", "", "error: --data must exist, got missing/toy.npz"),
+        ("missing/toy.npz", "", "error: DATA must exist, got missing/toy.npz"),
         ("cub", "", "error: --root must be the folder of cub, got None"),
-        ("empty folder", "", "error: --data must have a sub-folder for each class, got "),
+        ("empty folder", "", "error: DATA must have a sub-folder for each class, got "),
         ("one class", "", "must have >= 3 classes, 2 of them to train with, got 1"),
         ("no npz", "", "cannot read "),
         ("shape", "", "images must have shape (N, H, W) or (N, H, W, 3), got (48, 28, 1, 2)"),
@@ -589,7 +602,7 @@ def bad_data(kind, folder):
         (
             "plain",
             "--background nothing",
-            "error: --background must be a colour, as 'white' or '#ffffff', got 'nothing'",
+            "error: --background must be a color, such as 'white' or '#ffffff', got 'nothing'",
         ),
         ("plain", "--epochs two", "argument --epochs: invalid int value: 'two'"),
         (
@@ -604,7 +617,7 @@ def bad_data(kind, folder):
             "3 training classes (of 8; the others are test classes) "
             "are too few for --validation-classes 0.2: give 0 or, for data without a split, fewer --test-classes",
         ),
-        ("plain", "--device nowhere", "error: --device must be there, got 'nowhere'"),
+        ("plain", "--device nowhere", "error: --device must be available, got 'nowhere'"),
         (
             "plain",
             "--class-embeddings missing.npy",
@@ -620,10 +633,10 @@ def bad_data(kind, folder):
 )
 def test_bad_input(kind, arguments, message, tmp_path, monkeypatch, capsys):
     source = kind if kind in ("missing/toy.npz", "cub", "glyphs") else bad_data(kind, tmp_path / "data")
-    given = ["--recipe", "triplet", "--data", source, "--out", tmp_path / "run", *arguments.split()]
-    status, line = command("train", given, monkeypatch, capsys)
+    given = [source, "--recipe", "triplet", "--preset", "small", "--out", tmp_path / "run", *arguments.split()]
+    status, line = command("train", given, capsys)
     assert status == 2
-    assert line.startswith("train.py: error: ")
+    assert line.startswith("pml-ext train: error: ")
     assert message in line
     assert not (tmp_path / "run").exists()
 
@@ -631,7 +644,7 @@ def test_bad_input(kind, arguments, message, tmp_path, monkeypatch, capsys):
 def test_a_run_is_neither_overwritten_nor_mixed(trained, photos, monkeypatch, capsys):
     folder, _ = trained
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    given = ["--recipe", "mhgl", "--data", photos, "--epochs", 2, "--validation-classes", 2, "--out", folder]
+    given = [photos, "--recipe", "mhgl", "--epochs", 2, "--validation-classes", 2, "--out", folder]
     given += ["--set", "width=4", "batch_size=16", "--device", "cpu"]
     for more, message in (
         ([], "--out must hold no run yet (or add --resume), got "),
@@ -639,8 +652,8 @@ def test_a_run_is_neither_overwritten_nor_mixed(trained, photos, monkeypatch, ca
         (["--resume", "--set", "lr=0.1"], "--resume must go on with the settings.lr of config.json, 0.002, got 0.1"),
         (["--resume", "--test-classes", "3"], "--resume must go on with the num_classes of config.json, 2, got 3"),
     ):
-        status, line = command("train", given + more, monkeypatch, capsys)
-        assert (status, line[: len("train.py: error: " + message)]) == (2, "train.py: error: " + message)
+        status, line = command("train", given + more, capsys)
+        assert (status, line[: len("pml-ext train: error: " + message)]) == (2, "pml-ext train: error: " + message)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -650,26 +663,26 @@ def test_bad_input_of_embed_and_search(trained, photos, data, tmp_path, monkeypa
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "config.json").write_bytes((folder / "config.json").read_bytes())
     query = photos / "class0" / "03.png"
-    index = tmp_path / "index"
-    embed.main(folder, photos, index)
+    place = tmp_path / "index"
+    embed_folder(folder, photos, place)
     refused = []
     for name, given, message in (
-        ("embed", ["--run", tmp_path / "empty", "--images", photos], "--run must hold config.json, got "),
-        ("embed", ["--run", tmp_path / "torn", "--images", photos], "--run must hold best.pt or last.pt, "),
-        ("embed", ["--run", folder, "--images", tmp_path / "no"], "--images must be a folder, got "),
-        ("embed", ["--run", folder, "--images", tmp_path / "empty"], "--images must be a folder with images in it "),
-        ("search", ["--run", folder, "--query", query, "--k", 0], "--k must be >= 1, got 0"),
-        ("search", ["--run", folder, "--query", query, "--index", tmp_path / "empty"], "--index must be made by "),
-        ("search", ["--run", folder, "--query", data, "--index", index], f"cannot read image {data}: "),
-        ("search", ["--run", folder, "--query", "no.png", "--index", index], "cannot read image no.png: "),
+        ("embed", [tmp_path / "empty", photos], "RUN must hold config.json, got "),
+        ("embed", [tmp_path / "torn", photos], "RUN must hold best.pt or last.pt, "),
+        ("embed", [folder, tmp_path / "no"], "IMAGES must be a folder, got "),
+        ("embed", [folder, tmp_path / "empty"], "IMAGES must be a folder with images in it "),
+        ("search", [folder, query, "--k", 0], "--k must be >= 1, got 0"),
+        ("search", [folder, query, "--index", tmp_path / "empty"], "--index must be made by "),
+        ("search", [folder, data, "--index", place], f"cannot read image {data}: "),
+        ("search", [folder, "no.png", "--index", place], "QUERY must be an image, got no.png, which does not exist"),
     ):
-        status, line = command(name, given, monkeypatch, capsys)
-        refused.append((status, line.startswith(f"{name}.py: error: {message}")))
+        status, line = command(name, given, capsys)
+        refused.append((status, line.startswith(f"pml-ext {name}: error: {message}")))
     assert refused == [(2, True)] * 8
     for name in ("best.pt", "config.json"):
         (tmp_path / "torn" / name).write_text("{")
-        status, line = command("embed", ["--run", tmp_path / "torn", "--images", photos], monkeypatch, capsys)
-        assert (status, line.startswith(f"embed.py: error: cannot read {tmp_path / 'torn' / name}: ")) == (2, True)
+        status, line = command("embed", [tmp_path / "torn", photos], capsys)
+        assert (status, line.startswith(f"pml-ext embed: error: cannot read {tmp_path / 'torn' / name}: ")) == (2, True)
 
 
 def test_classes_that_lose_all_images(tmp_path, capsys):
@@ -682,7 +695,7 @@ def test_classes_that_lose_all_images(tmp_path, capsys):
     for name in broken:
         next(tmp_path.rglob(f"{name}.png")).write_text("no image")
     vectors = np.arange(9.0)[:, None]
-    kept = train.readable_part(open_data("in_shop", root=tmp_path, class_embeddings=vectors), True)
+    kept = opened_data.readable_part(open_data("in_shop", root=tmp_path, class_embeddings=vectors), True)
     lost = "warning: left out 3 classes without images that can be read: id_1, id_5, id_7"
     assert capsys.readouterr().err.splitlines()[-1] == lost
     assert kept.class_embeddings.tolist() == [[0], [2], [3]]
@@ -696,7 +709,7 @@ def test_classes_that_lose_all_images(tmp_path, capsys):
     for name in ("id_6/0", "id_8/1"):
         next(tmp_path.rglob(f"{name}.png")).write_text("no image")
     with pytest.raises(ValueError, match="test classes that can be read, got 3 and 0, and not id_1, id_5, id_6"):
-        train.readable_part(open_data("in_shop", root=tmp_path), True)
+        opened_data.readable_part(open_data("in_shop", root=tmp_path), True)
 
 
 @pytest.mark.trains
@@ -720,8 +733,8 @@ def test_images_that_turn_out_to_be_broken_are_skipped(tmp_path, capsys):
     opened = open_data(photos, split_seed=None)
     loaded = load_run(tmp_path / "run", "cpu")
     opened.test.transform = loaded.recipe.transforms.test
-    metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(train.METRICS))
-    assert metrics == pytest.approx({name: result[name] for name in train.METRICS})
+    metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(METRICS))
+    assert metrics == pytest.approx({name: result[name] for name in METRICS})
 
 
 @pytest.mark.trains
@@ -756,12 +769,12 @@ def test_images_are_read_everywhere_as_in_the_training(tmp_path):
     reader = ImageReader("black", False, largest)
     loaded = load_run(tmp_path / "run", "cpu")
     assert loaded.reader == reader
-    embeddings, paths = embed.main(tmp_path / "run", photos, device="cpu")
+    embeddings, paths = embed_folder(tmp_path / "run", photos, device="cpu")
     opened = open_data(photos, reader=reader, split_seed=None)
     opened.train.transform = loaded.recipe.transforms.test
     expected = recipes.embed(loaded.recipe.trunk, opened.train)[0].numpy()
     np.testing.assert_allclose(embeddings[: len(expected)], expected, atol=1e-5)
-    assert search.main(tmp_path / "run", photos / paths[3], k=1, device="cpu")[0] == (pytest.approx(1), paths[3])
+    assert found(tmp_path / "run", photos / paths[3], k=1, device="cpu")[0] == (pytest.approx(1), paths[3])
     plain = open_data(photos, split_seed=None)
     plain.train.transform = loaded.recipe.transforms.test
     assert np.abs(recipes.embed(loaded.recipe.trunk, plain.train)[0].numpy() - expected).max() > 0.01
@@ -778,9 +791,9 @@ def test_images_are_read_everywhere_as_in_the_training(tmp_path):
     assert load_run(tmp_path / "run").reader == reader
 
 
-def test_a_run_among_the_images(photos, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="--out must not lie in --data, whose images its pictures would join, got "):
-        run(photos, photos / "run")
+def test_a_run_among_the_images(photos, tmp_path, monkeypatch, capsys):
+    message = "pml-ext train: error: --out must not lie in DATA, whose images its pictures would join, got "
+    assert command("train", [photos, "--out", photos / "run"], capsys)[1].startswith(message)
     monkeypatch.chdir(tmp_path)
     Path("glyphs").mkdir()
     assert not opens_folder("glyphs") and opens_folder("./glyphs") and opens_folder(Path("glyphs"))
@@ -793,36 +806,14 @@ def test_a_broken_image_ends_the_training_with_its_name(tmp_path):
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 0, 0, 0, 0)), (b"IDAT", bytes(99)), (b"IEND", b"")]
     chunks = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks]
     (photos / "class1" / "09.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
-    given = [EXAMPLES / "train.py", "--recipe", "triplet", "--data", photos, "--validation-classes", 0, "--epochs", 3]
-    given += ["--set", "width=4", "batch_size=16"]
+    given = [MAIN, "train", photos, "--recipe", "triplet", "--preset", "small", "--validation-classes", 0]
+    given += ["--epochs", 3, "--set", "width=4", "batch_size=16"]
     commands = [[*given, "--out", tmp_path / f"run{workers}", "--workers", workers] for workers in (0, 2)]
     printed, errors = run_scripts(commands, tmp_path)
     assert re.findall(r"exit status: (.+)", printed) == ["2", "2"]
     assert "Traceback" not in errors
-    message = f"train.py: error: cannot read image {photos / 'class1' / '09.png'}: "
+    message = f"pml-ext train: error: cannot read image {photos / 'class1' / '09.png'}: "
     assert [line.startswith(message) for line in errors.splitlines() if "error: " in line] == [True, True]
-
-
-HELP = """
-import contextlib, runpy, sys
-
-for script in sys.argv[1:]:
-    sys.argv = [script, "--help"]
-    with contextlib.suppress(SystemExit):
-        runpy.run_path(script, run_name="__main__")
-"""
-
-
-@pytest.mark.processes
-def test_commands_begin_without_warnings():
-    """Those of packages that they import; one process, since starting takes seconds."""
-    names = ("train", "embed", "search")
-    paths = os.pathsep.join(map(str, (EXAMPLES.parent, EXAMPLES)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-c", HELP, *(str(EXAMPLES / f"{name}.py") for name in names)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.findall(r"^usage: (\w+)\.py", done.stdout, re.MULTILINE) == list(names)
 
 
 @pytest.mark.trains
@@ -836,7 +827,7 @@ def test_finetuning_tells_what_frozen_features_find(tmp_path, capsys):
     options |= {"image_size": 32, "settings": {"batch_size": 16, "embedding_size": 16}}
     run(photos, tmp_path / "run", **options)
     printed = capsys.readouterr().out
-    frozen = json.loads((tmp_path / "run" / "config.json").read_text())["frozen"]
+    frozen = json.loads((tmp_path / "run" / "config.json").read_text())["baseline"]
     opened = open_data(photos, 0.5)
     opened.test.transform = load_run(tmp_path / "run", "cpu").recipe.transforms.test
     x, labels = torch.utils.data.default_collate(list(opened.test))
@@ -844,11 +835,115 @@ def test_finetuning_tells_what_frozen_features_find(tmp_path, capsys):
         features = torch.nn.functional.normalize(donor.eval().forward_intermediates(x)[1][-1].mean((2, 3)))
     expected = retrieval_metrics(features, labels)
     assert frozen["test"] == pytest.approx(expected) and 0 < expected["mean_average_precision_at_r"] < 1
-    told = f"before any training, test classes: P@1 {100 * expected['precision_at_1']:.1f}"
-    assert told in printed and set(frozen) == {"validation", "test"}
+    told = f"before training (frozen features), test classes: P@1 {100 * expected['precision_at_1']:.1f}"
+    assert told in printed and set(frozen) == {"title", "validation", "test"}
+    (row,) = [line for line in printed.splitlines() if line.startswith("frozen features ")]
+    assert row.split()[2:] == [f"{100 * value:.1f}" for value in expected.values()]
     (tmp_path / "w.pth").unlink()  # what goes on has its weights in the checkpoint
     with pytest.raises(FileNotFoundError, match="weights must be a file"):
         run(photos, tmp_path / "other", **options)
     run(photos, tmp_path / "run", resume=True, **(options | {"epochs": 3}))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["frozen"] == frozen
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["baseline"] == frozen
     run(photos, tmp_path / "next", **(options | {"weights": str(tmp_path / "run")}))
+
+
+@pytest.mark.trains
+def test_several_seeds(data, tmp_path, capsys):
+    with mock.patch.multiple(train, draw_curves=mock.DEFAULT, draw_gallery=mock.DEFAULT, write_run_report=mock.DEFAULT):
+        given = {"preset": "small", "epochs": 1, "settings": TINY, "validation_classes": 0, "device": "cpu"}
+        result = train.main(data, tmp_path, "proxy_anchor", seeds=3, seed=4, **given)
+        again = train.main(data, tmp_path, "proxy_anchor", seeds=3, seed=4, resume=True, **given)
+    assert again == result
+    assert [load_run(tmp_path / f"seed-{seed}").config["seed"] for seed in (4, 5, 6)] == [4, 5, 6]
+    values = [lines(tmp_path / f"seed-{seed}")[-1]["r_precision"] for seed in (4, 5, 6)]
+    assert len(set(values)) > 1
+    assert result["mean"]["r_precision"] == pytest.approx(np.mean(values))
+    assert result["std"]["r_precision"] == pytest.approx(np.std(values, ddof=1))
+    shown = f"{100 * np.mean(values):.1f} ({100 * np.std(values, ddof=1):.1f})"
+    assert shown in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.trains
+def test_all_classes_are_trained(photos, tmp_path, capsys):
+    result = run(photos, tmp_path / "run", test_classes=0, validation_classes=None)
+    assert result == {"epoch": 2}
+    assert "there is no test: all classes are trained" in capsys.readouterr().out.splitlines()
+    config = load_run(tmp_path / "run").config
+    assert (config["num_classes"], config["data"]["images"]) == (CLASSES, {"train": 48, "validation": 0, "test": 0})
+    assert len(lines(tmp_path / "run")) == 2
+    assert run(photos, tmp_path / "run", test_classes=0, validation_classes=None, resume=True) == result
+    run(photos, tmp_path / "validated", test_classes=0)
+    assert load_run(tmp_path / "validated").config["num_classes"] == CLASSES - 2
+    (tmp_path / "split").mkdir()
+    for part, names in (("train", "012"), ("test", "34")):
+        for name in names:
+            shutil.copytree(photos / f"class{name}", tmp_path / "split" / part / name)
+    with pytest.raises(ValueError, match="--test-classes 0 must be used with data without a split"):
+        run(tmp_path / "split", tmp_path / "other", test_classes=0)
+
+
+def test_a_wrong_setting_is_told_before_images_are_checked(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "readable_part", mock.Mock(side_effect=AssertionError("checks images")))
+    for message, changes in (
+        ("^backbone must be a timm model", {"backbone": "resnet1"}),
+        ("^levels must be 'both' or 'global'", {"settings": {"levels": "some"}}),
+        ("^val_classes must be", {"validation_classes": 9}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(photos, tmp_path, recipe="mhgl", **changes)
+
+
+@pytest.mark.trains
+def test_the_baseline_changes_nothing(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "with")
+    monkeypatch.setattr(train, "measure_baseline", lambda *args: {"title": "none"})
+    run(data, tmp_path / "without")
+    assert lines(tmp_path / "with")[:-1] == lines(tmp_path / "without")[:-1]
+    config = json.loads((tmp_path / "with" / "config.json").read_text())
+    assert config["baseline"]["title"] == "untrained network"
+    assert set(config["baseline"]["test"]) == set(recipes.METRICS)
+
+
+@pytest.mark.trains
+def test_a_network_goes_on_with_new_classes(photos, tmp_path, capsys):
+    run(photos, tmp_path / "first")
+    shutil.copytree(photos, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new" / "class0")
+    words = [tmp_path / "new", "--init-from", tmp_path / "first", "--out", tmp_path / "second", "--epochs", "1"]
+    main(["train", *map(str, words), "--test-classes", "3", "--device", "cpu"])
+    row = f"the network of {tmp_path / 'first'}"
+    assert any(line.startswith(f"{row} ") for line in capsys.readouterr().out.splitlines())
+    first, second = (load_run(tmp_path / name, "cpu") for name in ("first", "second"))
+    assert second.config["settings"]["width"] == first.config["settings"]["width"] == TINY["width"]
+    assert second.checksum != first.checksum
+    opened = open_data(tmp_path / "new", 3)
+    opened.test.transform = first.recipe.transforms.test
+    expected = retrieval_metrics(*recipes.embed(first.recipe.trunk, opened.test))
+    assert second.config["baseline"]["test"] == pytest.approx(expected)
+
+
+@pytest.mark.trains
+def test_a_run_and_its_data_may_be_moved(photos, tmp_path, monkeypatch, capsys):
+    shutil.copytree(photos, tmp_path / "a" / "photos")
+    monkeypatch.chdir(tmp_path / "a")
+    run("photos", "run", epochs=1)
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="cosine schedule"):
+        assert run("b/photos", "b/run", epochs=2, resume=True)["split"] == "test"
+    main(["embed", "b/run", "b/photos", "--device", "cpu"])
+    (tmp_path / "b").rename(tmp_path / "c")
+    found = search.main("c/run", "c/photos/class3/20.png", k=1, device="cpu")
+    assert found["results"][0]["path"] == "class3/20.png"
+
+
+def test_without_matplotlib_nothing_is_drawn(trained, photos, tmp_path, monkeypatch, capsys):
+    folder, _ = trained
+    embed_folder(folder, photos, tmp_path / "index", device="cpu")
+    for module in (train, search):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run(photos, tmp_path / "run", pictures=True, epochs=1)
+    assert {path.suffix for path in (tmp_path / "run").iterdir()} == {".json", ".jsonl", ".pt", ".html"}
+    assert search.main(folder, photos / "class0/03.png", 2, tmp_path / "index")["out"] is None
+    assert capsys.readouterr().out.count("pip install 'pml-ext[visualization]'") == 2

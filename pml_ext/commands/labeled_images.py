@@ -1,0 +1,106 @@
+"""Labeled images to test the network of a run with."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from pml_ext.commands.command_line import warn
+from pml_ext.commands.opened_data import absolute, refuse_broken
+from pml_ext.datasets.class_subset import ClassSubset
+from pml_ext.datasets.image_files import ImageFiles, broken_images
+from pml_ext.datasets.image_folder import ImageFolder
+from pml_ext.datasets.image_reader import ImageReader
+from pml_ext.datasets.leaving_out import without
+from pml_ext.datasets.sources import open_data, opens_folder
+from pml_ext.recipes.run_folder import Run
+
+
+class LabeledImages(NamedTuple):
+    """Images with labels.
+
+    Attributes:
+        views: Queries, and the gallery if there is one, with the transform of the run.
+        source: Where they come from.
+        own: Whether these are the test classes of the run.
+    """
+
+    views: list[ClassSubset]
+    source: str
+    own: bool
+
+
+def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str | None) -> LabeledImages:
+    """Return the images to test a run with.
+
+    Args:
+        run: The run.
+        data: None, and what the run was trained on: its test classes. Else all images, or of data with a split those of
+            ``test``, or of ``query`` and ``gallery``.
+        everything: Whether to take all images in any case.
+        root: Folder of a data set with a name, as in ``open_data``.
+
+    Raises:
+        FileNotFoundError: If data is not there.
+        ValueError: If it breaks a rule of ``open_data``, or the run has no test classes.
+    """
+    trained = run.config.get("data", {})
+    source = trained.get("source")
+    if data is None and (source is None or (os.sep in source and not os.path.exists(source))):
+        why = "the run does not tell what it was trained on" if source is None else f"{source} is not there any more"
+        raise FileNotFoundError(f"DATA must be given: {why}")
+    own = data is None or (source is not None and absolute(data) == absolute(source))
+    chosen = str(source if data is None else data)
+    views = [] if own else _of_queries(Path(chosen), run.reader)
+    unseen = False
+    if not views:
+        share = trained.get("test_classes", 0.5) if own and not everything else 0
+        drawn = {"seed": run.config.get("seed", 0), "split_seed": trained.get("split_seed")} if own else {}
+        root = trained.get("root") if root is None and own else root
+        opened = open_data(chosen, share, root=root, reader=run.reader, **drawn)
+        opened = without(opened, trained.get("left_out", []) if own else [])
+        if everything and opened.test is not None:
+            raise ValueError(f"--all-classes must be used with data without a split (train and test), got {chosen}")
+        unseen = own and opened.test is not None
+        views = [view for view in (opened.test, opened.gallery) if view is not None] or [opened.train]
+        if own and not unseen:
+            warn("the network was trained on some of these classes: the metrics are not those of new ones")
+    for view in views:
+        view.transform = run.recipe.transforms.test
+    return LabeledImages(views, chosen, unseen)
+
+
+def _of_queries(folder: Path, reader: ImageReader) -> list[ClassSubset]:
+    """Return queries and gallery of a folder that has both and nothing to train with; nothing of others."""
+    if not opens_folder(folder) or {e.name for e in os.scandir(folder) if e.is_dir()} != {"query", "gallery"}:
+        return []
+    return _of_gallery(*(ImageFolder(folder / part, reader=reader) for part in ("query", "gallery")))
+
+
+def _of_gallery(queries: ImageFolder, gallery: ImageFolder) -> list[ClassSubset]:
+    """Return queries and gallery, whose labels mean the same."""
+    asked, searched = list(queries.class_names or ()), list(gallery.class_names or ())
+    lost = [c for c in asked if c not in searched]
+    if lost:
+        raise ValueError(f"query classes must have gallery images, got none of {lost[0]!r}")
+    names = [*asked, *(c for c in searched if c not in asked)]
+    views = []
+    for part, classes in ((queries, asked), (gallery, searched)):
+        labels = [names.index(classes[label]) for label in part.labels.tolist()]
+        files = ImageFiles(list(part.paths), labels, None, names, part.reader)
+        views.append(ClassSubset(files, range(len(asked) if part is queries else len(names))))
+    return views
+
+
+def check_readable(views: list[ClassSubset], skip_broken: bool) -> None:
+    """Check that image files can be read, as far as that shows without decoding most of them.
+
+    Raises:
+        ValueError: If some cannot, and they may not be skipped; the message names them.
+    """
+    if skip_broken:
+        return
+    files = [view for view in views if isinstance(view.dataset, ImageFiles)]
+    paths = [view.dataset.paths[i] for view in files for i in view.indices.tolist()]
+    reasons = broken_images(paths, True, files[0].dataset.reader) if files else {}
+    if reasons:
+        refuse_broken([paths[i] for i in reasons], len(paths), next(iter(reasons.values())), skip_broken)

