@@ -422,7 +422,7 @@ def test_names_in_place_of_the_three_parts():
 
 def test_a_classifier_is_no_head():
     """Its logits would pass for features."""
-    network = pytest.importorskip("timm").create_model("resnet10t", num_classes=5)
+    network = timm.create_model("resnet10t", num_classes=5)
     with pytest.raises(
         ValueError, match=r"with a classifier: backbone\.reset_classifier\(0\), .*'resnet10t', num_classes=0"
     ):

@@ -1,4 +1,5 @@
 import pytest
+import timm
 import torch
 from pytorch_metric_learning.losses import MultipleLosses
 from torch import nn
@@ -106,7 +107,7 @@ def test_a_backbone_that_cannot_be_told():
 
 
 def timm_resnet(**kwargs):
-    return pytest.importorskip("timm").create_model("resnet10t", **kwargs)
+    return timm.create_model("resnet10t", **kwargs)
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel], ids=["alone", "wrapped"])
@@ -127,7 +128,7 @@ def test_layers_behind_a_timm_model_are_new():
 
 
 def test_a_timm_model_with_two_classifiers():
-    net = pytest.importorskip("timm").create_model("deit_tiny_distilled_patch16_224", num_classes=5)
+    net = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5)
     groups = param_groups(net, lr=0.1, head_lr=0.2)
     assert (rates(groups, net.blocks), rates(groups, net.head), rates(groups, net.head_dist)) == ({0.1}, {0.2}, {0.2})
 
