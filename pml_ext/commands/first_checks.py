@@ -9,7 +9,7 @@ from typing import Any
 
 from pml_ext.commands.parser import DATA_NAMES
 from pml_ext.recipes.methods import DEFAULT_RECIPE, RECIPES
-from pml_ext.recipes.settings import PRESETS, settle
+from pml_ext.recipes.settings import PRESETS, settle, with_former_split
 
 OF_RECIPE = ("epochs", "backbone", "weights", "embedding_size", "image_size", "chunk_size")
 """Options of ``train`` that are settings of the recipe."""
@@ -44,11 +44,11 @@ def check_train(**options: Any) -> dict[str, Any]:
     if seeds is not None and seeds < 2:
         raise ValueError(f"--seeds must be >= 2, got {seeds}")
     folders = [Path(out)] if seeds is None else [Path(out) / f"seed-{i}" for i in seeds_of(options)]
-    old = _config(folders[0]) if options["resume"] else None
+    old = next(filter(None, map(_config, folders)), None) if options["resume"] else None
     for folder in folders:
         if not options["resume"] and any((folder / name).exists() for name in ("config.json", "last.pt")):
             raise ValueError(f"--out must hold no run yet (or add --resume), got {folder}")
-    if options["resume"] and seeds is None and old is None:
+    if options["resume"] and old is None:
         raise FileNotFoundError(f"--out must hold config.json, got {folders[0]} without")
     if not named and Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(f"--out must not lie in DATA, whose images its pictures would join, got {out}")
@@ -59,6 +59,8 @@ def check_train(**options: Any) -> dict[str, Any]:
         if options["weights"] is not None:
             raise ValueError(f"--weights must not be given beside --init-from, got {options['weights']}")
         options["weights"] = options["init_from"]
+    if old is not None:
+        _check_start(options, old)
     _fill(options, old, first, named)
     recipe, preset = options["recipe"], options["preset"]
     if recipe not in RECIPES:
@@ -73,6 +75,10 @@ def check_train(**options: Any) -> dict[str, Any]:
             options["settings"].pop(name, None)
     if options["init_from"] is not None or old is not None:
         options["settings"].pop("pretrained", None)
+    if old is not None and options["weights"] is None:  # of another seed, which begins only now
+        usual, pretrained = settle(preset, RECIPES[recipe].numbers, {}), start_of(old)["pretrained"]
+        if usual["weights"] is not None or usual["pretrained"] != bool(pretrained):
+            options["settings"]["pretrained"] = bool(pretrained)
     del options["init_from"]
     print(f"{data} -> {out}: recipe {recipe}, preset {preset}", flush=True)
     return options
@@ -84,6 +90,34 @@ def seeds_of(options: dict[str, Any]) -> range:
     return range(first, first + (options["seeds"] or 1))
 
 
+def start_of(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights that a run began with, as settings; config.json of former versions may not tell them."""
+    start = run.get("start", run["settings"])
+    return {"weights": absolute_weights(start.get("weights")), "pretrained": start.get("pretrained")}
+
+
+def absolute_weights(weights: Any) -> Any:
+    """Return the name of weights so that it holds in any directory."""
+    return str(Path(weights).resolve()) if weights not in (None, "installed") and os.path.exists(weights) else weights
+
+
+def _check_start(options: dict[str, Any], old: dict[str, Any]) -> None:
+    """Check that what goes on is not asked to begin with other weights or classes: it would not.
+
+    Raises:
+        ValueError: If it is.
+    """
+    weights, before = absolute_weights(options["weights"]), start_of(old)["weights"]
+    if weights is not None and before is not None and weights != before:
+        argument = "--weights" if options["init_from"] is None else "--init-from"
+        raise ValueError(f"{argument} must be what the run began with to --resume, {before}, got {options['weights']}")
+    if options["split_seed"] is not None and "split_seed" not in old.get("data", {}):
+        raise ValueError(
+            "--split-seed must not be given to --resume a run of a version without it, whose test classes are the "
+            f"last ones, got {options['split_seed']}"
+        )
+
+
 def _fill(options: dict[str, Any], old: Any, first: Any, named: bool) -> None:
     """Fill what is not given: from the run that goes on, from the run to begin with, or by default."""
     arrays = options["data"].lower() == "glyphs" if named else Path(options["data"]).suffix.lower() == ".npz"
@@ -91,9 +125,10 @@ def _fill(options: dict[str, Any], old: Any, first: Any, named: bool) -> None:
         kept = {name: old.get("data", {}).get(name, old.get(name)) for name in _KEPT}
         kept["seed"] = old.get("seed") if options["seeds"] is None else None
         kept |= {name: old[name] for name in ("recipe", "preset", "autocast") if name in old}
-        kept |= old.get("reader", {})
+        kept |= old.get("reader", {}) | {"weights": start_of(old)["weights"]}
     else:
-        kept = {} if first is None else {name: first[name] for name in ("recipe", "preset") if name in first}
+        kept = {name: (first or {}).get(name) for name in ("recipe", "preset", "autocast")}
+        kept |= (first or {}).get("reader", {})
     for name, value in kept.items():
         if options.get(name) is None and name in options:
             options[name] = value
@@ -124,7 +159,7 @@ def _settings_of(run: Any, recipe: str, preset: str) -> dict[str, Any]:
     usual = settle(preset, RECIPES[recipe].numbers, {})
     return {
         name: value
-        for name, value in run["settings"].items()
+        for name, value in with_former_split(preset, run["settings"]).items()
         if name in usual
         and name not in ("weights", "in_channels")
         and value is not None

@@ -1,16 +1,18 @@
 """Labeled images to test the network of a run with."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from pml_ext.commands.command_line import warn
-from pml_ext.commands.opened_data import absolute, refuse_broken
+from pml_ext.commands.opened_data import refuse_broken, source_of
 from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.datasets.image_folder import ImageFolder
 from pml_ext.datasets.image_reader import ImageReader
-from pml_ext.datasets.leaving_out import without
+from pml_ext.datasets.leaving_out import views_of, without
+from pml_ext.datasets.retrieval_data import RetrievalData
 from pml_ext.datasets.sources import open_data, opens_folder
 from pml_ext.recipes.run_folder import Run
 
@@ -34,30 +36,31 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
 
     Args:
         run: The run.
-        data: None, and what the run was trained on: its test classes. Else all images, or of data with a split those of
-            ``test``, or of ``query`` and ``gallery``.
+        data: None, and what the run was trained on, wherever it is now: its test classes. Else all images, or of data
+            with a split those of ``test``, or of ``query`` and ``gallery``.
         everything: Whether to take all images in any case.
         root: Folder of a data set with a name, as in ``open_data``.
 
     Raises:
         FileNotFoundError: If data is not there.
-        ValueError: If it breaks a rule of ``open_data``, or the run has no test classes.
+        ValueError: If it breaks a rule of ``open_data``, or has changed so that the run's test classes are not known.
     """
     trained = run.config.get("data", {})
     source = trained.get("source")
     if data is None and (source is None or (os.sep in source and not os.path.exists(source))):
         why = "the run does not tell what it was trained on" if source is None else f"{source} is not there any more"
         raise FileNotFoundError(f"DATA must be given: {why}")
-    own = data is None or (source is not None and absolute(data) == absolute(source))
+    own = data is None or (source is not None and source_of(data) == source_of(source))
     chosen = str(source if data is None else data)
     views = [] if own else _of_queries(Path(chosen), run.reader)
     unseen = False
     if not views:
-        share = trained.get("test_classes", 0.5) if own and not everything else 0
-        drawn = {"seed": run.config.get("seed", 0), "split_seed": trained.get("split_seed")} if own else {}
-        root = trained.get("root") if root is None and own else root
-        opened = open_data(chosen, share, root=root, reader=run.reader, **drawn)
-        opened = without(opened, trained.get("left_out", []) if own else [])
+        own = own or _has_moved(run, chosen, root)
+        opened = (
+            _as_trained(run, chosen, root, everything) if own else open_data(chosen, 0, root=root, reader=run.reader)
+        )
+        if own and not everything:
+            _check_unchanged(run, opened, chosen, root)
         if everything and opened.test is not None:
             raise ValueError(f"--all-classes must be used with data without a split (train and test), got {chosen}")
         unseen = own and opened.test is not None
@@ -67,6 +70,53 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
     for view in views:
         view.transform = run.recipe.transforms.test
     return LabeledImages(views, chosen, unseen)
+
+
+def _as_trained(run: Run, source: str, root: str | None, everything: bool = False) -> RetrievalData:
+    """Return data with the split that it has in the run, or without one that was drawn."""
+    trained = run.config.get("data", {})
+    share = 0 if everything else trained.get("test_classes", 0.5)
+    root = trained.get("root") if root is None else root
+    drawn = {"seed": run.config.get("seed", 0), "split_seed": trained.get("split_seed")}
+    opened = open_data(source, share, root=root, reader=run.reader, **drawn)
+    return without(opened, trained.get("left_out", []))
+
+
+def _changed(run: Run, opened: RetrievalData) -> list[str]:
+    """Return the parts of data whose images are not those that the run began with."""
+    known, views = run.config.get("data", {}).get("fingerprints", {}), views_of(opened)
+    return [name for name, mark in known.items() if name not in views or views[name].fingerprint(sizes=False) != mark]
+
+
+def _has_moved(run: Run, source: str, root: str | None) -> bool:
+    """Whether data is what the run was trained on, at another place."""
+    if not run.config.get("data", {}).get("fingerprints"):
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is opened again
+            return not _changed(run, _as_trained(run, source, root))
+    except (OSError, TypeError, ValueError):  # which are told when it is opened again
+        return False
+
+
+def _check_unchanged(run: Run, opened: RetrievalData, source: str, root: str | None) -> None:
+    """Check that the test classes, where they were drawn, are still those of the run.
+
+    Raises:
+        ValueError: If they are not: some may be training classes.
+    """
+    changed = [name for name in _changed(run, opened) if name != "train"]
+    if not changed:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if _as_trained(run, source, root, everything=True).test is not None:  # it has a split
+            return
+    raise ValueError(
+        "DATA must have the images that the run began with, or its test classes are not known, got other files or "
+        f"labels for {changed[0]} (--all-classes: take all images)"
+    )
 
 
 def _of_queries(folder: Path, reader: ImageReader) -> list[ClassSubset]:

@@ -52,10 +52,11 @@ def what_is_saved(name: str, words: Sequence[str], options: dict[str, Any]) -> s
     if name != "train":
         return f"interrupted: nothing is saved; again: {command}"
     out = options["out"]
-    if out is None or not list(Path(out).glob("**/config.json")):
+    runs = "" if options.get("seeds") is None else "seed-*/"
+    if out is None or not list(Path(out).glob(f"{runs}config.json")):
         return f"interrupted: nothing is saved; again: {command}"
     epochs = 0
-    for path in Path(out).glob("**/metrics.jsonl"):
+    for path in Path(out).glob(f"{runs}metrics.jsonl"):
         epochs += sum('"loss"' in line for line in path.read_text(encoding="utf-8").splitlines())
     saved = f"{number_of(epochs, 'whole epoch')} {'is' if epochs == 1 else 'are'}"
     command += "" if "--resume" in words else " --resume"

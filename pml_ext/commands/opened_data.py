@@ -12,6 +12,7 @@ from pml_ext.commands.command_line import number_of, some_of, warn
 from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.leaving_out import broken_files, only, views_of, without_broken
 from pml_ext.datasets.retrieval_data import RetrievalData
+from pml_ext.datasets.sources import is_name
 from pml_ext.recipes.evaluation import METRICS, embed, embed_readable, retrieval_metrics
 
 
@@ -142,6 +143,11 @@ def absolute(source: Any) -> str | None:
     if source is None:
         return None
     return str(Path(source).resolve()) if os.path.exists(source) else str(source)
+
+
+def source_of(data: str | Path) -> str | None:
+    """Return what data is called in config.json: its name, or its absolute path."""
+    return str(data) if is_name(data) else absolute(data)
 
 
 def counted(views: Sequence[ClassSubset]) -> str:

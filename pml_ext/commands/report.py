@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from pml_ext.commands.command_line import warn
 from pml_ext.commands.labeled_images import LabeledImages, check_readable, open_labeled
 from pml_ext.commands.opened_data import Embedder, counted, metrics_of
 from pml_ext.commands.run_report import write_run_report
@@ -38,6 +39,8 @@ def main(
     rows, other = {str(run): metrics_of(embedded)}, None
     if against is not None:
         loaded_other = load_run(against, device)
+        if images.own and tested_on(loaded) != tested_on(loaded_other):
+            warn(f"{against} has other test classes than {run}: it may have been trained on some of these")
         other = loaded_other, str(against), embedded_by(loaded_other)[1]
         rows[str(against)] = metrics_of(other[2])
     path = default_path(Path(run), images, against) if out is None else Path(out)
@@ -45,6 +48,12 @@ def main(
     print(percent_table("percent", rows))
     print(f"report: {path}")
     return {"out": str(path), "metrics": rows}
+
+
+def tested_on(run: Run) -> dict[str, str]:
+    """Return what tells the test images of a run from others."""
+    marks = run.config.get("data", {}).get("fingerprints", {})
+    return {name: mark for name, mark in marks.items() if name != "train"}
 
 
 def default_path(run: Path, images: LabeledImages, against: str | Path | None) -> Path:

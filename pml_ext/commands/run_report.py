@@ -63,5 +63,5 @@ def _about(run: Run, source: str) -> dict[str, Any]:
         "epoch": run.epoch,
         "seed": config.get("seed", "unknown"),
         "date": datetime.date.today().isoformat(),
-        "settings": dict(config["settings"]),
+        "settings": config["settings"] | config.get("start", {}),  # of one that went on: what it began with
     }

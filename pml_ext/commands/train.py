@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pml_ext.commands.command_line import number_of, some_of, warn
-from pml_ext.commands.first_checks import merge
+from pml_ext.commands.first_checks import merge, start_of
 from pml_ext.commands.opened_data import (
     Embedder,
     Images,
@@ -23,6 +23,7 @@ from pml_ext.commands.opened_data import (
     hold_out,
     metrics_of,
     readable_part,
+    source_of,
 )
 from pml_ext.commands.run_report import write_run_report
 from pml_ext.commands.tables import METRICS, in_percent, percent_table
@@ -156,8 +157,11 @@ def train(
     given.setdefault("in_channels", opened.in_channels)
     if old is not None:  # a run of a former version goes on with PML's sampler
         given.setdefault("sampler", old["settings"]["sampler"])
-        if old["settings"]["backbone"] != "googlenet":  # others need no weights but those of the checkpoint
+        if not (out / "last.pt").exists():  # killed within the first epoch, which begins again
+            given |= {name: value for name, value in start_of(old).items() if value is not None}
+        elif old["settings"]["backbone"] != "googlenet":  # others need no weights but those of the checkpoint
             given |= {"weights": None, "pretrained": False}
+        if old["settings"]["backbone"] != "googlenet":
             given |= {name: old["settings"][name] for name in ("pixel_mean", "pixel_std", "frozen_stages")}
 
     def prepare(opened: RetrievalData, checked: bool) -> Prepared:
@@ -195,6 +199,8 @@ def train(
     if prepared is None or kept is not opened:
         prepared = prepare(kept, checked=True)
     fitted, validated, tested, _, made = prepared
+    if class_embeddings is not None and not any(name.endswith("class_embeddings") for name in made.loss.state_dict()):
+        warn(f"the recipe {recipe} makes no use of --class-embeddings")
     embed = Embedder(skip_broken, of_autocast, workers)
 
     def validate(trunk: nn.Module) -> dict[str, float]:
@@ -215,8 +221,9 @@ def train(
         made,
         of_autocast,
         seed=seed,
+        start=start_of({"settings": made.settings} if old is None else old),
         data={
-            "source": absolute(data),
+            "source": source_of(data),
             "root": absolute(root),
             "test_classes": test_classes,
             "split_seed": split_seed,
@@ -357,6 +364,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
         "settings.epochs",
         "settings.weights",
         "settings.pretrained",
+        "start",
         "frozen",
         "baseline",
         "data.fingerprints",

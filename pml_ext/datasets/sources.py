@@ -146,7 +146,12 @@ class _Request:
 
 def opens_folder(source: str | Path) -> bool:
     """Whether ``open_data`` takes this for a folder, and not for the name of a data set."""
-    return _key(source) not in _OPENERS and Path(source).is_dir()
+    return not is_name(source) and Path(source).is_dir()
+
+
+def is_name(source: str | Path) -> bool:
+    """Whether ``open_data`` takes this for the name of a data set, whatever files there are."""
+    return _key(source) in _OPENERS
 
 
 def _key(source: str | Path) -> str:

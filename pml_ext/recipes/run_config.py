@@ -11,7 +11,7 @@ import torch
 
 from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.recipes.checkpoint import write_text
-from pml_ext.recipes.settings import COMMON, HALVES, IMAGENET
+from pml_ext.recipes.settings import COMMON, HALVES, IMAGENET, with_former_split
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.strict_json import strict_json
 from pml_ext.version import __version__
@@ -65,7 +65,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         before: The configuration of what was trained.
         now: The one to go on with. How many epochs there are, and what matters only at the start, may differ.
     """
-    both = [dict(config["settings"]) for config in (before, now)]
+    both = [with_former_split(config["preset"], config["settings"]) for config in (before, now)]
     for settings in both:
         for name in ("epochs", "pretrained", "weights"):  # weights are in the checkpoint
             settings.pop(name, None)
@@ -135,7 +135,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         former = config["settings"].pop(name, value)
         if former != value:
             raise ValueError(f"{path}: the setting {name!r} no longer exists and must have been {value}, got {former}")
-    config["settings"] = settings = _ADDED | config["settings"]
+    config["settings"] = settings = with_former_split(config["preset"], _ADDED | config["settings"])
     if settings["pixel_mean"] is None:  # by preset, whatever the backbone
         ours = config["preset"] == "small" or settings["in_channels"] != 3
         settings["pixel_mean"], settings["pixel_std"] = [

@@ -162,6 +162,12 @@ def _named(value: Any) -> Any:
     return "a state dict" if isinstance(value, Mapping) else value
 
 
+def with_former_split(preset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run, with the cut of the preset "finetune" from before it had a ``split`` of its own."""
+    cut = preset == "finetune" and settings.get("backbone") == INSTALLED and settings.get("split", INSTALLED) is None
+    return {**settings, "split": 8} if cut else dict(settings)
+
+
 def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) -> Settings:
     """Return the settings of a preset: those of all recipes, then the recipe's own, then the user's.
 

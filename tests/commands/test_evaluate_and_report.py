@@ -67,8 +67,8 @@ def test_all_classes(trained, photos, tmp_path, capsys):
     result = printed(capsys, "evaluate", folder, photos, "--all-classes")
     assert metrics(result) == pytest.approx(expected)
     assert result["images"] == 48
-    copied = shutil.copytree(photos, tmp_path / "others")  # not what it was trained on
-    assert metrics(printed(capsys, "evaluate", folder, copied)) == pytest.approx(expected)
+    copied = shutil.copytree(photos, tmp_path / "others")
+    assert metrics(printed(capsys, "evaluate", folder, copied, "--all-classes")) == pytest.approx(expected)
     for name in "012345":
         shutil.rmtree(copied / f"class{name}")
     assert printed(capsys, "evaluate", folder, copied)["classes"] == 2
@@ -80,6 +80,42 @@ def test_all_classes(trained, photos, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", str(folder), str(tmp_path / "split"), "--all-classes"])
     assert "--all-classes must be used with data without a split" in capsys.readouterr().err
+
+
+def test_data_that_has_moved(trained, photos, tmp_path, capsys):
+    folder, tested = trained
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    main(["evaluate", str(folder), str(moved), "--device", "cpu", "--json"])
+    done = capsys.readouterr()
+    assert metrics(json.loads(done.out)) == pytest.approx({name: tested[name] for name in METRICS})
+    assert f"{moved}, test classes: 18 images of 3 classes" in done.err
+    shutil.copytree(moved / "class0", moved / "class00")  # which is other data, and all of it is taken
+    assert printed(capsys, "evaluate", folder, moved)["images"] == 54
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("with_split", [False, True])
+def test_data_that_has_changed_since(with_split, photos, tmp_path, capsys):
+    """Classes are drawn anew where one comes, and those of the test may be ones of the training."""
+    data, folder = tmp_path / "photos", tmp_path / "run"
+    if with_split:
+        for part, names in (("train", "0123"), ("test", "4567")):
+            for name in names:
+                shutil.copytree(photos / f"class{name}", data / part / f"class{name}")
+    else:
+        shutil.copytree(photos, data)
+    run(data, folder, epochs=1)
+    if with_split:
+        shutil.copytree(photos / "class0", data / "test" / "class8")
+        assert printed(capsys, "evaluate", folder)["classes"] == 5
+        return
+    shutil.copytree(photos / "class0", data / "class8")
+    for words in ([], [str(data)]):
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(folder), *words])
+        message = "DATA must have the images that the run began with, or its test classes are not known, got other"
+        assert message in capsys.readouterr().err
+    assert printed(capsys, "evaluate", folder, "--all-classes")["classes"] == 9
 
 
 def test_queries_and_gallery(trained, photos, tmp_path, capsys):
@@ -111,10 +147,10 @@ def test_broken_images(trained, photos, tmp_path, capsys):
     broken = sorted((copied / "class3").iterdir())[1]
     broken.write_text("no image")
     with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", str(folder), str(copied)])
+        main(["evaluate", str(folder), str(copied), "--all-classes"])
     assert stopped.value.code == 2
     assert f"cannot read 1 of 48 images (--skip-broken: leave them out): {broken}" in capsys.readouterr().err
-    main(["evaluate", str(folder), str(copied), "--skip-broken", "--json"])
+    main(["evaluate", str(folder), str(copied), "--skip-broken", "--all-classes", "--json"])
     done = capsys.readouterr()
     assert json.loads(done.out)["images"] == 47
     assert f"warning: tested without 1 of 48 images that cannot be read: {broken}" in done.err.replace("\r", "\n")
@@ -135,7 +171,7 @@ def test_a_run_without_its_data(change, message, trained, photos, tmp_path, caps
     with pytest.raises(SystemExit):
         main(["evaluate", str(folder)])
     assert capsys.readouterr().err.splitlines()[-1] == f"pml-ext evaluate: error: {message}"
-    assert printed(capsys, "evaluate", folder, photos)["images"] == 48
+    assert printed(capsys, "evaluate", folder, photos)["images"] == (48 if change is None else 18)
 
 
 def test_report(trained, photos, tmp_path, capsys):
@@ -157,7 +193,7 @@ def test_a_report_of_two_runs_reads_each_image_as_each_run_does(trained, photos,
         image.save(path)
     run(photos, other, test_classes=3, seed=1, image_size=16, background="black", epochs=1)
     with mock.patch.object(run_report, "retrieval_report", return_value=tmp_path / "x.html") as wrote:
-        result = report.main(folder, photos, against=other, device="cpu")
+        result = report.main(folder, photos, all_classes=True, against=other, device="cpu")
     (embeddings, labels, *_, path), given = wrote.call_args
     assert path == folder / "report-photos-against-other.html"
     opened = open_data(photos, 0)
@@ -191,6 +227,18 @@ def test_where_the_report_goes(trained, photos, tmp_path):
     with mock.patch.object(run_report, "retrieval_report", side_effect=lambda *given, **_: given[4]):
         assert report.main(folder, device="cpu")["out"] == str(folder / "report.html")
         assert report.main(folder, photos, all_classes=True)["out"] == str(folder / "report-photos.html")
-        copied = shutil.copytree(photos, tmp_path / "more")
+        copied = shutil.copytree(photos, tmp_path / "more", ignore=shutil.ignore_patterns("class7"))
         other = shutil.copytree(folder, tmp_path / "other")
         assert report.main(folder, copied, against=other)["out"] == str(folder / "report-more-against-other.html")
+
+
+@pytest.mark.trains
+def test_a_run_that_was_tested_on_other_classes(trained, photos, tmp_path, capsys):
+    folder, _ = trained
+    for split_seed in (0, 1):
+        other = tmp_path / f"other{split_seed}"
+        run(photos, other, test_classes=3, split_seed=split_seed, epochs=1)
+        with mock.patch.object(run_report, "retrieval_report", return_value=tmp_path / "x.html"):
+            main(["report", str(folder), "--against", str(other), "--device", "cpu"])
+        told = f"warning: {other} has other test classes than {folder}: it may have been trained on some of these"
+        assert (told in capsys.readouterr().err) == (split_seed == 1)

@@ -1,6 +1,7 @@
 """What arguments imply: folders, presets, and what a run has kept."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,9 @@ from pml_ext.commands import first_checks
 from pml_ext.commands.first_checks import check_train
 from pml_ext.commands.parser import make_parser
 from pml_ext.recipes import DEFAULT_RECIPE, recipe
-from pml_ext.recipes.run_config import describe_run, write_config
+from pml_ext.recipes.methods import RECIPES
+from pml_ext.recipes.run_config import describe_run, differences, read_config, write_config
+from pml_ext.recipes.settings import settle
 
 
 def checked(*words):
@@ -86,10 +89,53 @@ def test_a_run_to_begin_with(photos, tmp_path):
     assert (options["seed"], options["test_classes"], options["epochs"]) == (0, 0.5, None)
     assert options["settings"]["lr"] == 0.01
     assert "init_from" not in options
+    kept = {"background": "black", "turn": False, "white": 4095}
+    assert {name: options[name] for name in kept} == kept
     with pytest.raises(ValueError, match="--weights must not be given beside --init-from, got x"):
         checked("photos", "--init-from", run, "--weights", "x")
     with pytest.raises(FileNotFoundError, match=r"--init-from must hold config\.json, got runs/none without"):
         checked("photos", "--init-from", "runs/none")
+
+
+def test_what_goes_on_does_not_begin_with_other_weights(photos, tmp_path):
+    run, first, other = (tmp_path / name for name in ("run", "first", "other"))
+    write_run(run, start={"weights": str(first), "pretrained": False})
+    write_run(first), write_run(other)
+    for words in ([], ["--init-from", "first"], ["--weights", first]):
+        assert Path(checked("photos", "--out", run, "--resume", *words)["weights"]).resolve() == first
+    with pytest.raises(
+        ValueError, match=r"--init-from must be what the run began with to --resume, .*first, got other"
+    ):
+        checked("photos", "--out", run, "--resume", "--init-from", "other")
+    with pytest.raises(ValueError, match="--weights must be what the run began with"):
+        checked("photos", "--out", run, "--resume", "--weights", other)
+    with pytest.raises(ValueError, match="--split-seed must not be given to --resume a run of a version without it"):
+        checked("photos", "--out", run, "--resume", "--split-seed", 1)
+
+
+def test_seeds_that_begin_later_begin_as_the_others_did(photos, tmp_path):
+    numbers = {"weights": None, "pretrained": False}
+    for preset, pretrained in (("finetune", False), ("small", None)):
+        run = write_run(tmp_path / preset / "seed-0", start=numbers)
+        config = json.loads((run / "config.json").read_text())
+        config |= {"preset": preset, "settings": dict(settle(preset, RECIPES["proxy_anchor"].numbers, {}))}
+        (run / "config.json").write_text(json.dumps(config))
+        options = checked("photos", "--out", run.parent, "--resume", "--seeds", 2)
+        assert (options["weights"], options["settings"].get("pretrained")) == (None, pretrained)
+
+
+def test_a_former_run_of_the_preset_finetune_keeps_its_cut(photos, tmp_path):
+    for split in (None, 16):
+        run = write_run(tmp_path / f"run{split}")
+        config = json.loads((run / "config.json").read_text())
+        settings = dict(settle("finetune", RECIPES["attention_ensemble"].numbers, {}))
+        config |= {"recipe": "attention_ensemble", "preset": "finetune", "settings": settings | {"split": split}}
+        (run / "config.json").write_text(json.dumps(config))
+        expected = 8 if split is None else None  # 16 is the preset's
+        for words in (["--out", run, "--resume"], ["--init-from", run]):
+            assert checked("photos", *words)["settings"].get("split") == expected
+        assert read_config(run)["settings"]["split"] == (expected or 16)
+        assert not any("split" in told for told in differences(config, read_config(run)))
 
 
 def test_folders_of_runs(photos, tmp_path):
@@ -99,8 +145,9 @@ def test_folders_of_runs(photos, tmp_path):
     assert checked("photos", "--seeds", 2, "--resume")["out"] == "runs/photos"
     with pytest.raises(ValueError, match="--seeds must be >= 2, got 1"):
         checked("photos", "--seeds", 1)
-    with pytest.raises(FileNotFoundError, match=r"--out must hold config\.json, got runs/photos without"):
-        checked("photos", "--resume")
+    for words in ([], ["--seeds", 2, "--seed", 7]):
+        with pytest.raises(FileNotFoundError, match=r"--out must hold config\.json, got runs/photos.* without"):
+            checked("photos", "--resume", *words)
     (run / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"cannot read .*seed-1/config\.json: "):
         checked("photos", "--out", run, "--resume")

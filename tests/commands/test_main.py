@@ -120,6 +120,13 @@ def test_what_is_saved(tmp_path):
         first, second = what_is_saved("train", words, options).splitlines()
         assert first == f"interrupted: {saved} saved in {tmp_path / 'run'}; to go on:"
         assert second == f"pml-ext train 'my photos' --out {tmp_path / 'run'} --resume"
+    for name in ("seed-0", "seed-1", "other-run"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "config.json").write_text("{}")
+        (tmp_path / "run" / name / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2}\n' * 4)
+    assert "interrupted: 3 whole epochs are saved" in what_is_saved("train", words, options)
+    assert "interrupted: 8 whole epochs are saved" in what_is_saved("train", words, options | {"seeds": 2})
+    assert "nothing is saved" in what_is_saved("train", words, {"out": str(tmp_path)})  # which holds only others
     again = what_is_saved("train", [*words, "--resume"], options)
     assert again.count("--resume") == 1
     assert what_is_saved("embed", ["embed", "a", "b"], {}) == "interrupted: nothing is saved; again: pml-ext embed a b"

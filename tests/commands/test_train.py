@@ -214,6 +214,33 @@ def test_resume_of_a_run_killed_in_its_first_epoch(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.trains
+def test_a_run_killed_in_its_first_epoch_begins_again_with_its_weights(photos, tmp_path, monkeypatch):
+    run(photos, tmp_path / "first", epochs=1)
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(photos, tmp_path / "a", weights=str(tmp_path / "first"), split_seed=1)
+    expected = run(photos, tmp_path / "b", weights=str(tmp_path / "first"), split_seed=1)
+    assert run(photos, tmp_path / "a", resume=True, split_seed=1) == expected
+    assert same(weights(tmp_path / "a", "last.pt"), weights(tmp_path / "b", "last.pt"))
+    run(photos, tmp_path / "a", epochs=3, resume=True, split_seed=1)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["start"] == {"weights": str(tmp_path / "first"), "pretrained": False}
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("recipe", ["proxy_anchor", "adaptive_margin"])
+def test_class_embeddings_that_a_recipe_does_not_use(recipe, photos, tmp_path, capsys):
+    run(photos, tmp_path, recipe, epochs=1, class_embeddings="names")
+    told = "warning: the recipe proxy_anchor makes no use of --class-embeddings" in capsys.readouterr().err
+    assert told == (recipe == "proxy_anchor")
+
+
+@pytest.mark.trains
 def test_a_run_of_a_former_version_keeps_its_test_classes(photos, tmp_path, monkeypatch):
     """It tested on the last classes, and kept nothing of a seed that draws them."""
     run(photos, tmp_path / "new", epochs=1)
