@@ -34,6 +34,7 @@ def check_train(**options: Any) -> dict[str, Any]:
         ValueError: If a name, a setting or the folder is wrong.
     """
     options = dict(options)
+    _check_numbers(options, {"seed": 0, "workers": 0})
     data, out = options["data"], options["out"]
     check_data(data)
     named = data.lower() in DATA_NAMES and os.sep not in data
@@ -183,6 +184,17 @@ def merge(options: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return options | settings
 
 
+def _check_numbers(options: dict[str, Any], smallest: dict[str, int]) -> None:
+    """Check integers that only torch and NumPy would refuse, in their words.
+
+    Raises:
+        ValueError: If one is too small.
+    """
+    for name, least in smallest.items():
+        if options[name] is not None and options[name] < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {options[name]}")
+
+
 def check_data(data: str) -> None:
     """Check that data with this name may be there.
 
@@ -233,6 +245,7 @@ def check_run(run: str, argument: str = "RUN") -> None:
 def check_embed(**options: Any) -> dict[str, Any]:
     """Return the arguments of ``embed``."""
     check_run(options["run"])
+    _check_numbers(options, {"batch_size": 1, "workers": 0})
     if not os.path.isdir(options["images"]):
         raise FileNotFoundError(f"IMAGES must be a folder, got {options['images']}")
     return options
@@ -251,6 +264,7 @@ def check_search(**options: Any) -> dict[str, Any]:
 def check_of_data(**options: Any) -> dict[str, Any]:
     """Return the arguments of ``evaluate`` or ``report``."""
     check_run(options["run"])
+    _check_numbers(options, {"batch_size": 1, "workers": 0})
     if options["data"] is not None:
         check_data(options["data"])
     if options.get("against") is not None:

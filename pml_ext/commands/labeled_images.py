@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pml_ext.commands.command_line import warn
-from pml_ext.commands.opened_data import refuse_broken, source_of
+from pml_ext.commands.opened_data import has_split, refuse_broken, source_of
 from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.datasets.image_folder import ImageFolder
@@ -109,10 +109,8 @@ def _check_unchanged(run: Run, opened: RetrievalData, source: str, root: str | N
     changed = [name for name in _changed(run, opened) if name != "train"]
     if not changed:
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if _as_trained(run, source, root, everything=True).test is not None:  # it has a split
-            return
+    if has_split(source, run.config["data"].get("root") if root is None else root, run.reader):
+        return
     raise ValueError(
         "DATA must have the images that the run began with, or its test classes are not known, got other files or "
         f"labels for {changed[0]} (--all-classes: take all images)"

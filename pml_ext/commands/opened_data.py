@@ -1,6 +1,7 @@
 """Data as commands open it: without what cannot be read, and with validation classes."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from pml_ext.commands.command_line import number_of, some_of, warn
 from pml_ext.datasets.class_subset import ClassSubset
+from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.datasets.leaving_out import broken_files, only, views_of, without_broken
 from pml_ext.datasets.retrieval_data import RetrievalData
-from pml_ext.datasets.sources import is_name
+from pml_ext.datasets.sources import is_name, open_data
 from pml_ext.recipes.evaluation import METRICS, embed, embed_readable, retrieval_metrics
 
 
@@ -148,6 +150,13 @@ def absolute(source: Any) -> str | None:
 def source_of(data: str | Path) -> str | None:
     """Return what data is called in config.json: its name, or its absolute path."""
     return str(data) if is_name(data) else absolute(data)
+
+
+def has_split(data: str | Path, root: str | None, reader: ImageReader | None) -> bool:
+    """Whether data comes with test classes; they are not drawn from its classes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is opened elsewhere, too
+        return open_data(data, 0, root=root, reader=reader).test is not None
 
 
 def counted(views: Sequence[ClassSubset]) -> str:

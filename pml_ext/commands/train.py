@@ -20,6 +20,7 @@ from pml_ext.commands.opened_data import (
     Images,
     absolute,
     counted,
+    has_split,
     hold_out,
     metrics_of,
     readable_part,
@@ -147,6 +148,8 @@ def train(
     opened = open_data(data, test_classes, class_embeddings, root, download, seed, reader, split_seed)
     if test_classes == 0 and opened.test is not None:
         raise ValueError(f"--test-classes 0 must be used with data without a split (train and test), got {data}")
+    if old is None and (test_classes, split_seed) != (0.5, 0) and has_split(data, root, reader):
+        warn("--test-classes and --split-seed change nothing, since DATA has a split")
     before = {} if old is None else old.get("data", {})
     opened = without(opened, before.get("left_out", []))
     prints = fingerprints(opened)
@@ -201,6 +204,11 @@ def train(
     fitted, validated, tested, _, made = prepared
     if class_embeddings is not None and not any(name.endswith("class_embeddings") for name in made.loss.state_dict()):
         warn(f"the recipe {recipe} makes no use of --class-embeddings")
+    if old is None and weights is not None and (Path(weights) / "config.json").is_file():
+        first = read_config(weights).get("data", {})
+        others = {name: mark for name, mark in prints.items() if first.get("fingerprints", {}).get(name) != mark}
+        if first.get("source") == source_of(data) and set(others) - {"train"}:
+            warn(f"the network of {weights} may have been trained on some of the test classes, which were others then")
     embed = Embedder(skip_broken, of_autocast, workers)
 
     def validate(trunk: nn.Module) -> dict[str, float]:

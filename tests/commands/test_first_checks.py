@@ -138,6 +138,23 @@ def test_a_former_run_of_the_preset_finetune_keeps_its_cut(photos, tmp_path):
         assert not any("split" in told for told in differences(config, read_config(run)))
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("train", ["photos", "--seed", "-1"], "--seed must be >= 0, got -1"),
+        ("train", ["photos", "--workers", "-1"], "--workers must be >= 0, got -1"),
+        ("embed", ["run", "photos", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
+        ("evaluate", ["run", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
+    ],
+)
+def test_numbers_that_are_too_small(command, words, message, photos, tmp_path):
+    write_run(tmp_path / "run")
+    options = vars(make_parser(command).parse_args(words))
+    del options["json"]
+    with pytest.raises(ValueError, match=message):
+        first_checks.first_checks(command)(**options)
+
+
 def test_folders_of_runs(photos, tmp_path):
     run = write_run(tmp_path / "runs" / "photos" / "seed-1")
     with pytest.raises(ValueError, match=r"--out must hold no run yet \(or add --resume\), got runs/photos/seed-1"):

@@ -233,6 +233,26 @@ def test_a_run_killed_in_its_first_epoch_begins_again_with_its_weights(photos, t
 
 
 @pytest.mark.trains
+def test_a_split_is_not_drawn_where_there_is_one(photos, tmp_path, capsys):
+    for part, names in (("train", "0123"), ("test", "4567")):
+        for name in names:
+            shutil.copytree(photos / f"class{name}", tmp_path / "split" / part / f"class{name}")
+    for data, asked, told in ((photos, 3, False), (tmp_path / "split", 0.5, False), (tmp_path / "split", 3, True)):
+        run(data, tmp_path / f"run-{told}-{asked}-{data.name}", epochs=1, test_classes=asked)
+        warned = "warning: --test-classes and --split-seed change nothing, since DATA has a split"
+        assert (warned in capsys.readouterr().err) == told
+
+
+@pytest.mark.trains
+def test_a_network_that_knows_test_classes(photos, tmp_path, capsys):
+    run(photos, tmp_path / "first", epochs=1)
+    for split_seed in (0, 1):
+        run(photos, tmp_path / str(split_seed), epochs=1, weights=str(tmp_path / "first"), split_seed=split_seed)
+        told = "may have been trained on some of the test classes, which were others then" in capsys.readouterr().err
+        assert told == (split_seed == 1)
+
+
+@pytest.mark.trains
 @pytest.mark.parametrize("recipe", ["proxy_anchor", "adaptive_margin"])
 def test_class_embeddings_that_a_recipe_does_not_use(recipe, photos, tmp_path, capsys):
     run(photos, tmp_path, recipe, epochs=1, class_embeddings="names")
