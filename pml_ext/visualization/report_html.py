@@ -91,7 +91,7 @@ def percent(value: float) -> str:
 
 def signed_points(difference: float) -> str:
     """Return a difference of shares with its sign, in percentage points."""
-    return f"{100 * difference + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def number_of(number: int, one: str, many: str | None = None) -> str:

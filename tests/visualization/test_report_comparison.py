@@ -6,6 +6,7 @@ import torch
 
 from pml_ext.evaluation import retrieval_metrics
 from pml_ext.visualization.report_comparison import MAX_ROWS
+from pml_ext.visualization.report_html import signed_points
 from tests.visualization.report_pages import EVIL, clusters
 
 TITLES = {"title": "run A", "other_title": "run B"}
@@ -160,3 +161,8 @@ def test_titles_cannot_run(report):
 def test_bad_runs(report, kwargs, kind, message):
     with pytest.raises(kind, match=message):
         report(A, LABELS, **kwargs)
+
+
+@pytest.mark.parametrize(("difference", "text"), [(-0.0001, "+0.0"), (0.0, "+0.0"), (-0.002, "−0.2"), (0.25, "+25.0")])
+def test_signs_of_differences(difference, text):
+    assert signed_points(difference) == text
