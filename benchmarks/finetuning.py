@@ -28,6 +28,7 @@ from retrieval_rows import value_of
 from retrieval_tables import METRICS, TUNED_FOR, show, tables_of_rows
 
 from pml_ext import class_embeddings
+from pml_ext.commands.freed_memory import keep_freed_memory
 from pml_ext.datasets import ClassSubset, open_data
 from pml_ext.neighbors import refine_with_neighbors
 from pml_ext.recipes import Trainer, embed, recipe, retrieval_metrics
@@ -50,6 +51,7 @@ def load(job):
 def run(job):
     """Train and evaluate once; return the line of the file."""
     row, seed = row_of(job["row"]), job["seed"]
+    keep_freed_memory()
     torch.set_num_threads(1)
     data = load(job)
     for seeded in (torch.manual_seed, np.random.seed, random.seed):  # before the network is made

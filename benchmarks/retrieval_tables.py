@@ -27,8 +27,20 @@ BASELINE = "multi_similarity"
 KINDS = {"test": "", "validation": ", validation classes"}
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "retrieval.md", ROOT / "README.md")
-SUMMARY = ("contrastive", "multi_similarity", "proxy_anchor", "hybrid", "4 learners, divergence")  # of the README
+PAGES = tuple(ROOT / name for name in ("docs/retrieval.md", "docs/photographs.md", "README.md"))
+SUMMARY = {  # of the README
+    "omniglot": ("contrastive", "multi_similarity", "proxy_anchor", "hybrid", "4 learners, divergence"),
+    "cars196": (
+        "frozen",
+        "contrastive",
+        "multi_similarity",
+        "proxy_anchor",
+        "normalized_softmax",
+        "hybrid, avg+max",
+        "mhgl",
+        "refiner",
+    ),
+}
 MARKED = re.compile(r"(<!-- table ([^\n]+?) -->\n\n)(?:\|[^\n]*\n)*(\n<!-- end of table -->)")
 
 
@@ -66,7 +78,8 @@ def place(row, rows):
 
 
 def mean_and_deviation(values, digits=1):
-    return f"{np.mean(values):.{digits}f} ({np.std(values, ddof=min(1, len(values) - 1)):.{digits}f})"
+    deviation = f" ({np.std(values, ddof=1):.{digits}f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def difference(row, baseline, metric):
@@ -143,14 +156,19 @@ def tables_of_causes(out):
     return tables
 
 
-def summary(out):
-    """Return name -> (title, table): a few rows of Omniglot for the README."""
-    rows = collect(out)["omniglot"]
-    lines = [
-        [row, *(mean_and_deviation([metrics[metric] for metrics in rows[row].values()]) for metric in COMPARED)]
-        for row in SUMMARY
-    ]
-    return {"omniglot-test summary": ("omniglot, a few rows", markdown_table(["row", *COMPARED.values()], lines))}
+def summaries(out):
+    """Return name -> (title, table): P@1 and MAP@R of some rows, for the README."""
+    tables = {}
+    for kind, data, rows_of in (("retrieval", "omniglot", retrieval_rows), ("finetuning", "cars196", finetuning_rows)):
+        rows = collect(out / kind, rows_of=rows_of).get(data, {})
+        lines = [
+            [row, *(mean_and_deviation([metrics[metric] for metrics in rows[row].values()]) for metric in COMPARED)]
+            for row in SUMMARY[data]
+            if row in rows
+        ]
+        if lines:
+            tables[f"{data}-test summary"] = f"{data}, some rows", markdown_table(["row", *COMPARED.values()], lines)
+    return tables
 
 
 def show(tables):
@@ -202,7 +220,7 @@ def all_tables(out=RESULTS):
     return (
         tables_of_rows(small)
         | tables_of_causes(small)
-        | summary(small)
+        | summaries(out)
         | {f"finetuning {name}": table for name, table in tuned.items()}
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pml_ext.commands.command_line import Command, number_of
 from pml_ext.commands.first_checks import first_checks
+from pml_ext.commands.freed_memory import keep_freed_memory
 from pml_ext.commands.parser import COMMANDS, make_parser
 from pml_ext.version import __version__
 
@@ -34,6 +35,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
     def work(**options: Any) -> Any:
         checked.update(first_checks(name)(**options))
+        if name == "train":
+            keep_freed_memory()
         return import_module(f"pml_ext.commands.{name}").main(**checked)
 
     make_parser(name).run(work, arguments, lambda options: what_is_saved(name, words, options | checked))

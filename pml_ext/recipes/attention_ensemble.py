@@ -39,7 +39,12 @@ ATTENTION_ENSEMBLE = Method(
             "divergence_weight": (1.0, PAPER),
             "divergence_margin": (1.0, PAPER),
         },
-        "finetune": {"split": (16, "ours: learners share all but the last stages")},
+        "finetune": {
+            "split": (16, "ours: learners share all but the last stages"),
+            "num_learners": (4, OURS),
+            "embedding_size": (256, "ours: few numbers for each learner cost retrieval on CIFAR-100"),
+            "learner_loss": ("multi_similarity", OURS),
+        },
         "small": {"num_learners": (4, OURS), "learner_loss": ("multi_similarity", OURS)},
         "paper": {
             "backbone": ("googlenet", PAPER),

@@ -84,7 +84,7 @@ COMBINED = Method(
             "proxy_loss": ("proxy_anchor", OURS),
             "refiner_lr": (2e-3, OURS),
         },
-        "finetune": ATTENTION_ENSEMBLE.numbers["finetune"],
+        "finetune": {"split": ATTENTION_ENSEMBLE.numbers["finetune"]["split"]},
         "paper": {"refiner_lr": (1.5636637e-4, "authors' code of IBC, for CUB")},
     },
     build=_build,

@@ -42,6 +42,10 @@ MHGL = Method(
             "proxy_weight": (0.03, PAPER),
         },
         "small": {"attention": ("normalized", "ours: with 'solar', training can stand still, see Retrieval")},
+        "finetune": {
+            "attention": ("normalized", "ours, as in the preset small"),
+            "proxy_weight": (0.3, "ours: chosen on validation classes of Cars196"),
+        },
         "paper": {
             "base": (1.0, PAPER),
             "backbone": ("resnet50", PAPER),

