@@ -163,6 +163,8 @@ def test_bad_runs(report, kwargs, kind, message):
         report(A, LABELS, **kwargs)
 
 
-@pytest.mark.parametrize(("difference", "text"), [(-0.0001, "+0.0"), (0.0, "+0.0"), (-0.002, "−0.2"), (0.25, "+25.0")])
+@pytest.mark.parametrize(
+    ("difference", "text"), [(-0.0001, "+0.0"), (0.0, "+0.0"), (-0.002, "\N{MINUS SIGN}0.2"), (0.25, "+25.0")]
+)
 def test_signs_of_differences(difference, text):
     assert signed_points(difference) == text
