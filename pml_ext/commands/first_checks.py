@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def check_train(**options: Any) -> dict[str, Any]:
     if out is None:
         out = Path("runs") / (data.lower() if named else _name_of(data))
         options["out"] = str(out)
+    check_recipe(options["recipe"])
     seeds = options["seeds"]
     if seeds is not None and seeds < 2:
         raise ValueError(f"--seeds must be >= 2, got {seeds}")
@@ -48,7 +50,7 @@ def check_train(**options: Any) -> dict[str, Any]:
     old = next(filter(None, map(_config, folders)), None) if options["resume"] else None
     for folder in folders:
         if not options["resume"] and any((folder / name).exists() for name in ("config.json", "last.pt")):
-            raise ValueError(f"--out must hold no run yet (or add --resume), got {folder}")
+            raise ValueError(f"{folder} holds a run already: give another --out, or --resume to go on with it")
     if options["resume"] and old is None:
         raise FileNotFoundError(f"--out must hold config.json, got {folders[0]} without")
     if not named and Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
@@ -64,8 +66,6 @@ def check_train(**options: Any) -> dict[str, Any]:
         _check_start(options, old)
     _fill(options, old, first, named)
     recipe, preset = options["recipe"], options["preset"]
-    if recipe not in RECIPES:
-        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     if preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     given = merge({name: options[name] for name in OF_RECIPE if options[name] is not None}, dict(options["settings"]))
@@ -83,6 +83,24 @@ def check_train(**options: Any) -> dict[str, Any]:
     del options["init_from"]
     print(f"{data} -> {out}: recipe {recipe}, preset {preset}", flush=True)
     return options
+
+
+def check_recipe(name: str | None) -> None:
+    """Check the name of a recipe; None stands for the default.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if name is not None and name not in RECIPES:
+        close = get_close_matches(name, RECIPES, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}{meant}")
+
+
+def _seeds_in(run: str) -> str:
+    """Return a hint at the runs that ``--seeds`` made in a folder."""
+    found = sorted(path.parent.name for path in Path(run).glob("seed-*/config.json"))
+    return f"; it has those of several seeds: {', '.join(str(Path(run) / name) for name in found)}" if found else ""
 
 
 def seeds_of(options: dict[str, Any]) -> range:
@@ -239,7 +257,7 @@ def check_run(run: str, argument: str = "RUN") -> None:
         FileNotFoundError: If it has no config.json.
     """
     if not (Path(run) / "config.json").is_file():
-        raise FileNotFoundError(f"{argument} must hold config.json, got {run} without")
+        raise FileNotFoundError(f"{argument} must hold config.json, got {run} without{_seeds_in(run)}")
 
 
 def check_embed(**options: Any) -> dict[str, Any]:

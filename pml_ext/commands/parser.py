@@ -47,7 +47,7 @@ _WORDINGS = {
         "epochs must": "--epochs must",
         "val_classes must": "--validation-classes must",
         "class_embeddings must be given for adaptive margins (or margin_scale=0)": (
-            "--class-embeddings FILE must be given for adaptive margins (or --set margin_scale=0)"
+            "--class-embeddings names (or FILE) must be given for adaptive margins (or --set margin_scale=0)"
         ),
     },
     "embed": _WORDING | {"dataset must": "IMAGES must", "an index's folder must": "--out must"},

@@ -99,5 +99,5 @@ def draw(query: str | Path, results: Sequence[tuple[float, Path]], path: Path, r
 
 def _end_of(path: str | Path) -> str:
     """Return folder and name of a file, as far as they fit above a picture, without what matplotlib would interpret."""
-    text = "/".join(Path(path).parts[-2:]).encode("ascii", "replace").decode()
+    text = "/".join(Path(path).parts[-2:]).encode("utf-8", "replace").decode()  # surrogates become "?"
     return (text if len(text) <= 18 else f"...{text[-15:]}").replace("$", r"\$")

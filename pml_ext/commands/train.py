@@ -287,16 +287,20 @@ def describe(prepared: Prepared) -> None:
     print(", ".join(counts))
     each = max(len(fitted) // made.batch_size(fitted.labels), 1)
     steps = made.epochs * each
-    print(f"{number_of(steps, 'step')} in {number_of(made.epochs, 'epoch')}")
+    batch = number_of(made.batch_size(fitted.labels), "image")
+    print(f"{number_of(steps, 'step')} in {number_of(made.epochs, 'epoch')}, in batches of {batch}")
     if steps < FEW_STEPS:
-        warn(f"{number_of(steps, 'step')} may be too few: give more --epochs")
+        warn(f"{number_of(steps, 'step')} may be too few: --epochs {-(-FEW_STEPS // each)} makes {FEW_STEPS}")
     if not tested:
-        print("there is no test: all classes are trained")
+        print("there is no test: all classes are trained on")
     if not validated:
         why = "" if not tested else f": {fitted.num_classes} training classes are too few" * (fitted.num_classes < 4)
         print(f"the last epoch is kept, since there are no validation classes{why}")
     elif validated[0].num_classes <= FEW_CLASSES:
-        warn(f"{validated[0].num_classes} validation classes decide little: the epoch that they choose may not be best")
+        warn(
+            f"with only {validated[0].num_classes} validation classes, the choice of the best epoch is unreliable: more "
+            "classes, or a larger --validation-classes, help"
+        )
     if find_spec("matplotlib") is None:
         print("curves and gallery are not drawn: pip install 'pml-ext[visualization]'")
 
@@ -336,7 +340,15 @@ def conclude(
         rows = {baseline["title"]: baseline["test"]} if "test" in baseline else {}
         rows[f"epoch {run.epoch} of {made.epochs} ({why})"] = result
         print(percent_table("test classes, percent", rows))
-    print(f"network, metrics and pictures: {out}")
+    if trainer.best is not None and "validation" in baseline:
+        before, best = (100 * x[trainer.metric] for x in (baseline["validation"], trainer.best))
+        if best < before:
+            warn(
+                f"on validation classes, training has made retrieval worse: MAP@R {best:.1f}, before {before:.1f}; "
+                "more --epochs or a larger --image-size may help"
+            )
+    report = f", {out / 'report.html'} to open in a browser" if prepared.tested else ""
+    print(f"network, metrics and pictures: {out}{report}")
     return result | {"out": str(out), "baseline": baseline}
 
 
@@ -345,7 +357,7 @@ def what_is_there(out: Path, resume: bool) -> dict[str, Any] | None:
     if resume:
         return read_config(out)
     if any((out / name).exists() for name in ("config.json", "last.pt")):
-        raise ValueError(f"--out must hold no run yet (or add --resume), got {out}")
+        raise ValueError(f"{out} holds a run already: give another --out, or --resume to go on with it")
     return None
 
 

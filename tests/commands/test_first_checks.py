@@ -157,7 +157,7 @@ def test_numbers_that_are_too_small(command, words, message, photos, tmp_path):
 
 def test_folders_of_runs(photos, tmp_path):
     run = write_run(tmp_path / "runs" / "photos" / "seed-1")
-    with pytest.raises(ValueError, match=r"--out must hold no run yet \(or add --resume\), got runs/photos/seed-1"):
+    with pytest.raises(ValueError, match="runs/photos/seed-1 holds a run already: give another --out, or --resume"):
         checked("photos", "--seeds", 2)
     assert checked("photos", "--seeds", 2, "--resume")["out"] == "runs/photos"
     with pytest.raises(ValueError, match="--seeds must be >= 2, got 1"):

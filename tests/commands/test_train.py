@@ -342,7 +342,10 @@ def test_what_a_run_prints(data, tmp_path, monkeypatch, capsys):
     row = "epoch 1 of 2 (best on validation classes)"
     assert printed[-2].startswith(row)
     assert printed[-2][len(row) :].split() == [f"{100 * result[name]:.1f}" for name in METRICS]
-    assert printed[-1] == f"network, metrics and pictures: {tmp_path / 'a'}"
+    assert (
+        printed[-1]
+        == f"network, metrics and pictures: {tmp_path / 'a'}, {tmp_path / 'a' / 'report.html'} to open in a browser"
+    )
     run(data, tmp_path / "b", validation_classes=0, epochs=1)
     printed = capsys.readouterr().out.splitlines()
     assert printed[3] == "the last epoch is kept, since there are no validation classes"
@@ -674,7 +677,7 @@ def bad_data(kind, folder):
         (
             "glyphs",
             "--recipe adaptive_margin",
-            "error: --class-embeddings FILE must be given for adaptive margins (or --set margin_scale=0)",
+            "error: --class-embeddings names (or FILE) must be given for adaptive margins (or --set margin_scale=0)",
         ),
     ],
 )
@@ -694,7 +697,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(trained, photos, monkeypatch, ca
     given = [photos, "--recipe", "mhgl", "--epochs", 2, "--validation-classes", 2, "--out", folder]
     given += ["--set", "width=4", "batch_size=16", "--device", "cpu"]
     for more, message in (
-        ([], "--out must hold no run yet (or add --resume), got "),
+        ([], "holds a run already: give another --out, or --resume to go on with it"),
         (["--resume", "--seed", 1], "--resume must go on with the seed of config.json, 0, got 1"),
         (["--resume", "--set", "lr=0.1"], "--resume must go on with the settings.lr of config.json, 0.002, got 0.1"),
         (["--resume", "--test-classes", "3"], "--resume must go on with the num_classes of config.json, 2, got 3"),
@@ -914,7 +917,7 @@ def test_several_seeds(data, tmp_path, capsys):
 def test_all_classes_are_trained(photos, tmp_path, capsys):
     result = run(photos, tmp_path / "run", test_classes=0, validation_classes=None)
     assert result == {"epoch": 2}
-    assert "there is no test: all classes are trained" in capsys.readouterr().out.splitlines()
+    assert "there is no test: all classes are trained on" in capsys.readouterr().out.splitlines()
     config = load_run(tmp_path / "run").config
     assert (config["num_classes"], config["data"]["images"]) == (CLASSES, {"train": 48, "validation": 0, "test": 0})
     assert len(lines(tmp_path / "run")) == 2
