@@ -1,5 +1,6 @@
 """``pml-ext search``: find the images most similar to an image."""
 
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,7 +92,9 @@ def draw(query: str | Path, results: Sequence[tuple[float, Path]], path: Path, r
         axis.set_title(title, fontsize=7)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of names: a box stands for it
+            figure.savefig(path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     return unread

@@ -298,8 +298,8 @@ def describe(prepared: Prepared) -> None:
         print(f"the last epoch is kept, since there are no validation classes{why}")
     elif validated[0].num_classes <= FEW_CLASSES:
         warn(
-            f"with only {validated[0].num_classes} validation classes, the choice of the best epoch is unreliable: more "
-            "classes, or a larger --validation-classes, help"
+            f"with only {validated[0].num_classes} validation classes, the choice of the best epoch is unreliable: "
+            "more classes, or a larger --validation-classes, help"
         )
     if find_spec("matplotlib") is None:
         print("curves and gallery are not drawn: pip install 'pml-ext[visualization]'")

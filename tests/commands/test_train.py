@@ -333,7 +333,7 @@ def test_what_a_run_prints(data, tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"proxy_anchor: convnet, 28 x 28 pixels, 0\.0 million parameters", printed[0])
     assert printed[1:-4] == [
         "12 images of 2 classes to train, 12 images of 2 classes to validate, 24 images of 4 classes to test",
-        "2 steps in 2 epochs",
+        "2 steps in 2 epochs, in batches of 8 images",
         f"epoch 1/2: loss {first['loss']:.3g}, validation P@1 {100 * first['precision_at_1']:.1f}, MAP@R 90.0",
         f"epoch 2/2: loss {second['loss']:.3g}, validation P@1 {100 * second['precision_at_1']:.1f}, MAP@R 30.0",
     ]
@@ -697,7 +697,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(trained, photos, monkeypatch, ca
     given = [photos, "--recipe", "mhgl", "--epochs", 2, "--validation-classes", 2, "--out", folder]
     given += ["--set", "width=4", "batch_size=16", "--device", "cpu"]
     for more, message in (
-        ([], "holds a run already: give another --out, or --resume to go on with it"),
+        ([], f"{folder} holds a run already: give another --out, or --resume to go on with it"),
         (["--resume", "--seed", 1], "--resume must go on with the seed of config.json, 0, got 1"),
         (["--resume", "--set", "lr=0.1"], "--resume must go on with the settings.lr of config.json, 0.002, got 0.1"),
         (["--resume", "--test-classes", "3"], "--resume must go on with the num_classes of config.json, 2, got 3"),
