@@ -93,6 +93,7 @@ def run(job):
         )
     return job | {
         "data": Path(job["data"]).stem,
+        "class_embeddings": job["class_embeddings"] and Path(job["class_embeddings"]).name,
         "settings": dict(made.settings.items()),
         "metrics": {name: {metric: percent(values[metric]) for metric in METRICS} for name, values in found.items()},
         "epochs": {metric: [percent(entry[metric]) for entry in history] for metric in EACH_EPOCH},

@@ -64,6 +64,7 @@ INTRA_BATCH = Method(
             "raw_weight": (1.0, CODE),
         },
         "small": {"proxy_lr": (2e-3, OURS)},
+        "finetune": {"proxy_lr": (2e-3, OURS)},
         "paper": {
             "pool_type": ("max", CODE),
             "image_size": (227, CODE),

@@ -7,6 +7,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction, MultipleLosse
 from torch import nn
 
 from pml_ext.trunks.wrappers import backbone_of, timm_model_of, unwrapped
+from pml_ext.validation import check_number
 
 _CURES = {
     "backbone": "keep the pretrained part in its attribute backbone",
@@ -45,7 +46,7 @@ def param_groups(
         Groups with the keys ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out.
 
     Raises:
-        TypeError: If ``trunk`` or ``loss_func`` is not a module, or ``trunk`` is a loss.
+        TypeError: If ``trunk`` or ``loss_func`` is not a module, ``trunk`` is a loss, or a rate is not a number.
         ValueError: If a rate is not positive, ``weight_decay`` is negative, nothing requires a gradient, ``head_lr``
             differs from ``lr`` in a network without known new layers, or the network has two backbones.
 
@@ -60,6 +61,7 @@ def param_groups(
     """
     _check_modules(trunk, loss_func)
     for name, rate in (("lr", lr), ("head_lr", lr if head_lr is None else head_lr), ("proxy_lr", proxy_lr)):
+        check_number(name, rate)
         if not rate > 0:
             raise ValueError(f"{name} must be > 0, got {rate}")
     if not weight_decay >= 0:

@@ -206,7 +206,7 @@ def _json(report: Report) -> str:
         return image.key
 
     def near(neighbor: Neighbor) -> list[float]:
-        return [key_of(neighbor.image), *_short(neighbor.similarity), int(neighbor.right)]
+        return [key_of(neighbor.image), round(neighbor.similarity, 4), int(neighbor.right)]
 
     for row in report.details:
         classes[row.code] = row.name
@@ -237,7 +237,8 @@ def _json(report: Report) -> str:
 
 
 def _short(*values: float) -> list[float]:
-    return [round(value, 4) for value in values]
+    """Return shares, with enough digits to be rounded once more to 0.1 percent as the tables of the page are."""
+    return [round(value, 6) for value in values]
 
 
 def _metrics(report: Report) -> str:

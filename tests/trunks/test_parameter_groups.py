@@ -16,6 +16,12 @@ class Trunk(nn.Module):
         self.head = nn.Linear(4, 2)
 
 
+@pytest.mark.parametrize("name", ["lr", "head_lr", "proxy_lr"])
+def test_rates_are_numbers(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number .* got '1e-3'"):  # as YAML has it
+        param_groups(Trunk(), **{name: "1e-3"})
+
+
 def test_groups():
     trunk, loss_func = Trunk(), HybridLoss(3, 2)
     groups = {group.pop("name"): group for group in param_groups(trunk, loss_func, 0.1, 0.2, 0.3, 0.05)}
