@@ -47,13 +47,21 @@ ROWS: dict[str, Row] = {
 """Two trials each. "256 numbers": as wide as the four learners together."""
 
 QUESTIONS: dict[str, list[tuple[str, str]]] = {
-    "what training brings": [("multi_similarity", "frozen"), ("proxy_anchor", "frozen")],
-    "pairs and proxies": [("hybrid", "multi_similarity"), ("hybrid", "proxy_anchor")],
+    "what training brings": [("multi_similarity", "frozen"), ("normalized_softmax", "frozen")],
+    "pairs and proxies": [
+        ("hybrid", "multi_similarity"),
+        ("hybrid", "proxy_anchor"),
+        ("hybrid, avg+max", "multi_similarity"),
+        ("hybrid, avg+max", "proxy_anchor"),
+        ("hybrid, avg+max", "normalized_softmax"),
+    ],
     "global and local heads, attention": [
         ("hybrid, avg+max", "hybrid"),
         ("mhgl, no attention", "hybrid, avg+max"),
         ("mhgl", "mhgl, no attention"),
         ("mhgl", "hybrid"),
+        ("mhgl", "hybrid, avg+max"),
+        ("mhgl", "normalized_softmax"),
     ],
     "ensembles": [
         ("4 learners", "multi_similarity, 256 numbers"),

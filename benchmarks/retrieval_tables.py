@@ -38,7 +38,6 @@ SUMMARY = {  # of the README
         "normalized_softmax",
         "hybrid, avg+max",
         "mhgl",
-        "refiner",
     ),
 }
 MARKED = re.compile(r"(<!-- table ([^\n]+?) -->\n\n)(?:\|[^\n]*\n)*(\n<!-- end of table -->)")
@@ -118,7 +117,8 @@ def table_of_rows(rows, baseline):
             values.append(f"{np.mean(epochs):.1f}" if epochs else "")
         gap = difference(seeds, rows.get(baseline, {}), TUNED_FOR) if row != baseline else None
         chosen = next(iter(seeds.values()))["chosen"]
-        settings = "" if " + " in row else ", ".join(f"{name} {value:g}" for name, value in chosen.items())
+        named = [f"{name} {value}" if value is None else f"{name} {value:g}" for name, value in chosen.items()]
+        settings = "" if " + " in row else ", ".join(named)
         lines.append([row, str(len(seeds)), *values, with_interval(gap), settings])
     columns = [*METRICS.values(), *([SOON] if soon else [])]
     return markdown_table(["row", "seeds", *columns, "MAP@R, difference", "chosen"], lines)
