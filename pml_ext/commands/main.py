@@ -20,6 +20,7 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: Its name and arguments. None: those of the program.
     """
+    is_program = words is None
     words = sys.argv[1:] if words is None else list(words)
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
@@ -35,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
     def work(**options: Any) -> Any:
         checked.update(first_checks(name)(**options))
-        if name == "train":
+        if is_program and name == "train":  # else the process is not ours
             keep_freed_memory()
         return import_module(f"pml_ext.commands.{name}").main(**checked)
 

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from pml_ext.commands import main, train
+
 SCRIPT = """
 import resource, sys
 from pml_ext.commands.freed_memory import keep_freed_memory
@@ -36,3 +38,15 @@ def test_blocks_are_not_fetched_anew():
 
 def test_settings_of_the_user_stay():
     assert not faults("keep", MALLOC_ARENA_MAX="4")[0]
+
+
+def test_training_keeps_it_in_a_process_of_its_own(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(main, "keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr(train, "main", lambda **options: None)
+    monkeypatch.chdir(tmp_path)
+    main.main(["train", "glyphs"])
+    assert not called
+    monkeypatch.setattr(sys, "argv", ["pml-ext", "train", "glyphs"])
+    main.main()
+    assert called
