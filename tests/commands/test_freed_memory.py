@@ -22,7 +22,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(word, **variables):
-    """Return what the function said, and the page faults of five blocks of 64 MB, 15,625 pages of 4 KB each."""
+    """Return what the function said, and the page faults of five blocks of 64 MB: 16 or more each, by the page size."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
     command = [sys.executable, "-c", SCRIPT, word]
     kept, count = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
@@ -31,9 +31,8 @@ def faults(word, **variables):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of other systems is left alone")
 def test_blocks_are_not_fetched_anew():
-    assert faults("leave")[1] > 1000
     kept, count = faults("keep")
-    assert kept and count < 100
+    assert kept and 5 * count < faults("leave")[1]
 
 
 def test_settings_of_the_user_stay():

@@ -898,6 +898,19 @@ def test_finetuning_tells_what_frozen_features_find(tmp_path, capsys):
 
 
 @pytest.mark.trains
+@pytest.mark.parametrize(("before", "is_worse"), [(1.01, True), (0.0, False)])
+def test_a_training_that_makes_retrieval_worse_is_told(before, is_worse, photos, tmp_path, capsys):
+    values = dict.fromkeys(train.METRICS, before)
+    baseline = {"title": "frozen features", "validation": values, "test": values}
+    given = {"preset": "small", "epochs": 1, "settings": TINY, "validation_classes": 2, "device": "cpu"}
+    with mock.patch.object(train, "measure_baseline", return_value=baseline):
+        train.main(photos, tmp_path, "proxy_anchor", **given)
+    found = 100 * lines(tmp_path)[0]["mean_average_precision_at_r"]
+    told = f"training has made retrieval worse: MAP@R {found:.1f}, before {100 * before:.1f}"
+    assert (told in capsys.readouterr().err) == is_worse
+
+
+@pytest.mark.trains
 def test_several_seeds(data, tmp_path, capsys):
     with mock.patch.multiple(train, draw_curves=mock.DEFAULT, draw_gallery=mock.DEFAULT, write_run_report=mock.DEFAULT):
         given = {"preset": "small", "epochs": 1, "settings": TINY, "validation_classes": 0, "device": "cpu"}
