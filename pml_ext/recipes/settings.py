@@ -200,7 +200,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         if value is None:
             continue
         default = numbers[name][0]
-        if default is not None and isinstance(value, str) != isinstance(default, str):
+        either = name == "split"  # a module's name or a number
+        if default is not None and not either and isinstance(value, str) != isinstance(default, str):
             raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
         value = _plain(value)
         if isinstance(value, float) and not math.isfinite(value):
