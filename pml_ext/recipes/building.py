@@ -34,8 +34,9 @@ def recipe(
     """Return network, loss, miner and everything else that a training needs.
 
     Args:
-        name: "mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "combined"; or a baseline: "contrastive",
-            "triplet", "multi_similarity", "proxy_anchor", "cosface", "normalized_softmax", "cross_entropy".
+        name: "recommended"; of the papers "mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "combined"; or a
+            baseline: "contrastive", "triplet", "multi_similarity", "proxy_anchor", "cosface", "normalized_softmax",
+            "cross_entropy".
         num_classes: Training classes, >= 2.
         embedding_size: None: as the preset has it.
         backbone: "convnet", a small network of ours; "googlenet" (attention_ensemble); a timm model; or a network of
@@ -127,8 +128,9 @@ def _check(s: Settings) -> None:
         raise ValueError(f"warmup_epochs must be an integer >= 0, got {s.warmup_epochs!r}")
     for name in ("embedding_size", "in_channels", "image_size", "batch_size", "samples_per_class", "epochs", "width"):
         check_count(name, s[name])
-    if s.chunk_size is not None:
-        check_count("chunk_size", s.chunk_size)
+    for name in ("chunk_size", "num_learners"):
+        if s.get(name) is not None:
+            check_count(name, s[name])
     for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr", "gamma"):
         value = s.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):

@@ -7,8 +7,10 @@ from pml_ext.recipes.combined import COMBINED
 from pml_ext.recipes.intra_batch import INTRA_BATCH
 from pml_ext.recipes.mhgl import MHGL
 from pml_ext.recipes.parts import Method
+from pml_ext.recipes.recommended import RECOMMENDED
 
 RECIPES: dict[str, Method] = {
+    "recommended": RECOMMENDED,
     "mhgl": MHGL,
     "intra_batch": INTRA_BATCH,
     "attention_ensemble": ATTENTION_ENSEMBLE,
@@ -18,5 +20,5 @@ RECIPES: dict[str, Method] = {
 }
 """The recipes by name, with their settings."""
 
-DEFAULT_RECIPE = "mhgl"
+DEFAULT_RECIPE = "recommended"
 """The recipe of the command ``pml-ext train``."""

@@ -8,7 +8,7 @@ from pytorch_metric_learning import losses, miners, samplers
 from torch import nn
 
 from pml_ext.learners import split_learners
-from pml_ext.losses import EnsembleLoss, IntraBatchLoss
+from pml_ext.losses import DivergenceLoss, EnsembleLoss, HybridLoss, IntraBatchLoss
 from pml_ext.recipes import RECIPES, recipe
 from pml_ext.recipes.settings import PAPER_PRESETS
 from pml_ext.samplers import ShuffledPassSampler
@@ -113,6 +113,37 @@ def test_what_the_recipes_are_made_of():
 def test_plain_heads_of_an_ensemble_have_slices_of_length_one():
     slices = split_learners(tiny("attention_ensemble", masks=False).trunk(IMAGES), 4)
     torch.testing.assert_close(slices.norm(dim=2), torch.ones(12, 4))
+
+
+def test_recommended_has_masks_where_the_network_can_be_cut():
+    assert isinstance(tiny("recommended").trunk, AttentionEnsemble)
+    assert isinstance(tiny("recommended", backbone="resnet18").trunk, AttentionEnsemble)
+    own = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU())
+    own.num_features = 8
+    with pytest.warns(UserWarning, match="masks are left out, this network cannot have them: backbone must be trace"):
+        transformer = tiny("recommended", backbone="test_vit")
+    for made in (
+        transformer,
+        tiny("recommended", backbone=own),
+        tiny("recommended", masks=False),
+        recipe("recommended", CLASSES, preset="finetune", backbone="test_vit", pretrained=False),
+    ):
+        assert isinstance(made.trunk, PooledTrunk) and made.trunk.num_learners == 4
+
+
+def test_recommended_is_a_pair_loss_and_a_softmax_for_each_learner():
+    made = tiny("recommended", proxy_weight=0.5, divergence_weight=0.25, temperature=0.2)
+    embeddings = made.trunk(IMAGES).detach()
+    divergence = DivergenceLoss(num_learners=4)(embeddings, LABELS)
+    assert divergence > 0
+    wanted = 0.25 * divergence
+    for learner, loss in zip(embeddings.chunk(4, 1), made.loss.losses.values(), strict=True):
+        softmax = losses.NormalizedSoftmaxLoss(CLASSES, 4, temperature=0.2)
+        softmax.load_state_dict(loss.proxy_loss.state_dict())
+        wanted += losses.MultiSimilarityLoss()(learner, LABELS) + 0.5 * softmax(learner, LABELS)
+    torch.testing.assert_close(made.loss(embeddings, LABELS), wanted)
+    one = tiny("recommended", num_learners=1)
+    assert isinstance(one.loss, HybridLoss) and isinstance(one.trunk, PooledTrunk)
 
 
 def test_messages_are_the_only_thing_that_the_control_lacks():
@@ -238,7 +269,7 @@ def test_sampler(kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "mhg"}, "name must be one of mhgl, intra_batch, .*, got 'mhg'"),
+        ({"name": "mhg"}, "name must be one of recommended, mhgl, .*, got 'mhg'"),
         ({"preset": "paper"}, "preset must be one of small, finetune, paper:cub, .* got 'paper'"),
         ({"num_classes": 0}, "num_classes must be an integer >= 1, got 0"),
         ({"proxy_weigth": 1}, "a setting must be one of the recipe's, such as proxy_weight.*, got 'proxy_weigth'"),
@@ -254,6 +285,9 @@ def test_sampler(kind):
         ({"name": "combined", "proxy_loss": "none"}, "proxy_loss must be 'proxy_anchor' or 'adaptive_margin'"),
         ({"name": "combined", "num_learners": 4, "levels": "both"}, "levels must be 'global' for an ensemble"),
         ({"name": "attention_ensemble", "learner_loss": "triplet"}, "learner_loss must be 'contrastive' or"),
+        ({"name": "recommended", "num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
+        ({"name": "recommended", "num_learners": 3}, "embedding_size must be a multiple of num_learners = 3, got 256"),
+        ({"name": "combined", "num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
         ({"name": "adaptive_margin"}, "class_embeddings must be given for adaptive margins"),
         ({"name": "combined", "proxy_loss": "adaptive_margin"}, "class_embeddings must be given for adaptive margins"),
         ({"name": "combined", "num_learners": 4, "attention": "solar"}, "attention must be 'none' for learners"),

@@ -1,0 +1,76 @@
+"""What to start with: four learners, each with a pair loss and a softmax over proxies."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+from pml_ext.recipes.attention_ensemble import ATTENTION_ENSEMBLE
+from pml_ext.recipes.parts import Method, Parts
+from pml_ext.recipes.settings import OURS, Settings
+
+if TYPE_CHECKING:
+    from pytorch_metric_learning.losses import BaseMetricLossFunction
+    from torch import Tensor, nn
+
+_CHOSEN = "ours: chosen on validation classes, see Results on photographs and Retrieval"
+
+
+def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
+    """``masks``: one for each learner, as in ABE, where the network can be cut in two; otherwise plain heads."""
+    from pytorch_metric_learning.losses import NormalizedSoftmaxLoss  # on use: torch is slow to load
+
+    from pml_ext.losses import EnsembleLoss, HybridLoss, MultiSimilarityLoss  # on use: torch is slow to load
+
+    size = s.embedding_size // s.num_learners
+
+    def hybrid() -> "BaseMetricLossFunction":
+        return HybridLoss(
+            pair_loss=MultiSimilarityLoss(base=s.base),
+            proxy_loss=NormalizedSoftmaxLoss(num_classes, size, temperature=s.temperature),
+            pair_weight=s.pair_weight,
+            proxy_weight=s.proxy_weight,
+        )
+
+    loss = EnsembleLoss(hybrid, s.num_learners, s.divergence_weight) if s.num_learners > 1 else hybrid()
+    return Parts(_trunk(s), loss)
+
+
+def _trunk(s: Settings) -> "nn.Module":
+    from pml_ext.recipes.backbones import attention_ensemble, pooled_trunk  # on use: torch is slow to load
+
+    heads = s.num_learners == 1 or not s.masks or s.module is not None  # a module gives a map, which cannot be cut
+    if heads:
+        return pooled_trunk(s, s.num_learners)
+    try:
+        return attention_ensemble(s, s.num_learners)
+    except ValueError as error:
+        trunk = pooled_trunk(s, s.num_learners)  # which raises what is wrong with other settings
+        warnings.warn(f"masks are left out, this network cannot have them: {error}", UserWarning, stacklevel=4)
+        return trunk
+
+
+RECOMMENDED = Method(
+    numbers={
+        "all": {
+            "num_learners": (4, OURS),
+            "masks": (True, "ours: as in ABE; only for networks that can be cut, others get plain heads"),
+            "split": ATTENTION_ENSEMBLE.numbers["all"]["split"],
+            "divergence_weight": (0.1, _CHOSEN),
+            "base": (0.5, "default of HybridLoss, chosen on validation classes"),
+            "pair_weight": (1.0, OURS),
+            "proxy_weight": (1.0, _CHOSEN),
+            "temperature": (0.1, _CHOSEN),
+        },
+        "small": {
+            "embedding_size": (256, "ours: 64 for each learner; 16 are too few on CIFAR-100"),
+            "lr": (3e-3, _CHOSEN),
+            "proxy_weight": (0.1, _CHOSEN),
+        },
+        "finetune": {
+            "embedding_size": (256, _CHOSEN),
+            "masks": (False, "ours: heads alone are as good on validation classes of Cars196, in half the time"),
+            "pool_type": ("avg+max", _CHOSEN),
+        },
+    },
+    build=_build,
+    summary="four learners with a mask or a head each; Multi-Similarity, softmax and divergence",
+)
