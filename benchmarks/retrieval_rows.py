@@ -89,6 +89,12 @@ ROWS: dict[str, Row] = {
 }
 
 QUESTIONS: dict[str, list[tuple[str, str]]] = {
+    "recommended": [
+        ("recommended", "contrastive"),
+        ("recommended", "multi_similarity"),
+        ("recommended", "normalized_softmax"),
+        ("recommended", "4 learners, divergence"),
+    ],
     "pairs and proxies": [
         ("hybrid", "multi_similarity"),
         ("hybrid", "proxy_anchor"),
