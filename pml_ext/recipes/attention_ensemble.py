@@ -40,7 +40,7 @@ ATTENTION_ENSEMBLE = Method(
             "divergence_margin": (1.0, PAPER),
         },
         "finetune": {
-            "split": (16, "ours: learners share all but the last stages"),
+            "split": ("blocks.5", "ours: learners share all but the last stage of the network"),
             "num_learners": (4, OURS),
             "embedding_size": (256, "ours: few numbers for each learner cost retrieval on CIFAR-100"),
             "learner_loss": ("multi_similarity", OURS),
