@@ -35,7 +35,7 @@ def test_settings_are_those_of_the_recipe(preset, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["mgl"], "pml-ext recipes: error: NAME must be one of mhgl, "),
+        (["mgl"], "pml-ext recipes: error: NAME must be one of recommended, "),
         (["mhgl", "--preset", "big"], "pml-ext recipes: error: --preset must be one of small, "),
     ],
 )

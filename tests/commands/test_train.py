@@ -639,7 +639,7 @@ def bad_data(kind, folder):
         ("floats", "", "images must have dtype uint8, got float64"),
         ("labels", "", "labels must have one entry for each of 48 images, got shape (47,)"),
         ("no rows", "", "error: --class-embeddings must have 8 rows"),
-        ("plain", "--recipe proxy", "error: --recipe must be one of mhgl, "),
+        ("plain", "--recipe proxy", "error: --recipe must be one of recommended, "),
         ("plain", "--backbone resnet1", "error: --backbone must be a timm model such as resnet1"),
         ("plain", "--preset big", "error: --preset must be one of small, finetune, paper:cub, "),
         ("plain", "--set widths=3", "error: --set must be one of the recipe's, such as width"),

@@ -91,13 +91,13 @@ def test_who_chooses_a_backbone_or_weights_does_without_the_presets(donor, tmp_p
 @pytest.mark.parametrize(
     ("given", "frozen", "split"),
     [
-        ({}, 3, 16),
-        ({"weights": "w.pth"}, 3, 16),
-        ({"pretrained": False}, 0, 16),
+        ({}, 3, "blocks.5"),
+        ({"weights": "w.pth"}, 3, "blocks.5"),
+        ({"pretrained": False}, 0, "blocks.5"),
         ({"backbone": "resnet18"}, 0, None),
         ({"backbone": "resnet18", "weights": "w.pth"}, 0, None),
         ({"backbone": "resnet18", "frozen_stages": 2, "split": 8}, 2, 8),
-        ({"pretrained": False, "frozen_stages": 2}, 2, 16),
+        ({"pretrained": False, "frozen_stages": 2}, 2, "blocks.5"),
     ],
 )
 def test_what_is_frozen_and_shared_unless_given(given, frozen, split):
