@@ -28,18 +28,8 @@ KINDS = {"test": "", "validation": ", validation classes"}
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(ROOT / name for name in ("docs/retrieval.md", "docs/photographs.md", "README.md"))
-SUMMARY = {  # of the README
-    "omniglot": ("contrastive", "multi_similarity", "proxy_anchor", "hybrid", "4 learners, divergence"),
-    "cars196": (
-        "frozen",
-        "contrastive",
-        "multi_similarity",
-        "proxy_anchor",
-        "normalized_softmax",
-        "hybrid, avg+max",
-        "mhgl",
-    ),
-}
+OF_PML = ("contrastive", "triplet", "multi_similarity", "proxy_anchor", "cosface", "normalized_softmax")
+"""The rows with one of PML's losses alone, with the numbers of the preset."""
 MARKED = re.compile(r"(<!-- table ([^\n]+?) -->\n\n)(?:\|[^\n]*\n)*(\n<!-- end of table -->)")
 
 
@@ -156,19 +146,20 @@ def tables_of_causes(out):
     return tables
 
 
-def summaries(out):
-    """Return name -> (title, table): P@1 and MAP@R of some rows, for the README."""
-    tables = {}
-    for kind, data, rows_of in (("retrieval", "omniglot", retrieval_rows), ("finetuning", "cars196", finetuning_rows)):
-        rows = collect(out / kind, rows_of=rows_of).get(data, {})
-        lines = [
-            [row, *(mean_and_deviation([metrics[metric] for metrics in rows[row].values()]) for metric in COMPARED)]
-            for row in SUMMARY[data]
-            if row in rows
-        ]
-        if lines:
-            tables[f"{data}-test summary"] = f"{data}, some rows", markdown_table(["row", *COMPARED.values()], lines)
-    return tables
+def summary(out):
+    """Return the table of the README: the recipe "recommended" and, for each metric, the best of PML's losses."""
+    lines = []
+    for kind, rows_of in (("retrieval", retrieval_rows), ("finetuning", finetuning_rows)):
+        for data, rows in collect(out / kind, rows_of=rows_of).items():
+            ours = rows.get("recommended", {})
+            for metric, name in COMPARED.items() if ours else ():
+                means = {row: np.mean([x[metric] for x in rows[row].values()]) for row in OF_PML if row in rows}
+                best = max(means, key=means.get)
+                values = [mean_and_deviation([x[metric] for x in seeds.values()]) for seeds in (rows[best], ours)]
+                gap = with_interval(difference(ours, rows[best], metric))
+                lines.append([data, name, best, *values, gap])
+    columns = ["data", "metric", "best of PML's losses", "its value", "recommended", "difference"]
+    return {"summary": ("recommended, and the best of PML's losses", markdown_table(columns, lines))} if lines else {}
 
 
 def show(tables):
@@ -220,7 +211,7 @@ def all_tables(out=RESULTS):
     return (
         tables_of_rows(small)
         | tables_of_causes(small)
-        | summaries(out)
+        | summary(out)
         | {f"finetuning {name}": table for name, table in tuned.items()}
     )
 
