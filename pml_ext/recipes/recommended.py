@@ -67,6 +67,7 @@ RECOMMENDED = Method(
         },
         "finetune": {
             "embedding_size": (256, _CHOSEN),
+            "split": ATTENTION_ENSEMBLE.numbers["finetune"]["split"],
             "masks": (False, "ours: heads alone are as good on validation classes of Cars196, in half the time"),
             "pool_type": ("avg+max", _CHOSEN),
         },
