@@ -15,7 +15,7 @@ _MULTI_SIMILARITY = {"learner_loss": "multi_similarity"}
 ROWS: dict[str, Row] = {
     "frozen": Row("frozen", {}, {}),
     "recommended": Row("recommended", {}, _PROXY_WEIGHT),
-    "recommended, one head": Row("recommended", {"num_learners": 1}, _PROXY_WEIGHT),
+    "recommended, 4 heads": Row("recommended", {"num_learners": 4}, _PROXY_WEIGHT),
     "contrastive": Row("contrastive", {}, {"neg_margin": (0.5, 1.0)}),
     "multi_similarity": Row("multi_similarity", {}, _MINING),
     "proxy_anchor": Row("proxy_anchor", {}, {"proxy_lr": (3e-2, 1e-1)}),
@@ -56,7 +56,7 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("recommended", "multi_similarity"),
         ("recommended", "normalized_softmax"),
         ("recommended", "normalized_softmax, 256 numbers"),
-        ("recommended", "recommended, one head"),
+        ("recommended, 4 heads", "recommended"),
     ],
     "pairs and proxies": [
         ("hybrid", "multi_similarity"),

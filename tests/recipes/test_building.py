@@ -126,9 +126,11 @@ def test_recommended_has_masks_where_the_network_can_be_cut():
         transformer,
         tiny("recommended", backbone=own),
         tiny("recommended", masks=False),
-        recipe("recommended", CLASSES, preset="finetune", backbone="test_vit", pretrained=False),
+        recipe("recommended", CLASSES, preset="finetune", backbone="test_vit", pretrained=False, num_learners=4),
     ):
         assert isinstance(made.trunk, PooledTrunk) and made.trunk.num_learners == 4
+    plain = recipe("recommended", CLASSES, preset="finetune", backbone="test_vit", pretrained=False)
+    assert isinstance(plain.trunk, PooledTrunk) and isinstance(plain.loss, HybridLoss)
 
 
 def test_recommended_is_a_pair_loss_and_a_softmax_for_each_learner():
