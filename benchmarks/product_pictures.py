@@ -1,4 +1,6 @@
-"""Computer-made pictures of products, for retrieval.py: python benchmarks/product_pictures.py products
+"""Computer-made pictures of products, for retrieval.py.
+
+python benchmarks/product_pictures.py products      makes products/train and products/test
 
 A class is a package: a few coloured shapes on one ground. Each picture shows it at another place, size, angle and
 brightness, before other blurred spots. 40 training classes and 40 test classes, 20 pictures of 96 x 96 each.
@@ -26,7 +28,7 @@ def make_product(rng):
     palette = [colour(rng) for _ in range(4)]
     for _ in range(rng.integers(4, 8)):
         left, top = rng.uniform(0, 0.8, 2)
-        right, bottom = np.minimum((left, top) + rng.uniform(0.12, 0.5, 2), 1)
+        right, bottom = np.minimum(np.add((left, top), rng.uniform(0.12, 0.5, 2)), 1)
         box = np.multiply((left, top, right, bottom), 2 * np.array([width, height] * 2)).tolist()
         corners = [(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])]
         draw = (pen.rectangle, pen.ellipse, lambda box, fill, corners=corners: pen.polygon(corners, fill=fill))

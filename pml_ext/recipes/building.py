@@ -34,8 +34,8 @@ def recipe(
     """Return network, loss, miner and everything else that a training needs.
 
     Args:
-        name: "recommended"; of the papers "mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "combined"; or a
-            baseline: "contrastive", "triplet", "multi_similarity", "proxy_anchor", "cosface", "normalized_softmax",
+        name: "recommended"; of the papers "mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "combined"; of
+            plain losses "contrastive", "triplet", "multi_similarity", "proxy_anchor", "cosface", "normalized_softmax",
             "cross_entropy".
         num_classes: Training classes, >= 2.
         embedding_size: None: as the preset has it.
