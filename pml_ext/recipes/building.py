@@ -34,9 +34,9 @@ def recipe(
     """Return network, loss, miner and everything else that a training needs.
 
     Args:
-        name: "recommended"; of the papers "mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "combined"; of
-            plain losses "contrastive", "triplet", "multi_similarity", "proxy_anchor", "cosface", "normalized_softmax",
-            "cross_entropy".
+        name: "recommended"; of the papers "mhgl", "intra_batch", "attention_ensemble", "adaptive_margin", "combined";
+            of plain losses "contrastive", "triplet", "multi_similarity", "proxy_anchor", "cosface",
+            "normalized_softmax", "cross_entropy".
         num_classes: Training classes, >= 2.
         embedding_size: None: as the preset has it.
         backbone: "convnet", a small network of ours; "googlenet" (attention_ensemble); a timm model; or a network of
