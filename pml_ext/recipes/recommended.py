@@ -43,6 +43,8 @@ def _trunk(s: Settings) -> "nn.Module":
     try:
         return attention_ensemble(s, s.num_learners)
     except ValueError as error:
+        if s.split is not None:  # which may be what is wrong
+            raise
         trunk = pooled_trunk(s, s.num_learners)  # which raises what is wrong with other settings
         warnings.warn(f"masks are left out, this network cannot have them: {error}", UserWarning, stacklevel=4)
         return trunk
@@ -75,5 +77,5 @@ RECOMMENDED = Method(
         },
     },
     build=_build,
-    summary="four learners with a mask or a head each; Multi-Similarity, softmax and divergence",
+    summary="plain head, or four learners with masks; HybridLoss of Multi-Similarity and softmax",
 )

@@ -289,6 +289,7 @@ def test_sampler(kind):
         ({"name": "attention_ensemble", "learner_loss": "triplet"}, "learner_loss must be 'contrastive' or"),
         ({"name": "recommended", "num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
         ({"name": "recommended", "num_learners": 3}, "embedding_size must be a multiple of num_learners = 3, got 256"),
+        ({"name": "recommended", "backbone": "resnet18", "split": "layer9"}, "split must be one of .*, got 'layer9'"),
         ({"name": "combined", "num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
         ({"name": "adaptive_margin"}, "class_embeddings must be given for adaptive margins"),
         ({"name": "combined", "proxy_loss": "adaptive_margin"}, "class_embeddings must be given for adaptive margins"),
