@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(ROOT / name for name in ("docs/retrieval.md", "docs/photographs.md", "README.md"))
 OF_PML = ("contrastive", "triplet", "multi_similarity", "proxy_anchor", "cosface", "normalized_softmax")
-"""The rows with one of PML's losses alone, with the numbers of the preset."""
+"""The rows with one of PML's losses alone, tuned as the page of the data says."""
 MARKED = re.compile(r"(<!-- table ([^\n]+?) -->\n\n)(?:\|[^\n]*\n)*(\n<!-- end of table -->)")
 
 
@@ -147,18 +147,22 @@ def tables_of_causes(out):
 
 
 def summary(out):
-    """Return the table of the README: the recipe "recommended" and, for each metric, the best of PML's losses."""
+    """Return the table of the README: "recommended" and, for each metric, the best of PML's losses on its seeds."""
     lines = []
     for kind, rows_of in (("retrieval", retrieval_rows), ("finetuning", finetuning_rows)):
         for data, rows in collect(out / kind, rows_of=rows_of).items():
             ours = rows.get("recommended", {})
-            for metric, name in COMPARED.items() if ours else ():
-                means = {row: np.mean([x[metric] for x in rows[row].values()]) for row in OF_PML if row in rows}
-                best = max(means, key=means.get)
-                values = [mean_and_deviation([x[metric] for x in seeds.values()]) for seeds in (rows[best], ours)]
-                gap = with_interval(difference(ours, rows[best], metric))
-                lines.append([data, name, best, *values, gap])
-    columns = ["data", "metric", "best of PML's losses", "its value", "recommended", "difference"]
+            shared = [{seed: rows[row][seed] for seed in ours if seed in rows[row]} for row in OF_PML if row in rows]
+            of_pml = dict(zip([row for row in OF_PML if row in rows], shared, strict=True))
+            for metric, name in COMPARED.items():
+                means = {row: np.mean([x[metric] for x in seeds.values()]) for row, seeds in of_pml.items() if seeds}
+                if means:
+                    best = max(means, key=means.get)
+                    both = of_pml[best], {seed: ours[seed] for seed in of_pml[best]}
+                    values = [mean_and_deviation([x[metric] for x in seeds.values()]) for seeds in both]
+                    gap = with_interval(difference(both[1], both[0], metric))
+                    lines.append([data, str(len(both[0])), name, best, *values, gap])
+    columns = ["data", "seeds", "metric", "best of PML's losses", "its value", "recommended", "difference"]
     return {"summary": ("recommended, and the best of PML's losses", markdown_table(columns, lines))} if lines else {}
 
 

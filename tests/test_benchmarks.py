@@ -602,7 +602,17 @@ def test_a_page_is_filled(tmp_path):
 
 def test_the_summary_has_the_best_of_pmls_losses_for_each_metric(tmp_path):
     found = {"recommended": (5, 7), "contrastive": (2, 2), "cosface": (1, 1), "hybrid": (9, 9)}
-    for row, values in found.items():
+    run_files.append(
+        run_files.path_of(tmp_path / "retrieval", "lonely", "test"),  # no row to compare with
+        {
+            "row": "recommended",
+            "seed": 0,
+            "settings": {"lr": 1},
+            "tuned": {},
+            "metrics": {"": dict.fromkeys(retrieval_tables.METRICS, 1)},
+        },
+    )
+    for row, values in (found | {"contrastive": (2, 2, 99)}).items():  # seed 2 is that of one row alone
         for seed, value in enumerate(values):
             metrics = dict.fromkeys(retrieval_tables.METRICS, value)
             if row == "cosface":
@@ -611,8 +621,8 @@ def test_the_summary_has_the_best_of_pmls_losses_for_each_metric(tmp_path):
             run_files.append(run_files.path_of(tmp_path / "retrieval", "toy", "test"), line)
     _, table = retrieval_tables.summary(tmp_path)["summary"]
     assert cells_of(table)[2:] == [
-        ["toy", "P@1", "cosface", "4.0 (0.0)", "6.0 (1.4)", "+2.0 ± 12.7"],
-        ["toy", "MAP@R", "contrastive", "2.0 (0.0)", "6.0 (1.4)", "+4.0 ± 12.7"],
+        ["toy", "2", "P@1", "cosface", "4.0 (0.0)", "6.0 (1.4)", "+2.0 ± 12.7"],
+        ["toy", "2", "MAP@R", "contrastive", "2.0 (0.0)", "6.0 (1.4)", "+4.0 ± 12.7"],
     ]
     assert retrieval_tables.summary(tmp_path / "none") == {}
 

@@ -1,6 +1,7 @@
 """The networks of the recipes, from their settings."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -14,6 +15,8 @@ from pml_ext.trunks.global_local_trunk import GlobalLocalTrunk
 from pml_ext.trunks.global_pool import GlobalPool2d
 from pml_ext.trunks.model_names import check_model_name
 from pml_ext.trunks.pooled_trunk import PooledTrunk
+
+_FEATURES = {"features_only": True}
 
 
 def pooled_trunk(settings: Settings, num_learners: int = 1, attention: Any = None) -> PooledTrunk:
@@ -55,7 +58,8 @@ def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemb
             embedding_size=settings.embedding_size,
             input_size=size,
         )
-    backbone, options = (settings.backbone, {}) if settings.backbone == "googlenet" else _backbone(settings)
+    whole = {"num_classes": 0}  # not features_only, which more networks know
+    backbone, options = (settings.backbone, {}) if settings.backbone == "googlenet" else _backbone(settings, whole)
     if backbone == "googlenet":
         options = {"pretrained": settings.pretrained, "weights": settings.weights}
     return AttentionEnsemble.from_backbone(
@@ -68,14 +72,16 @@ def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemb
     )
 
 
-def _backbone(settings: Settings) -> tuple[str | nn.Module, dict[str, Any]]:
-    """Return a module, or the name of a timm model and what it is made with."""
+def _backbone(settings: Settings, form: Mapping[str, Any] = _FEATURES) -> tuple[str | nn.Module, dict[str, Any]]:
+    """Return a module, or the name of a timm model and what it is made with; ``form``: what trunks give timm, too."""
     if settings.module is not None:
         return settings.module, {"weights": settings.weights}
     if settings.backbone == "convnet":
         return _conv_net(settings), {}
     check_model_name(settings.backbone, others=("convnet",))
-    return settings.backbone, {name: settings[name] for name in ("pretrained", "weights")} | _timm_options(settings)
+    return settings.backbone, {name: settings[name] for name in ("pretrained", "weights")} | _timm_options(
+        settings, form
+    )
 
 
 def _conv_net(settings: Settings) -> ConvNet:
@@ -87,7 +93,7 @@ def _conv_net(settings: Settings) -> ConvNet:
     return ConvNet(settings.in_channels, settings.width)
 
 
-def _timm_options(settings: Settings) -> dict[str, Any]:
+def _timm_options(settings: Settings, form: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a timm model is made with: the size of images where it has one, a stride of 8 for small images."""
     options: dict[str, Any] = {"in_chans": settings.in_channels}
     of_size = {"img_size": settings.image_size}
@@ -96,8 +102,8 @@ def _timm_options(settings: Settings) -> dict[str, Any]:
         check_model_name(settings.backbone, others=("convnet",))
         for more in usual.get(settings.preset, [of_size]):
             try:
-                _without_memory(settings.backbone, options | more)
-            except (TypeError, AssertionError, NotImplementedError, RuntimeError, ValueError):
+                _without_memory(settings.backbone, {**options, **more, **form})
+            except (TypeError, AssertionError, KeyError, NotImplementedError, RuntimeError, ValueError):
                 continue  # not one of its options
             return options | more
     return options
@@ -105,4 +111,4 @@ def _timm_options(settings: Settings) -> dict[str, Any]:
 
 def _without_memory(name: str, options: dict[str, Any]) -> Any:
     with torch.device("meta"):
-        return timm.create_model(name, features_only=True, **options)
+        return timm.create_model(name, **options)

@@ -131,7 +131,7 @@ def _check(s: Settings) -> None:
     for name in ("chunk_size", "num_learners"):
         if s.get(name) is not None:
             check_count(name, s[name])
-    for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr", "gamma"):
+    for name in ("lr", "head_lr", "proxy_lr", "clip_value", "refiner_lr", "gamma", "temperature"):
         value = s.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")

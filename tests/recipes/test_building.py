@@ -133,6 +133,21 @@ def test_recommended_has_masks_where_the_network_can_be_cut():
     assert isinstance(plain.trunk, PooledTrunk) and isinstance(plain.loss, HybridLoss)
 
 
+@pytest.mark.parametrize("name", ["recommended", "attention_ensemble"])
+@pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "lcnet_050", "mobilenetv4_conv_small"])
+def test_learners_on_networks_that_know_no_stride(name, backbone):
+    """Timm's features of these take ``output_stride``, the networks themselves do not."""
+    made = recipe(name, CLASSES, backbone=backbone, image_size=64, embedding_size=16)
+    assert isinstance(made.trunk, AttentionEnsemble)
+    assert made.trunk.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 16)
+
+
+@pytest.mark.filterwarnings("ignore:masks are left out")
+def test_recommended_refuses_images_that_do_not_fit():
+    with pytest.raises(ValueError, match="backbone must take images of image_size = 28, 'mixer_s32_224'"):
+        recipe("recommended", CLASSES, backbone="mixer_s32_224", image_size=28)
+
+
 def test_recommended_is_a_pair_loss_and_a_softmax_for_each_learner():
     made = tiny("recommended", proxy_weight=0.5, divergence_weight=0.25, temperature=0.2)
     embeddings = made.trunk(IMAGES).detach()
@@ -287,6 +302,8 @@ def test_sampler(kind):
         ({"name": "combined", "proxy_loss": "none"}, "proxy_loss must be 'proxy_anchor' or 'adaptive_margin'"),
         ({"name": "combined", "num_learners": 4, "levels": "both"}, "levels must be 'global' for an ensemble"),
         ({"name": "attention_ensemble", "learner_loss": "triplet"}, "learner_loss must be 'contrastive' or"),
+        ({"name": "recommended", "temperature": 0}, "temperature must be a number > 0, got 0"),
+        ({"name": "normalized_softmax", "temperature": -1.0}, "temperature must be a number > 0, got -1.0"),
         ({"name": "recommended", "num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
         ({"name": "recommended", "num_learners": 3}, "embedding_size must be a multiple of num_learners = 3, got 256"),
         ({"name": "recommended", "backbone": "resnet18", "split": "layer9"}, "split must be one of .*, got 'layer9'"),
