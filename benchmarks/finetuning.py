@@ -9,6 +9,7 @@ python benchmarks/finetuning.py --show      the tables alone
 Preset "finetune": EfficientNet-Lite0 with the weights of the extra ``pretrained``. A finished run is not repeated: each
 is a line of DATA-KIND.jsonl under --out. The metrics of the last epoch count. Those of each epoch tell how fast a row
 learns; where there are 40 test classes or more, they are of every fourth. "frozen" is the network without any training.
+The runs on test classes also say what is inside the network (causes.py).
 Settings: the preset's, then --settings, then those of the row, then those that were chosen for it.
 """
 
@@ -22,10 +23,11 @@ import finetuning_rows
 import numpy as np
 import run_files
 import torch
+from causes import measured
 from finetuning_rows import ROWS, row_of
 from harness import in_processes, make_parser
 from retrieval_rows import value_of
-from retrieval_tables import METRICS, TUNED_FOR, show, tables_of_rows
+from retrieval_tables import METRICS, TUNED_FOR, show, tables_of_measured, tables_of_rows
 
 from pml_ext import class_embeddings
 from pml_ext.commands.freed_memory import keep_freed_memory
@@ -34,7 +36,7 @@ from pml_ext.neighbors import refine_with_neighbors
 from pml_ext.recipes import Trainer, embed, recipe, retrieval_metrics
 from pml_ext.trunks import BackboneFeatures
 
-VALIDATION_CLASSES = 0.25
+VALIDATION_CLASSES = {"tuning": 0.25, "validation": 0.25, "halves": 0.5}
 EACH_EPOCH = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 
 
@@ -45,7 +47,7 @@ def load(job):
         rows = job["class_embeddings"]
         rows = class_embeddings.from_text(data.train.class_names, model="tfidf") if rows is None else rows
         data = open_data(job["data"], class_embeddings=rows)
-    return data.hold_out(VALIDATION_CLASSES, job["seed"]) if job["validation"] else data
+    return data.hold_out(job["validation"], job["seed"]) if job["validation"] else data
 
 
 def run(job):
@@ -91,12 +93,14 @@ def run(job):
         found[" + refinement at test time"] = retrieval_metrics(
             torch.nn.functional.normalize(refined), labels, metrics=tuple(METRICS)
         )
+    inside = {} if frozen or job["validation"] else measured(made, data, torch.bfloat16)  # changes the network
     return job | {
         "data": Path(job["data"]).stem,
         "class_embeddings": job["class_embeddings"] and Path(job["class_embeddings"]).name,
         "settings": dict(made.settings.items()),
         "metrics": {name: {metric: percent(values[metric]) for metric in METRICS} for name, values in found.items()},
         "epochs": {metric: [percent(entry[metric]) for entry in history] for metric in EACH_EPOCH},
+        "measured": {name: round(float(x), 4) for name, x in inside.items() if np.isfinite(float(x))},
         "loss": [round(entry["loss"], 4) for entry in history],
         "seconds": round(time.perf_counter() - started - evaluating, 1),
         "versions": {name: version(name) for name in ("torch", "pytorch-metric-learning", "timm", "pml-ext")},
@@ -113,7 +117,7 @@ def jobs_of(data, rows, seeds, kind, tuned, embeddings, settings):
     """Return what is to be run; ``tuned``: row -> the settings that were chosen for it."""
     jobs = []
     for name in rows:
-        shared = {"row": name, "data": data, "class_embeddings": embeddings, "validation": kind != "test"}
+        shared = {"row": name, "data": data, "class_embeddings": embeddings, "validation": VALIDATION_CLASSES.get(kind)}
         shared["settings"] = settings
         if kind == "tuning":
             jobs += [shared | {"seed": seeds[0], "trial": x, "tuned": x} for x in row_of(name).trials()]
@@ -140,6 +144,7 @@ def main(
     out="benchmarks/results/finetuning",
     tune=False,
     validation=False,
+    halves=False,
     tuned_on=None,
     class_embeddings=None,
     settings=(),
@@ -151,7 +156,7 @@ def main(
         if data is None:
             raise SystemExit("--data must be given, got none")
         given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
-        kind = "tuning" if tune else "validation" if validation else "test"
+        kind = "tuning" if tune else "halves" if halves else "validation" if validation else "test"
         path = run_files.path_of(out, Path(data).stem, kind)
         finished = run_files.read(path)
         which = ("row", "trial") if tune else ("row", "seed")
@@ -160,7 +165,7 @@ def main(
         todo = [job for job in wanted if run_files.find(finished, **{name: job[name] for name in which}) is None]
         for line in in_processes(run, todo, jobs, lambda done: f"{done['row']}: {done['metrics'][''][TUNED_FOR]:.1f}"):
             run_files.append(path, line)
-    show(tables_of_rows(out, rows_of=finetuning_rows))
+    show(tables_of_rows(out, rows_of=finetuning_rows) | tables_of_measured(out))
 
 
 if __name__ == "__main__":
@@ -172,6 +177,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="benchmarks/results/finetuning")
     parser.add_argument("--tune", action="store_true", help="run the trials on validation classes instead")
     parser.add_argument("--validation", action="store_true", help="runs, but on validation classes")
+    parser.add_argument("--halves", action="store_true", help="as --validation, with half of the training classes")
     parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings; default: this one")
     parser.add_argument("--class-embeddings", help="a file; default: the names of the classes")
     parser.add_argument("--settings", nargs="+", default=(), help="of all rows: image_size=96 ...")

@@ -24,7 +24,7 @@ COMPARED = {"precision_at_1": "P@1", "mean_average_precision_at_r": "MAP@R"}
 SOON = "epochs to 95%"
 TUNED_FOR = "mean_average_precision_at_r"
 BASELINE = "multi_similarity"
-KINDS = {"test": "", "validation": ", validation classes"}
+KINDS = {"test": "", "validation": ", validation classes", "halves": ", half of the training classes"}
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(ROOT / name for name in ("docs/retrieval.md", "docs/photographs.md", "README.md"))
@@ -134,16 +134,34 @@ def tables_of_causes(out):
             rows = by_epochs.setdefault(run["epochs"], {})
             rows.setdefault(run["row"], {}).setdefault(run["seed"], run["measured"])
         for epochs, rows in sorted(by_epochs.items()):
-            lines = []
-            for row, seeds in rows.items():
-                for name in next(iter(seeds.values())):
-                    digits = 1 if "percent" in name or "MAP" in name else 2
-                    values = [measured[name] for measured in seeds.values()]
-                    lines.append([row, name, mean_and_deviation(values, digits)])
-            numbers = " to ".join(str(number) for number in sorted({len(seeds) for seeds in rows.values()}))
-            title = f"{data}: mean (standard deviation) over {numbers} seeds, epochs: {epochs}"
-            tables[f"{data}-causes epochs {epochs}"] = title, markdown_table(["row", "measured", "value"], lines)
+            title, table = table_of_measured(data, rows)
+            tables[f"{data}-causes epochs {epochs}"] = f"{title}, epochs: {epochs}", table
     return tables
+
+
+def tables_of_measured(out):
+    """Return name -> (title, table): what benchmarks/finetuning.py has measured in its networks."""
+    tables = {}
+    for data, path in run_files.paths_of(out, "test").items():
+        rows = {}
+        for run in run_files.read(path):
+            if run.get("measured"):
+                rows.setdefault(run["row"], {}).setdefault(run["seed"], run["measured"])
+        if rows:
+            tables[f"{data}-test measured"] = table_of_measured(data, rows)
+    return tables
+
+
+def table_of_measured(data, rows):
+    lines = []
+    for row, seeds in rows.items():
+        for name in next(iter(seeds.values())):
+            digits = 1 if "percent" in name or "MAP" in name else 2
+            values = [measured[name] for measured in seeds.values() if name in measured]
+            lines.append([row, name, mean_and_deviation(values, digits)])
+    numbers = " to ".join(str(number) for number in sorted({len(seeds) for seeds in rows.values()}))
+    title = f"{data}: mean (standard deviation) over {numbers} seeds"
+    return title, markdown_table(["row", "measured", "value"], lines)
 
 
 def summary(out):
@@ -211,7 +229,7 @@ def draw(out, path, kind="test"):
 
 def all_tables(out=RESULTS):
     small = out / "retrieval"
-    tuned = tables_of_rows(out / "finetuning", rows_of=finetuning_rows)
+    tuned = tables_of_rows(out / "finetuning", rows_of=finetuning_rows) | tables_of_measured(out / "finetuning")
     return (
         tables_of_rows(small)
         | tables_of_causes(small)

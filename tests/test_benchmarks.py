@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import harness
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from retrieval_rows import QUESTIONS, ROWS, row_of
 
 from benchmarks import (
+    causes,
     distributed,
     ensemble,
     evaluation,
@@ -659,9 +661,32 @@ def test_causes_are_measured(row, toy):
 
 
 def test_mean_cosine():
-    assert retrieval_causes.mean_cosine(torch.zeros(3, 2)) == 0
+    assert causes.mean_cosine(torch.zeros(3, 2)) == 0
     rows = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
-    assert retrieval_causes.mean_cosine(rows).item() == pytest.approx(2 * 0.5**0.5 / 3)  # of 0, and twice 45 degrees
+    assert causes.mean_cosine(rows).item() == pytest.approx(2 * 0.5**0.5 / 3)  # of 0, and twice 45 degrees
+
+
+def test_spread():
+    """Four directions at right angles, evenly taken: three are left when their mean is taken away."""
+    found = causes.spread(2 * torch.eye(6)[[0, 1, 2, 3] * 3])
+    assert found["numbers of the embedding in use"].item() == pytest.approx(3, rel=1e-5)
+    assert found["cosine between two images"].item() == pytest.approx(4 * 3 * 2 / (12 * 11))
+
+
+def test_gradients_of_pairs_and_proxies():
+    """Weights scale them; two losses that are one have one gradient."""
+    from pml_ext.losses import HybridLoss, MultiSimilarityLoss
+
+    made = recipe("mhgl", 3, in_channels=1, image_size=28, width=4, batch_size=8, samples_per_class=2)
+    images = torch.utils.data.TensorDataset(torch.rand(12, 1, 28, 28), torch.arange(12) // 4)
+    data = SimpleNamespace(train=images, test=SimpleNamespace(transform=None))
+    images.labels = torch.arange(12) // 4
+    made.loss = HybridLoss(
+        pair_loss=MultiSimilarityLoss(), proxy_loss=MultiSimilarityLoss(), pair_weight=3.0, proxy_weight=2.0
+    )
+    found = causes.pairs_and_proxies(made, data)
+    assert found["gradient of the pair loss / of the proxy loss"].item() == pytest.approx(1.5, rel=1e-4)
+    assert found["cosine between the two"].item() == pytest.approx(1, rel=1e-4)
 
 
 def test_gradients_reach_other_samples_by_messages_only():
@@ -671,9 +696,9 @@ def test_gradients_reach_other_samples_by_messages_only():
     torch.manual_seed(0)
     embeddings, labels = torch.randn(8, 6), torch.arange(8) // 2
     silent = IntraBatchLoss(4, 6, refiner=SilentRefiner(6)).eval()
-    own, others = retrieval_causes.gradient_shares(silent, embeddings, labels, samples=8)
+    own, others = causes.gradient_shares(silent, embeddings, labels, samples=8)
     assert own > 0 and others == 0
-    own, others = retrieval_causes.gradient_shares(IntraBatchLoss(4, 6).eval(), embeddings, labels, samples=8)
+    own, others = causes.gradient_shares(IntraBatchLoss(4, 6).eval(), embeddings, labels, samples=8)
     assert own > 0 and others > 0
 
 
@@ -835,7 +860,10 @@ def test_finetuning(tmp_path, capsys):
     for _ in range(2):  # what is there is not run again
         finetuning.main(tmp_path / "data", ["frozen", "mhgl"], **options)
     frozen, trained = run_files.read(tmp_path / "out" / "data-test.jsonl")
-    assert frozen["row"] == "frozen" and frozen["loss"] == []
+    assert frozen["row"] == "frozen" and frozen["loss"] == [] and frozen["measured"] == {}
+    assert trained["measured"]["local: added, of the map's norm, percent"] > 0
+    assert "global: entropy of the attention, percent of the largest" not in trained["measured"]  # of one position
+    assert 1 <= trained["measured"]["numbers of the embedding in use"] <= trained["settings"]["embedding_size"]
     assert len(trained["loss"]) == len(trained["epochs"]["precision_at_1"]) == 2
     assert trained["epochs"]["precision_at_1"][-1] == trained["metrics"][""]["precision_at_1"] < 100
     torch.manual_seed(0)

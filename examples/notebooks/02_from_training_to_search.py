@@ -232,5 +232,6 @@ draw_worst()
 #   `pml-ext embed` and `pml-ext search` (`docs/commands.md`). For photographs, start from a pretrained network:
 #   notebook `03_fine_tune_on_a_folder`.
 # - Open `report.html` in a browser: `docs/visualization.md` explains what is in it.
-# - Other recipes: `recipe("mhgl", ...)`, `recipe("attention_ensemble", ...)`; what they do: notebooks
-#   `04_global_and_local_heads`, `05_attention_ensemble` and `06_intra_batch_connections`.
+# - Other recipes: `recipe("recommended", ...)`, with which `pml-ext train` begins, and those of the papers,
+#   `recipe("mhgl", ...)`, `recipe("attention_ensemble", ...)`; what these do: notebooks `04_global_and_local_heads`,
+#   `05_attention_ensemble` and `06_intra_batch_connections`.

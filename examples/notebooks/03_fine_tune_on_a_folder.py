@@ -168,6 +168,6 @@ retrieval_gallery(embeddings, labels, images, num_queries=5, num_neighbors=8)
 # - Your own folder in place of `photos`, or a CSV file (`docs/datasets.md`). On the command line:
 #   `pml-ext train photos/` (`docs/commands.md`).
 # - `frozen_stages=3` to train fewer layers, LoRA, other backbones and your own weights: `docs/pretrained.md`.
-# - Another method: `recipe("mhgl", ...)` or `recipe("multi_similarity", ...)` (`docs/recipes.md`). What MHGL adds:
-#   notebook `04_global_and_local_heads`.
+# - Another method: `recipe("recommended", ...)`, with which `pml-ext train` begins, or that of a paper, such as
+#   `recipe("mhgl", ...)` (`docs/recipes.md`). What MHGL adds: notebook `04_global_and_local_heads`.
 # - An index, a search with one image, and a report for this run: notebook `02_from_training_to_search`.

@@ -17,6 +17,8 @@ from pml_ext.trunks.model_names import check_model_name
 from pml_ext.trunks.pooled_trunk import PooledTrunk
 
 _FEATURES = {"features_only": True}
+_POOLING_OF_TIMM = {"avg+max": "avgmax"}  # half of the sum; embeddings are normalized behind it
+_REFUSED = (TypeError, AssertionError, KeyError, NotImplementedError, RuntimeError, ValueError)  # by timm, an option
 
 
 def pooled_trunk(settings: Settings, num_learners: int = 1, attention: Any = None) -> PooledTrunk:
@@ -58,10 +60,13 @@ def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemb
             embedding_size=settings.embedding_size,
             input_size=size,
         )
-    whole = {"num_classes": 0}  # not features_only, which more networks know
-    backbone, options = (settings.backbone, {}) if settings.backbone == "googlenet" else _backbone(settings, whole)
-    if backbone == "googlenet":
+    if settings.backbone == "googlenet":
+        if settings.pool_type != "avg":
+            raise ValueError(f"pool_type must be 'avg' for the backbone 'googlenet', got {settings.pool_type!r}")
+        backbone: str | nn.Module = "googlenet"
         options = {"pretrained": settings.pretrained, "weights": settings.weights}
+    else:
+        backbone, options = _whole(settings)
     return AttentionEnsemble.from_backbone(
         backbone,
         settings.split,
@@ -70,6 +75,26 @@ def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemb
         input_size=size,
         **options,
     )
+
+
+def _whole(settings: Settings) -> tuple[str | nn.Module, dict[str, Any]]:
+    """Return a network that pools for itself, and its options."""
+    form = {"num_classes": 0}  # not features_only, which more networks know
+    backbone, options = _backbone(settings, form)
+    if not isinstance(backbone, str):
+        if settings.pool_type != "avg":
+            raise ValueError(f"pool_type must be 'avg' for a network of yours that is cut, got {settings.pool_type!r}")
+        return backbone, options
+    if settings.pool_type == "avg":  # as timm's networks have it
+        return backbone, options
+    pooling = {"global_pool": _POOLING_OF_TIMM.get(settings.pool_type, settings.pool_type)}
+    made_with = {name: value for name, value in options.items() if name not in ("pretrained", "weights")}
+    try:
+        _without_memory(backbone, made_with | form | pooling)
+    except _REFUSED as error:
+        rule = f"one that timm's {backbone} has, or 'avg', for learners with masks"
+        raise ValueError(f"pool_type must be {rule}, got {settings.pool_type!r}") from error
+    return backbone, options | pooling
 
 
 def _backbone(settings: Settings, form: Mapping[str, Any] = _FEATURES) -> tuple[str | nn.Module, dict[str, Any]]:
@@ -103,7 +128,7 @@ def _timm_options(settings: Settings, form: Mapping[str, Any]) -> dict[str, Any]
         for more in usual.get(settings.preset, [of_size]):
             try:
                 _without_memory(settings.backbone, {**options, **more, **form})
-            except (TypeError, AssertionError, KeyError, NotImplementedError, RuntimeError, ValueError):
+            except _REFUSED:
                 continue  # not one of its options
             return options | more
     return options

@@ -39,8 +39,8 @@ def recipe(
             "normalized_softmax", "cross_entropy".
         num_classes: Training classes, >= 2.
         embedding_size: None: as the preset has it.
-        backbone: "convnet", a small network of ours; "googlenet" (attention_ensemble); a timm model; or a network of
-            yours, which returns what the recipe's trunk expects. None: as the preset has it.
+        backbone: "convnet", a small network of ours; a timm model; "googlenet", for learners with masks only; or a
+            network of yours, which returns what the recipe's trunk expects. None: as the preset has it.
         preset: "small": images of 28 to 64 pixels, trained from scratch on a CPU. "finetune": photographs, with a
             pretrained network, on a CPU or a small GPU. "paper:cub", "paper:cars", "paper:sop" or "paper:inshop": the
             paper's settings for that data set, where they are known.
@@ -57,9 +57,9 @@ def recipe(
         ValueError: If a name, preset or setting is unknown or breaks a rule, or weights do not fit.
 
     Examples:
-        >>> made = recipe("mhgl", num_classes=10, in_channels=1, image_size=28)
-        >>> made.trunk(torch.randn(2, 1, 28, 28)).shape, made.notes["proxy_weight"]
-        (torch.Size([2, 64]), '0.03: paper')
+        >>> made = recipe("recommended", num_classes=10, in_channels=1, image_size=28)
+        >>> made.trunk(torch.randn(2, 1, 28, 28)).shape, made.notes["num_learners"]
+        (torch.Size([2, 256]), '4: our choice')
         >>> recipe("proxy_anchor", num_classes=10, lr=0.01).optimizer().param_groups[0]["lr"]
         0.01
     """
@@ -87,6 +87,8 @@ def recipe(
     built = chosen if run is None else chosen.replaced("weights", None, "given")
     try:
         parts = method.build(built, num_classes, class_embeddings)
+        for setting, (value, why) in parts.settled.items():
+            chosen = chosen.replaced(setting, value, why)
         _dry_run(parts.trunk, chosen)
     except (AssertionError, RuntimeError) as error:  # of networks that images of this size do not fit
         raise ValueError(
@@ -137,6 +139,11 @@ def _check(s: Settings) -> None:
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
     if s.flip is not None and not isinstance(s.flip, bool):
         raise ValueError(f"flip must be True, False or None, got {s.flip!r}")
+    if "masks" in s and not isinstance(s.masks, bool):
+        raise ValueError(f"masks must be True or False, got {s.masks!r}")
+    split = s.get("split")
+    if split is not None and (isinstance(split, bool) or not isinstance(split, str | int)):
+        raise ValueError(f"split must be a module's name, a reduction or None, got {split!r}")
     if not isinstance(s.milestones, list | tuple) or not all(isinstance(x, Integral) for x in s.milestones):
         raise ValueError(f"milestones must be a list of epochs, got {s.milestones!r}")
     if s.batch_size % s.samples_per_class or s.batch_size < 2 * s.samples_per_class:

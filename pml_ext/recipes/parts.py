@@ -1,7 +1,8 @@
 """What the file of each paper gives."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pml_ext.recipes.settings import Numbers, Settings
 
@@ -13,11 +14,19 @@ if TYPE_CHECKING:
 
 
 class Parts(NamedTuple):
-    """Network, loss and miner (or None)."""
+    """What a method makes of its settings.
+
+    Attributes:
+        trunk: The network.
+        loss: The loss.
+        miner: None: the loss has none.
+        settled: Settings that are others than the given ones, since the network cannot have those.
+    """
 
     trunk: "nn.Module"
     loss: "BaseMetricLossFunction"
     miner: "Callable[..., Indices] | None" = None
+    settled: "Mapping[str, tuple[Any, str]]" = MappingProxyType({})
 
 
 class Method(NamedTuple):

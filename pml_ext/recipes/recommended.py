@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pml_ext.recipes.attention_ensemble import ATTENTION_ENSEMBLE
 from pml_ext.recipes.parts import Method, Parts
-from pml_ext.recipes.settings import OURS, Settings
+from pml_ext.recipes.settings import OURS, Numbers, Settings
 
 if TYPE_CHECKING:
     from pytorch_metric_learning.losses import BaseMetricLossFunction
@@ -31,23 +31,28 @@ def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> 
         )
 
     loss = EnsembleLoss(hybrid, s.num_learners, s.divergence_weight) if s.num_learners > 1 else hybrid()
-    return Parts(_trunk(s), loss)
+    trunk, settled = _trunk(s)
+    return Parts(trunk, loss, settled=settled)
 
 
-def _trunk(s: Settings) -> "nn.Module":
+def _trunk(s: Settings) -> "tuple[nn.Module, Numbers]":
+    """Return the network, and ``masks`` where it cannot have them."""
     from pml_ext.recipes.backbones import attention_ensemble, pooled_trunk  # on use: torch is slow to load
 
-    heads = s.num_learners == 1 or not s.masks or s.module is not None  # a module gives a map, which cannot be cut
-    if heads:
-        return pooled_trunk(s, s.num_learners)
+    asked = s.masks and s.notes["masks"].endswith(": given")
+    why = "one learner" if s.num_learners == 1 else "a network of yours" if s.module is not None else ""
+    if asked and why:  # a module gives a map, which cannot be cut
+        raise ValueError(f"masks must be False for {why}, got True")
+    if why or not s.masks:
+        return pooled_trunk(s, s.num_learners), {"masks": (False, f"none for {why}")} if s.masks else {}
     try:
-        return attention_ensemble(s, s.num_learners)
+        return attention_ensemble(s, s.num_learners), {}
     except ValueError as error:
-        if s.split is not None:  # which may be what is wrong
+        if asked or s.split is not None or s.backbone == "googlenet":  # which has no map, either
             raise
         trunk = pooled_trunk(s, s.num_learners)  # which raises what is wrong with other settings
         warnings.warn(f"masks are left out, this network cannot have them: {error}", UserWarning, stacklevel=4)
-        return trunk
+        return trunk, {"masks": (False, "this network cannot have them")}
 
 
 RECOMMENDED = Method(

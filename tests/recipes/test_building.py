@@ -12,7 +12,7 @@ from pml_ext.losses import DivergenceLoss, EnsembleLoss, HybridLoss, IntraBatchL
 from pml_ext.recipes import RECIPES, recipe
 from pml_ext.recipes.settings import PAPER_PRESETS
 from pml_ext.samplers import ShuffledPassSampler
-from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, PooledTrunk
+from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, GlobalPool2d, PooledTrunk
 
 CLASSES = 6
 TINY = {"in_channels": 1, "image_size": 28, "width": 4, "batch_size": 12, "samples_per_class": 2, "embedding_size": 16}
@@ -129,8 +129,25 @@ def test_recommended_has_masks_where_the_network_can_be_cut():
         recipe("recommended", CLASSES, preset="finetune", backbone="test_vit", pretrained=False, num_learners=4),
     ):
         assert isinstance(made.trunk, PooledTrunk) and made.trunk.num_learners == 4
+        assert made.settings.masks is False
+    assert transformer.notes["masks"] == "False: this network cannot have them"
     plain = recipe("recommended", CLASSES, preset="finetune", backbone="test_vit", pretrained=False)
     assert isinstance(plain.trunk, PooledTrunk) and isinstance(plain.loss, HybridLoss)
+
+
+@pytest.mark.parametrize("name", ["recommended", "attention_ensemble"])
+def test_learners_with_masks_pool_as_they_are_told(name):
+    """Behind the same weights, timm's half of the sum of average and maximum points where our sum does."""
+    given = {"backbone": "resnet18", "image_size": 64, "embedding_size": 16}
+    of_both, average = (tiny(name, **given, pool_type=pool_type).trunk.eval() for pool_type in ("avg+max", "avg"))
+    average.load_state_dict(of_both.state_dict())
+    features = average.stem(torch.rand(2, 1, 64, 64))
+    maps = []
+    hook = average.head.get_submodule("layer4").register_forward_hook(lambda *args: maps.append(args[2]))
+    average.head(features)
+    hook.remove()
+    torch.testing.assert_close(2 * of_both.head(features), GlobalPool2d("avg+max")(maps[0]))
+    torch.testing.assert_close(average.head(features), GlobalPool2d("avg")(maps[0]))
 
 
 @pytest.mark.parametrize("name", ["recommended", "attention_ensemble"])
@@ -307,6 +324,15 @@ def test_sampler(kind):
         ({"name": "recommended", "num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
         ({"name": "recommended", "num_learners": 3}, "embedding_size must be a multiple of num_learners = 3, got 256"),
         ({"name": "recommended", "backbone": "resnet18", "split": "layer9"}, "split must be one of .*, got 'layer9'"),
+        ({"name": "recommended", "masks": 7}, "masks must be True or False, got 7"),
+        ({"name": "recommended", "split": [1]}, r"split must be a module's name, a reduction or None, got \[1\]"),
+        ({"name": "recommended", "num_learners": 1, "masks": True}, "masks must be False for one learner, got True"),
+        ({"name": "recommended", "backbone": "test_vit", "masks": True}, "backbone must be traceable by torch.fx"),
+        ({"name": "recommended", "backbone": "googlenet"}, "pool_type must be 'avg' for the backbone 'googlenet', got"),
+        (
+            {"name": "attention_ensemble", "backbone": "resnet18", "pool_type": "gem"},
+            "pool_type must be one that timm's resnet18 has, or 'avg', for learners with masks, got 'gem'",
+        ),
         ({"name": "combined", "num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
         ({"name": "adaptive_margin"}, "class_embeddings must be given for adaptive margins"),
         ({"name": "combined", "proxy_loss": "adaptive_margin"}, "class_embeddings must be given for adaptive margins"),

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 import torch
@@ -29,6 +30,18 @@ def test_what_a_trainer_keeps_is_loaded(name, tmp_path):
         assert torch.equal(run.recipe.loss.state_dict()[key], x)
     assert (run.epoch, run.autocast, run.recipe.name) == (2, torch.bfloat16, name)
     assert json.dumps(dict(run.recipe.settings)) == json.dumps(dict(made.settings))
+
+
+def test_what_the_network_cannot_have_is_told_once(tmp_path):
+    """The run keeps what it had in the end: who loads it is not warned again."""
+    with pytest.warns(UserWarning, match="masks are left out"):
+        made = recipe("recommended", 3, backbone="test_vit", embedding_size=16, **TINY)
+    Trainer(made, torch.utils.data.TensorDataset(IMAGES, LABELS), LABELS, folder=tmp_path).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = load_run(tmp_path)
+    assert run.config["settings"]["masks"] is False
+    assert torch.equal(run.recipe.trunk(IMAGES), made.trunk.eval()(IMAGES))
 
 
 def test_a_config_that_knows_more_is_kept(tmp_path):
