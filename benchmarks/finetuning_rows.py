@@ -94,6 +94,13 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
 """What is compared with what: a row and its baseline."""
 
 
+SHORTER = {
+    "combined:proxy_loss=adaptive_margin,margin_scale=0,scale=10,proxy_weight=1,refined_weight=0": "pairs and softmax:",
+    "mhgl:levels=global,attention=none": "hybrid:",
+}
+"""What rows begin with, and what tables show for it."""
+
+
 def row_of(spec: str) -> Row:
     """Return a row by its name, or one of "recipe:setting=value,..."."""
     return ROWS[spec] if spec in ROWS else small_row_of(spec)

@@ -109,9 +109,16 @@ def table_of_rows(rows, baseline):
         chosen = next(iter(seeds.values()))["chosen"]
         named = [f"{name} {value}" if value is None else f"{name} {value:g}" for name, value in chosen.items()]
         settings = "" if " + " in row else ", ".join(named)
-        lines.append([row, str(len(seeds)), *values, with_interval(gap), settings])
-    columns = [*METRICS.values(), *([SOON] if soon else [])]
-    return markdown_table(["row", "seeds", *columns, "MAP@R, difference", "chosen"], lines)
+        lines.append([shorter(row), str(len(seeds)), *values, with_interval(gap), settings])
+    columns = ["row", "seeds", *METRICS.values(), *([SOON] if soon else []), "MAP@R, difference", "chosen"]
+    told = [number for number in range(len(columns)) if any(line[number] for line in lines)]
+    return markdown_table([columns[i] for i in told], [[line[i] for i in told] for line in lines])
+
+
+def shorter(row):
+    """Return a row as tables show it."""
+    begun = next((x for x in finetuning_rows.SHORTER if row.startswith(x)), None)
+    return row if begun is None else finetuning_rows.SHORTER[begun] + row.removeprefix(begun).replace(",", " ", 1)
 
 
 def table_of_questions(rows, questions):

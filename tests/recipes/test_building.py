@@ -78,6 +78,13 @@ def test_paper_presets_build(name, preset):
     assert {key: made.settings[key] for key in expected} == expected
 
 
+@pytest.mark.slow
+def test_the_papers_presets_of_recommended_have_one_head():
+    made = recipe("recommended", CLASSES, preset="paper:cub", pretrained=False)
+    assert isinstance(made.trunk, PooledTrunk) and isinstance(made.loss, HybridLoss)
+    assert (made.trunk.out_features, made.settings.pool_type, made.settings.masks) == (512, "avg+max", False)
+
+
 def test_each_number_is_of_a_preset_that_is_built():
     assert set(NUMBERS) <= set(itertools.product(METHODS, PAPER_PRESETS))
 
@@ -178,6 +185,24 @@ def test_recommended_is_a_pair_loss_and_a_softmax_for_each_learner():
     torch.testing.assert_close(made.loss(embeddings, LABELS), wanted)
     one = tiny("recommended", num_learners=1)
     assert isinstance(one.loss, HybridLoss) and isinstance(one.trunk, PooledTrunk)
+
+
+def test_recommended_has_proxy_anchor_beside_the_softmax_where_it_is_told():
+    made = tiny("recommended", num_learners=1, proxy_weight=0.5, anchor_weight=0.25)
+    embeddings = made.trunk(IMAGES).detach()
+    both, size = made.loss.proxy_loss, made.settings.embedding_size
+    softmax = losses.NormalizedSoftmaxLoss(CLASSES, size, temperature=0.1)
+    anchors = losses.ProxyAnchorLoss(CLASSES, size)
+    softmax.load_state_dict(both.proxy_loss.state_dict())
+    anchors.load_state_dict(both.pair_loss.state_dict())
+    proxies = softmax(embeddings, LABELS) + 0.25 * anchors(embeddings, LABELS)
+    torch.testing.assert_close(
+        made.loss(embeddings, LABELS), losses.MultiSimilarityLoss()(embeddings, LABELS) + 0.5 * proxies
+    )
+    names = {group["name"]: group for group in made.param_groups}
+    assert len(names["proxies"]["params"]) == 2
+    tuned = recipe("recommended", CLASSES, preset="finetune", backbone="test_resnet", pretrained=False)
+    assert isinstance(tuned.loss.proxy_loss, HybridLoss)
 
 
 def test_messages_are_the_only_thing_that_the_control_lacks():
