@@ -15,7 +15,10 @@ _MULTI_SIMILARITY = {"learner_loss": "multi_similarity"}
 ROWS: dict[str, Row] = {
     "frozen": Row("frozen", {}, {}),
     "recommended": Row("recommended", {}, _PROXY_WEIGHT),
-    "recommended, 4 heads": Row("recommended", {"num_learners": 4}, _PROXY_WEIGHT),
+    "recommended:anchor_weight=0": Row("recommended", {"anchor_weight": 0}, _PROXY_WEIGHT),
+    "recommended:num_learners=4,anchor_weight=0": Row(
+        "recommended", {"num_learners": 4, "anchor_weight": 0}, _PROXY_WEIGHT
+    ),
     "contrastive": Row("contrastive", {}, {"neg_margin": (0.5, 1.0)}),
     "multi_similarity": Row("multi_similarity", {}, _MINING),
     "proxy_anchor": Row("proxy_anchor", {}, {"proxy_lr": (3e-2, 1e-1)}),
@@ -56,7 +59,10 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("recommended", "multi_similarity"),
         ("recommended", "normalized_softmax"),
         ("recommended", "normalized_softmax, 256 numbers"),
-        ("recommended, 4 heads", "recommended"),
+        ("recommended", "proxy_anchor"),
+        ("recommended", "recommended:anchor_weight=0"),
+        ("recommended:anchor_weight=0", "normalized_softmax, 256 numbers"),
+        ("recommended:num_learners=4,anchor_weight=0", "recommended:anchor_weight=0"),
     ],
     "pairs and proxies": [
         ("hybrid", "multi_similarity"),

@@ -245,6 +245,9 @@ def check_batch(
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or a value breaks a rule; the message names argument, rule and value.
     """
+    if isinstance(labels, Tensor) and labels.ndim == 2 and labels.is_floating_point() and _are_labels(embeddings):
+        got = f"integers of shape {tuple(embeddings.shape)} first: loss_func(embeddings, labels)"
+        raise TypeError(f"embeddings must come before labels, got {got}")
     check_embeddings("embeddings", embeddings, embedding_size)
     _check_labels("labels", labels, len(embeddings))
     floats, integers = [embeddings], [] if labels is None or not len(labels) else [("labels", labels, num_classes)]
@@ -334,6 +337,10 @@ def check_enqueue_mask(enqueue_mask: Tensor, length: int) -> None:
         raise TypeError(f"enqueue_mask must be {rule}, got {getattr(enqueue_mask, 'dtype', enqueue_mask)}")
     if enqueue_mask.shape != (length,):
         raise ValueError(f"enqueue_mask must be {rule}, got shape {tuple(enqueue_mask.shape)}")
+
+
+def _are_labels(x: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 1 and not x.is_floating_point()
 
 
 def check_embeddings(name: str, x: Tensor, width: int | None = None) -> None:

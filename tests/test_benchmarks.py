@@ -564,6 +564,15 @@ def test_committed_runs_are_whole_and_there_once(capsys):
     assert not capsys.readouterr().err
 
 
+def test_what_tables_leave_out():
+    """Columns without a value, and the settings of a row that say the same as two words."""
+    seeds = {0: dict.fromkeys(retrieval_tables.METRICS, 50.0) | {"chosen": {}}}
+    row = "mhgl:levels=global,attention=none,pool_type=avg,lr=0.1"
+    (header, *_, line) = cells_of(retrieval_tables.table_of_rows({row: seeds}, "multi_similarity"))
+    assert header == ["row", "seeds", *retrieval_tables.METRICS.values()]
+    assert line == ["hybrid: pool_type=avg,lr=0.1", "1", "50.0", "50.0", "50.0", "50.0"]
+
+
 def test_tables_of_made_up_runs(tmp_path):
     rows = {"hybrid": (50.0, 60.0), "multi_similarity": (41.0, 49.0), "zzz:lr=1": (1.0,), "cosface:lr=1": (2.0,)}
     for row, values in rows.items():

@@ -50,6 +50,11 @@ LOSSES = [
         ((EMB, LABELS[:, None]), ValueError, r"labels must have shape .* = \(8,\), got \(8, 1\): labels.squeeze\(1\)$"),
         ((EMB, torch.eye(4).long()[LABELS]), ValueError, r"got \(8, 4\): of one-hot labels, labels.argmax\(1\)$"),
         ((EMB, LABELS[:6, None]), ValueError, r"labels must have shape .* = \(8,\), got \(6, 1\)$"),
+        (
+            (LABELS, EMB),
+            TypeError,
+            r"embeddings must come before labels, got integers of shape \(\d+,\) first: loss_func",
+        ),
         ((EMB.long(), LABELS), TypeError, r"embeddings must have a floating point dtype, got torch\.int64"),
         ((EMB.numpy(), LABELS), TypeError, r"embeddings must be a torch\.Tensor, got ndarray"),
         (

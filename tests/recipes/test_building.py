@@ -332,6 +332,7 @@ def test_sampler(kind):
         ({"preset": "paper"}, "preset must be one of small, finetune, paper:cub, .* got 'paper'"),
         ({"num_classes": 0}, "num_classes must be an integer >= 1, got 0"),
         ({"proxy_weigth": 1}, "a setting must be one of the recipe's, such as proxy_weight.*, got 'proxy_weigth'"),
+        ({"learning_rate": 1e-3}, "a setting must be one of the recipe's, such as lr, got 'learning_rate'"),
         ({"backbone": "resnet19"}, "backbone must be a timm model such as .*resnet18.*, got 'resnet19'"),
         ({"batch_size": 10, "samples_per_class": 4}, "batch_size must be a multiple of samples_per_class = 4.* got 10"),
         ({"optimizer": "Adagrad"}, "optimizer must be one of AdamW, RAdam, SGD, got 'Adagrad'"),
