@@ -108,7 +108,9 @@ def margins(made, data, autocast=None):
     """Whether classes that are far apart in the second modality are so in the images too."""
     loss_func, modality = made.loss.eval(), nn.functional.normalize(data.class_embeddings.double())
     pairs = np.triu_indices(data.num_classes, 1)
-    shown = torch.utils.data.Subset(plain(data.train, data), range(0, len(data.train), -(-len(data.train) // MOST)))
+    classes, each = torch.as_tensor(data.train.labels), max(MOST // data.num_classes, 1)
+    few = [i for c in range(data.num_classes) for i in (classes == c).nonzero().flatten()[:each].tolist()]
+    shown = torch.utils.data.Subset(plain(data.train, data), few)
     embeddings, labels = embed(made.trunk, shown, autocast=autocast)
     means = torch.stack([embeddings[labels == c].double().mean(0) for c in range(data.num_classes)])
     theirs, ours = (x @ x.T for x in (modality, nn.functional.normalize(means)))

@@ -24,7 +24,7 @@ import numpy as np
 import run_files
 import torch
 from causes import measured
-from finetuning_rows import ROWS, row_of
+from finetuning_rows import ROWS, full, row_of
 from harness import in_processes, make_parser
 from retrieval_rows import value_of
 from retrieval_tables import METRICS, TUNED_FOR, show, tables_of_measured, tables_of_rows
@@ -155,13 +155,17 @@ def main(
     if not show_only:
         if data is None:
             raise SystemExit("--data must be given, got none")
+        if tune + validation + halves > 1:
+            raise SystemExit("--tune, --validation and --halves must not be given together")
         given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
         kind = "tuning" if tune else "halves" if halves else "validation" if validation else "test"
         path = run_files.path_of(out, Path(data).stem, kind)
         finished = run_files.read(path)
         which = ("row", "trial") if tune else ("row", "seed")
         tuned = chosen(out, tuned_on or Path(data).stem)
-        wanted = jobs_of(data, list(ROWS) if rows is None else rows, seeds, kind, tuned, class_embeddings, given)
+        wanted = jobs_of(
+            data, list(ROWS) if rows is None else list(map(full, rows)), seeds, kind, tuned, class_embeddings, given
+        )
         todo = [job for job in wanted if run_files.find(finished, **{name: job[name] for name in which}) is None]
         for line in in_processes(run, todo, jobs, lambda done: f"{done['row']}: {done['metrics'][''][TUNED_FOR]:.1f}"):
             run_files.append(path, line)

@@ -61,6 +61,8 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("recommended", "normalized_softmax, 256 numbers"),
         ("recommended", "proxy_anchor"),
         ("recommended", "recommended:anchor_weight=0"),
+        ("recommended:anchor_weight=0", "proxy_anchor:proxy_lr=0.1"),
+        ("recommended:anchor_weight=1", "recommended:anchor_weight=0"),
         ("recommended:anchor_weight=0", "normalized_softmax, 256 numbers"),
         ("recommended:num_learners=4,anchor_weight=0", "recommended:anchor_weight=0"),
     ],
@@ -105,6 +107,12 @@ SHORTER = {
     "mhgl:levels=global,attention=none": "hybrid:",
 }
 """What rows begin with, and what tables show for it."""
+
+
+def full(spec):
+    """Return a row with all of its settings, of one as tables show it."""
+    begun = next((x for x, short in SHORTER.items() if spec.startswith(f"{short} ")), None)
+    return spec if begun is None else f"{begun},{spec.removeprefix(SHORTER[begun]).strip()}"
 
 
 def row_of(spec: str) -> Row:

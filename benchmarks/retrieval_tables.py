@@ -117,8 +117,8 @@ def table_of_rows(rows, baseline):
 
 def shorter(row):
     """Return a row as tables show it."""
-    begun = next((x for x in finetuning_rows.SHORTER if row.startswith(x)), None)
-    return row if begun is None else finetuning_rows.SHORTER[begun] + row.removeprefix(begun).replace(",", " ", 1)
+    begun = next((x for x in finetuning_rows.SHORTER if row.startswith(f"{x},")), None)
+    return row if begun is None else f"{finetuning_rows.SHORTER[begun]} {row.removeprefix(f'{begun},')}"
 
 
 def table_of_questions(rows, questions):
@@ -162,7 +162,7 @@ def tables_of_measured(out):
 def table_of_measured(data, rows):
     lines = []
     for row, seeds in rows.items():
-        for name in next(iter(seeds.values())):
+        for name in dict.fromkeys(name for measured in seeds.values() for name in measured):
             digits = 1 if "percent" in name or "MAP" in name else 2
             values = [measured[name] for measured in seeds.values() if name in measured]
             lines.append([row, name, mean_and_deviation(values, digits)])

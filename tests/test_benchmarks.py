@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import finetuning_rows
 import harness
 import numpy as np
 import pytest
@@ -571,6 +572,8 @@ def test_what_tables_leave_out():
     (header, *_, line) = cells_of(retrieval_tables.table_of_rows({row: seeds}, "multi_similarity"))
     assert header == ["row", "seeds", *retrieval_tables.METRICS.values()]
     assert line == ["hybrid: pool_type=avg,lr=0.1", "1", "50.0", "50.0", "50.0", "50.0"]
+    assert finetuning_rows.full(line[0]) == row and finetuning_rows.full("hybrid, avg+max") == "hybrid, avg+max"
+    assert retrieval_tables.shorter("mhgl:levels=global,attention=nonesuch") == "mhgl:levels=global,attention=nonesuch"
 
 
 def test_tables_of_made_up_runs(tmp_path):

@@ -38,7 +38,7 @@ from pml_ext.recipes.building import recipe as make_recipe
 from pml_ext.recipes.checkpoint import write_text
 from pml_ext.recipes.device import usable_device
 from pml_ext.recipes.methods import DEFAULT_RECIPE
-from pml_ext.recipes.run_config import autocast_of, describe_run, read_config, write_config
+from pml_ext.recipes.run_config import LEFT_OUT, autocast_of, describe_run, read_config, write_config
 from pml_ext.recipes.run_folder import load_run
 from pml_ext.recipes.run_lock import RunLock
 from pml_ext.recipes.trainer import Trainer
@@ -392,7 +392,8 @@ def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
         "data.images.test",
         "data.root",
     )
-    mine += ("reader", "training_images", "resumed")  # the trainer's
+    mine += ("reader", "training_images", "resumed", "format")  # the trainer's
+    mine += LEFT_OUT if "format" not in old else ()
     mine += ("data.images", "data.source") if checked else ()  # broken ones may be left out, and all may be moved
     before, now = (
         {name: x for name, x in flat(config) if not f"{name}.".startswith((*(f"{x}." for x in mine), "versions."))}

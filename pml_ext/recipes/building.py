@@ -1,6 +1,7 @@
 """A paper's training in one line."""
 
 import os
+import warnings
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def recipe(
             "normalized_softmax", "cross_entropy".
         num_classes: Training classes, >= 2.
         embedding_size: None: as the preset has it.
-        backbone: "convnet", a small network of ours; a timm model; "googlenet", for learners with masks only; or a
-            network of yours, which returns what the recipe's trunk expects. None: as the preset has it.
+        backbone: "convnet", a small network of ours; a timm model; "googlenet", for learners with masks and
+            ``pool_type="avg"`` only; or a network of yours, which returns what the recipe's trunk expects. None: as the
+            preset has it.
         preset: "small": images of 28 to 64 pixels, trained from scratch on a CPU. "finetune": photographs, with a
             pretrained network, on a CPU or a small GPU. "paper:cub", "paper:cars", "paper:sop" or "paper:inshop": the
             paper's settings for that data set, where they are known.
@@ -103,8 +105,14 @@ def recipe(
         freeze_stages(parts.trunk, chosen.backbone, chosen.frozen_stages)
     if chosen.freeze_batch_norm:
         backbone_or_all = backbone_of(parts.trunk) or parts.trunk
-        if chosen.notes["freeze_batch_norm"].endswith(": given") or has_batch_norm(backbone_or_all):
-            freeze_batch_norm(backbone_or_all)  # which says so where there is none
+        if has_batch_norm(backbone_or_all):
+            freeze_batch_norm(backbone_or_all)
+        else:
+            if chosen.notes["freeze_batch_norm"].endswith(": given"):
+                warnings.warn(
+                    "freeze_batch_norm is left out, this network has no batch norm", UserWarning, stacklevel=2
+                )
+            chosen = chosen.replaced("freeze_batch_norm", False, "this network has no batch norm")
     return Recipe(name, num_classes, chosen, parts.trunk, parts.loss, parts.miner)
 
 
@@ -139,6 +147,9 @@ def _check(s: Settings) -> None:
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
     if s.flip is not None and not isinstance(s.flip, bool):
         raise ValueError(f"flip must be True, False or None, got {s.flip!r}")
+    anchors = s.get("anchor_weight", 0.0)
+    if isinstance(anchors, bool) or not isinstance(anchors, int | float) or anchors < 0:
+        raise ValueError(f"anchor_weight must be a number >= 0, got {anchors!r}")
     if "masks" in s and not isinstance(s.masks, bool):
         raise ValueError(f"masks must be True or False, got {s.masks!r}")
     split = s.get("split")

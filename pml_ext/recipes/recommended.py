@@ -53,20 +53,23 @@ def _trunk(s: Settings) -> "tuple[nn.Module, Numbers]":
     """Return the network, and ``masks`` where it cannot have them."""
     from pml_ext.recipes.backbones import attention_ensemble, pooled_trunk  # on use: torch is slow to load
 
-    asked = s.masks and s.notes["masks"].endswith(": given")
     why = "one learner" if s.num_learners == 1 else "a network of yours" if s.module is not None else ""
-    if asked and why:  # a module gives a map, which cannot be cut
+    heads = why or not s.masks  # a module gives a map, which cannot be cut
+    if heads and s.backbone == "googlenet":
+        rule = "of several learners with masks for the backbone 'googlenet'"
+        raise ValueError(f"num_learners must be {rule}, got {s.num_learners} and masks = {s.masks}")
+    if s.masks and why and s.notes["masks"].endswith(": given"):
         raise ValueError(f"masks must be False for {why}, got True")
-    if why or not s.masks:
+    if heads:
         return pooled_trunk(s, s.num_learners), {"masks": (False, f"none for {why}")} if s.masks else {}
     try:
         return attention_ensemble(s, s.num_learners), {}
     except ValueError as error:
-        if asked or s.split is not None or s.backbone == "googlenet":  # which has no map, either
+        if s.split is not None or s.backbone == "googlenet":  # which has no heads, either
             raise
         trunk = pooled_trunk(s, s.num_learners)  # which raises what is wrong with other settings
         warnings.warn(f"masks are left out, this network cannot have them: {error}", UserWarning, stacklevel=4)
-        return trunk, {"masks": (False, "this network cannot have them")}
+        return trunk, {"masks": (False, "left out, see the warning")}
 
 
 RECOMMENDED = Method(
@@ -85,6 +88,7 @@ RECOMMENDED = Method(
         "paper": {
             "num_learners": (1, "ours: as in the preset finetune"),
             "pool_type": ("avg+max", "ours: as in the preset finetune"),
+            "anchor_weight": (0.3, "ours: as in the preset finetune"),
         },
         "small": {
             "embedding_size": (256, "ours: 64 for each learner; 16 are too few on CIFAR-100"),
@@ -97,10 +101,10 @@ RECOMMENDED = Method(
             "num_learners": (1, "ours: four heads are within the spread on validation classes of Cars196"),
             "masks": (False, "ours: heads of four learners are as good on validation classes of Cars196, and faster"),
             "split": ATTENTION_ENSEMBLE.numbers["finetune"]["split"],
-            "anchor_weight": (0.3, "ours: chosen on half of the training classes of Grocery81 and Cars196"),
+            "anchor_weight": (0.3, "ours: chosen on training classes of Grocery81 and Cars196 that were held out"),
             "pool_type": ("avg+max", _CHOSEN),
         },
     },
     build=_build,
-    summary="plain head, or four learners with masks and divergence; Multi-Similarity and softmax",
+    summary="plain head, or four learners with masks; Multi-Similarity, softmax, and finetuned also Proxy-Anchor",
 )

@@ -28,6 +28,11 @@ _ADDED = {  # settings that former versions had not, and what they did
     "pixel_mean": None,
     "pixel_std": None,
 }
+_FORMAT = 2
+"""Of config.json. 1, not written: learners with masks on networks of timm pooled by the average, whatever
+``pool_type`` said, and ``masks`` and ``freeze_batch_norm`` could be True for networks that cannot have them."""
+LEFT_OUT = ("settings.masks", "settings.freeze_batch_norm")
+"""What is False where the network cannot have it."""
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,6 +49,7 @@ def describe_run(made: Recipe, autocast: torch.dtype | None = None, **more: Any)
     """
     packages = ("torch", "pytorch-metric-learning", "timm", "numpy")
     config = {
+        "format": _FORMAT,
         "recipe": made.name,
         "num_classes": made.num_classes,
         "preset": made.settings.preset,
@@ -66,7 +72,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         now: The one to go on with. How many epochs there are, and what matters only at the start, may differ.
     """
     both = [with_former_split(config["preset"], config["settings"]) for config in (before, now)]
-    for settings in both:
+    for config, settings in zip((before, now), both, strict=True):
+        if "format" not in config:
+            _as_they_were(config["recipe"], settings)
         for name in ("epochs", "pretrained", "weights"):  # weights are in the checkpoint
             settings.pop(name, None)
     known = "reader" in before and "reader" in now  # former versions did not keep it
@@ -78,7 +86,20 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     names = dict.fromkeys([*both[0], *both[1]])
     there, here = both
+    if "format" not in before:
+        names = {n: None for n in names if n not in LEFT_OUT or here.get(n) is not False}
     return [f"{n}: {there.get(n)!r}, got {here.get(n)!r}" for n in names if there.get(n) != here.get(n)]
+
+
+def _as_they_were(name: str, settings: dict[str, Any]) -> None:
+    """Give the settings of a run of format 1 the values that acted."""
+    if name == "recommended":
+        settings.setdefault("anchor_weight", 0.0)
+        if settings.get("num_learners") == 1 or settings.get("backbone") == "module":
+            settings["masks"] = False
+    masks = settings.get("masks") and settings.get("num_learners", 1) > 1
+    if masks and name in ("attention_ensemble", "combined") and settings.get("backbone") != "convnet":
+        settings["pool_type"] = "avg"
 
 
 def autocast_of(config: dict[str, Any]) -> torch.dtype | None:
@@ -136,6 +157,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if former != value:
             raise ValueError(f"{path}: the setting {name!r} no longer exists and must have been {value}, got {former}")
     config["settings"] = settings = with_former_split(config["preset"], _ADDED | config["settings"])
+    if "format" not in config:
+        _as_they_were(config["recipe"], settings)
     if settings["pixel_mean"] is None:  # by preset, whatever the backbone
         ours = config["preset"] == "small" or settings["in_channels"] != 3
         settings["pixel_mean"], settings["pixel_std"] = [

@@ -137,7 +137,7 @@ def test_recommended_has_masks_where_the_network_can_be_cut():
     ):
         assert isinstance(made.trunk, PooledTrunk) and made.trunk.num_learners == 4
         assert made.settings.masks is False
-    assert transformer.notes["masks"] == "False: this network cannot have them"
+    assert transformer.notes["masks"] == "False: left out, see the warning"
     plain = recipe("recommended", CLASSES, preset="finetune", backbone="test_vit", pretrained=False)
     assert isinstance(plain.trunk, PooledTrunk) and isinstance(plain.loss, HybridLoss)
 
@@ -353,7 +353,12 @@ def test_sampler(kind):
         ({"name": "recommended", "masks": 7}, "masks must be True or False, got 7"),
         ({"name": "recommended", "split": [1]}, r"split must be a module's name, a reduction or None, got \[1\]"),
         ({"name": "recommended", "num_learners": 1, "masks": True}, "masks must be False for one learner, got True"),
-        ({"name": "recommended", "backbone": "test_vit", "masks": True}, "backbone must be traceable by torch.fx"),
+        (
+            {"name": "recommended", "backbone": "googlenet", "num_learners": 1},
+            "num_learners must be of several learners with masks for the backbone 'googlenet', got 1 and masks = True",
+        ),
+        ({"name": "recommended", "anchor_weight": -1}, "anchor_weight must be a number >= 0, got -1"),
+        ({"name": "recommended", "anchor_weight": True}, "anchor_weight must be a number >= 0, got True"),
         ({"name": "recommended", "backbone": "googlenet"}, "pool_type must be 'avg' for the backbone 'googlenet', got"),
         (
             {"name": "attention_ensemble", "backbone": "resnet18", "pool_type": "gem"},

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pml_ext.recipes import Trainer, load_run, recipe
-from pml_ext.recipes.run_config import read_config, write_config
+from pml_ext.recipes.run_config import describe_run, differences, read_config, write_config
 from pml_ext.recipes.run_lock import RunLock
 
 IMAGES = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(2))
@@ -85,6 +85,73 @@ def test_a_run_of_a_former_version(tmp_path):
     with RunLock(tmp_path):
         trainer._save(better=False)
     assert read_config(tmp_path)["seed"] == 3
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_convnext"])
+def test_a_frozen_batch_norm_that_is_not_there(backbone, tmp_path):
+    """The preset "finetune" freezes it; the run says that there is none, and so is loaded and resumed."""
+    small = {"preset": "finetune", "backbone": backbone, "pretrained": False, "embedding_size": 16}
+    small |= {"in_channels": 1, "image_size": 32, "batch_size": 12, "epochs": 2}
+    images = torch.utils.data.TensorDataset(torch.rand(12, 1, 32, 32), LABELS)
+    made = recipe("proxy_anchor", 3, **small)
+    Trainer(made, images, LABELS, folder=tmp_path).train(1)
+    run = load_run(tmp_path, device="cpu")
+    assert run.config["settings"]["freeze_batch_norm"] is False
+    assert torch.equal(run.recipe.trunk(images.tensors[0]), made.trunk.eval()(images.tensors[0]))
+    config = read_config(tmp_path)
+    del config["format"]
+    config["settings"]["freeze_batch_norm"] = True  # as former versions wrote it
+    write_config(tmp_path, config)
+    with pytest.warns(UserWarning, match="freeze_batch_norm is left out, this network has no batch norm"):
+        load_run(tmp_path, device="cpu")
+    again = Trainer(recipe("proxy_anchor", 3, **small), images, LABELS, folder=tmp_path)
+    assert again.resume() == 1
+
+
+def test_masked_learners_of_a_former_version_pool_by_the_average(tmp_path):
+    """They did, on networks of timm, whatever ``pool_type`` said."""
+    small = TINY | {"backbone": "test_resnet", "embedding_size": 16, "image_size": 64}
+    images = torch.utils.data.TensorDataset(torch.rand(12, 1, 64, 64), LABELS)
+    made = recipe("attention_ensemble", 3, **small)
+    Trainer(made, images, LABELS, folder=tmp_path).train(1)
+    config = read_config(tmp_path)
+    del config["format"]
+    config["settings"]["pool_type"] = "max"
+    write_config(tmp_path, config)
+    run = load_run(tmp_path, device="cpu")
+    assert torch.equal(run.recipe.trunk(images.tensors[0]), made.trunk.eval()(images.tensors[0]))
+    assert run.recipe.settings.pool_type == "avg"
+    write_config(tmp_path, config | {"format": 2})
+    assert load_run(tmp_path, device="cpu").recipe.settings.pool_type == "max"
+
+
+def test_a_run_of_recommended_without_proxy_anchor(tmp_path):
+    made = trained(tmp_path, "recommended")
+    config = read_config(tmp_path)
+    del config["format"], config["settings"]["anchor_weight"]
+    config["settings"] |= {"num_learners": 1, "masks": True}
+    write_config(tmp_path, config)
+    read = read_config(tmp_path)["settings"]
+    assert (read["anchor_weight"], read["masks"]) == (0.0, False)
+    config["settings"] |= {"num_learners": 4}
+    write_config(tmp_path, config)
+    assert torch.equal(load_run(tmp_path).recipe.trunk(IMAGES), made.trunk.eval()(IMAGES))
+
+
+def test_what_differs_from_a_run_of_a_former_version():
+    """What the network could not have is no difference; a pooling that did not act is that which did."""
+    made = recipe("attention_ensemble", 3, **TINY | {"backbone": "test_resnet", "image_size": 64})
+    now = describe_run(made)
+    before = {name: value for name, value in now.items() if name != "format"}
+    before["settings"] = now["settings"] | {"freeze_batch_norm": True, "pool_type": "max"}
+    assert differences(before, now) == []
+    now["settings"] = now["settings"] | {"pool_type": "max"}
+    assert differences(before, now) == ["settings.pool_type: 'avg', got 'max'"]
+    assert differences(before | {"format": 2}, now) == ["settings.freeze_batch_norm: True, got False"]
+    old = describe_run(recipe("recommended", 3, **TINY))
+    assert differences({name: x for name, x in old.items() if name != "format"}, old) == []
+    del old["format"], old["settings"]["anchor_weight"]
+    assert differences(old, describe_run(recipe("recommended", 3, **TINY))) == []
 
 
 def test_a_run_with_what_is_gone(tmp_path):
