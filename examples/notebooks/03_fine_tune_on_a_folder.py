@@ -87,10 +87,11 @@ for title, view in (("training", fit.train), ("validation", fit.test), ("test", 
 
 # ## A recipe that begins with ImageNet
 #
-# The preset "finetune" takes EfficientNet-Lite0 with the weights of the extra `pretrained`. Each setting can be
-# replaced. Small images and few epochs keep this notebook short; 128 pixels and 15 epochs are the defaults.
+# "recommended" is what `pml-ext train` begins with, too. The preset "finetune" takes EfficientNet-Lite0 with the
+# weights of the extra `pretrained`. Each setting can be replaced. Small images and few epochs keep
+# this notebook short; 128 pixels and 15 epochs are the defaults.
 
-made = recipe("proxy_anchor", fit.num_classes, preset="finetune", image_size=64, epochs=8)
+made = recipe("recommended", fit.num_classes, preset="finetune", image_size=64, epochs=8)
 for name in ("backbone", "weights", "image_size", "embedding_size", "lr", "head_lr", "proxy_lr", "warmup_epochs"):
     print(f"{name:<16}{made.notes[name]}")
 
@@ -168,6 +169,6 @@ retrieval_gallery(embeddings, labels, images, num_queries=5, num_neighbors=8)
 # - Your own folder in place of `photos`, or a CSV file (`docs/datasets.md`). On the command line:
 #   `pml-ext train photos/` (`docs/commands.md`).
 # - `frozen_stages=3` to train fewer layers, LoRA, other backbones and your own weights: `docs/pretrained.md`.
-# - Another method: `recipe("recommended", ...)`, with which `pml-ext train` begins, or that of a paper, such as
-#   `recipe("mhgl", ...)` (`docs/recipes.md`). What MHGL adds: notebook `04_global_and_local_heads`.
+# - Another method: that of a paper, `recipe("mhgl", ...)`, or one loss, `recipe("proxy_anchor", ...)`
+#   (`docs/recipes.md`). What MHGL adds: notebook `04_global_and_local_heads`.
 # - An index, a search with one image, and a report for this run: notebook `02_from_training_to_search`.
