@@ -15,10 +15,6 @@ _MULTI_SIMILARITY = {"learner_loss": "multi_similarity"}
 ROWS: dict[str, Row] = {
     "frozen": Row("frozen", {}, {}),
     "recommended": Row("recommended", {}, _PROXY_WEIGHT),
-    "recommended:anchor_weight=0": Row("recommended", {"anchor_weight": 0}, _PROXY_WEIGHT),
-    "recommended:num_learners=4,anchor_weight=0": Row(
-        "recommended", {"num_learners": 4, "anchor_weight": 0}, _PROXY_WEIGHT
-    ),
     "contrastive": Row("contrastive", {}, {"neg_margin": (0.5, 1.0)}),
     "multi_similarity": Row("multi_similarity", {}, _MINING),
     "proxy_anchor": Row("proxy_anchor", {}, {"proxy_lr": (3e-2, 1e-1)}),
@@ -60,11 +56,12 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("recommended", "normalized_softmax"),
         ("recommended", "normalized_softmax, 256 numbers"),
         ("recommended", "proxy_anchor"),
-        ("recommended", "recommended:anchor_weight=0"),
-        ("recommended:anchor_weight=0", "proxy_anchor:proxy_lr=0.1"),
-        ("recommended:anchor_weight=1", "recommended:anchor_weight=0"),
-        ("recommended:anchor_weight=0", "normalized_softmax, 256 numbers"),
-        ("recommended:num_learners=4,anchor_weight=0", "recommended:anchor_weight=0"),
+        ("recommended", "recommended:pair_weight=1"),
+        ("recommended:pair_weight=10", "recommended:pair_weight=1"),
+        ("recommended:pair_weight=1", "recommended:pair_weight=1,anchor_weight=0"),
+        ("recommended:pair_weight=1,anchor_weight=1", "recommended:pair_weight=1,anchor_weight=0"),
+        ("recommended:pair_weight=1,anchor_weight=0", "proxy_anchor:proxy_lr=0.1"),
+        ("recommended:num_learners=4,pair_weight=1,anchor_weight=0", "recommended:pair_weight=1,anchor_weight=0"),
     ],
     "pairs and proxies": [
         ("hybrid", "multi_similarity"),
