@@ -186,7 +186,8 @@ def summary(out):
                     both = of_pml[best], {seed: ours[seed] for seed in of_pml[best]}
                     values = [mean_and_deviation([x[metric] for x in seeds.values()]) for seeds in both]
                     gap = with_interval(difference(both[1], both[0], metric))
-                    lines.append([data, str(len(both[0])), name, best, *values, gap])
+                    titled = f"{data}, pretrained network" if kind == "finetuning" else data
+                    lines.append([titled, str(len(both[0])), name, best, *values, gap])
     columns = ["data", "seeds", "metric", "best of PML's losses", "its value", "recommended", "difference"]
     return {"summary": ("recommended, and the best of PML's losses", markdown_table(columns, lines))} if lines else {}
 

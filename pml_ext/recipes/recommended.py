@@ -24,28 +24,25 @@ def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> 
     """
     from pytorch_metric_learning.losses import NormalizedSoftmaxLoss  # on use: torch is slow to load
 
-    from pml_ext.losses import (
-        EnsembleLoss,
-        HybridLoss,
-        MultiSimilarityLoss,
-        ProxyAnchorLoss,
-    )  # on use: torch is slow to load
+    from pml_ext import losses  # on use: torch is slow to load
 
     size = s.embedding_size // s.num_learners
 
     def hybrid() -> "BaseMetricLossFunction":
         proxies: BaseMetricLossFunction = NormalizedSoftmaxLoss(num_classes, size, temperature=s.temperature)
         if s.anchor_weight:
-            anchors = ProxyAnchorLoss(num_classes, size)
-            proxies = HybridLoss(pair_loss=anchors, proxy_loss=proxies, pair_weight=s.anchor_weight, proxy_weight=1.0)
-        return HybridLoss(
-            pair_loss=MultiSimilarityLoss(base=s.base),
+            anchors = losses.ProxyAnchorLoss(num_classes, size)
+            proxies = losses.HybridLoss(
+                pair_loss=anchors, proxy_loss=proxies, pair_weight=s.anchor_weight, proxy_weight=1.0
+            )
+        return losses.HybridLoss(
+            pair_loss=losses.MultiSimilarityLoss(base=s.base),
             proxy_loss=proxies,
             pair_weight=s.pair_weight,
             proxy_weight=s.proxy_weight,
         )
 
-    loss = EnsembleLoss(hybrid, s.num_learners, s.divergence_weight) if s.num_learners > 1 else hybrid()
+    loss = losses.EnsembleLoss(hybrid, s.num_learners, s.divergence_weight) if s.num_learners > 1 else hybrid()
     trunk, settled = _trunk(s)
     return Parts(trunk, loss, settled=settled)
 
