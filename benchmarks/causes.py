@@ -55,15 +55,17 @@ def learners(made, data, autocast=None):
     embeddings, labels = embed(made.trunk, data.test, autocast=autocast)
     number = made.settings.num_learners
     slices = embeddings.unflatten(1, (number, -1))
-    alone = [float(retrieval_metrics(slices[:, i], labels, metrics=(MAP,))[MAP]) for i in range(number)]
+    *alone, together = [
+        100 * float(retrieval_metrics(x, labels, metrics=(MAP,))[MAP]) for x in (*slices.unbind(1), embeddings)
+    ]
     return {
         "cosine between two learners": learner_similarity(embeddings, number),
-        "MAP@R of one learner": 100 * np.mean(alone),
-        "MAP@R of all": map_at_r(made, data, autocast),
+        "MAP@R of one learner": np.mean(alone),
+        "MAP@R of all": together,
     }
 
 
-def messages(made, data, autocast=None):
+def messages(made, data):
     """To whom samples of a training batch listen, and whether that changes what the refined classifier says."""
     loss_func, (embeddings, labels) = made.loss.eval(), training_batch(made, data)
     same = labels[:, None] == labels
@@ -125,7 +127,7 @@ def margins(made, data, autocast=None):
     }
 
 
-def pairs_and_proxies(made, data, autocast=None):
+def pairs_and_proxies(made, data):
     """How long the gradients of the two losses of a hybrid are, and whether they point the same way."""
     embeddings, labels = training_batch(made, data)
     embeddings.requires_grad_()
@@ -150,16 +152,22 @@ def spread(embeddings):
     }
 
 
-def measured(made, data, autocast=None):
-    """Return what there is to measure in a recipe's network; attention is taken away at the end."""
-    embeddings, _ = embed(made.trunk, data.test, autocast=autocast)
+def measured(made, data, embeddings, autocast=None):
+    """Return what there is to measure in a recipe's network; ``embeddings``: of the test images.
+
+    Attention is taken away at the end.
+    """
     found = spread(embeddings)
     if isinstance(made.loss, HybridLoss):
         found |= pairs_and_proxies(made, data)
     if getattr(made.trunk, "num_learners", 1) > 1:
         found |= learners(made, data, autocast)
-    if made.name in MEASURES and made.name != "attention_ensemble":
-        found |= MEASURES[made.name](made, data, autocast)
+    if made.name == "intra_batch" and made.loss.refiner is not None:
+        found |= messages(made, data)
+    if made.name == "adaptive_margin" and data.class_embeddings is not None:
+        found |= margins(made, data, autocast)
+    if made.name == "mhgl":
+        found |= attention(made, data, autocast)
     return found
 
 
@@ -182,7 +190,3 @@ def training_batch(made, data):
 def map_at_r(made, data, autocast):
     embeddings, labels = embed(made.trunk, data.test, autocast=autocast)
     return 100 * float(retrieval_metrics(embeddings, labels, metrics=(MAP,))[MAP])
-
-
-MEASURES = {"mhgl": attention, "attention_ensemble": learners, "intra_batch": messages, "adaptive_margin": margins}
-"""Recipe to what is measured in its network."""

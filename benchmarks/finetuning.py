@@ -93,7 +93,9 @@ def run(job):
         found[" + refinement at test time"] = retrieval_metrics(
             torch.nn.functional.normalize(refined), labels, metrics=tuple(METRICS)
         )
-    inside = {} if frozen or job["validation"] else measured(made, data, torch.bfloat16)  # changes the network
+    inside = (
+        {} if frozen or job["validation"] else measured(made, data, embeddings, torch.bfloat16)
+    )  # changes the network
     return job | {
         "data": Path(job["data"]).stem,
         "class_embeddings": job["class_embeddings"] and Path(job["class_embeddings"]).name,

@@ -12,12 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import run_files
-from causes import MEASURES
+from causes import attention, learners, margins, messages
 from harness import in_processes, make_parser
 from retrieval import trained, tuned_settings
 from retrieval_rows import ROWS, row_of, value_of
 from retrieval_tables import show, tables_of_causes
 
+MEASURES = {"mhgl": attention, "attention_ensemble": learners, "intra_batch": messages, "adaptive_margin": margins}
 MEASURED = (
     "mhgl",
     "4 heads",

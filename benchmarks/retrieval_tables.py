@@ -177,8 +177,7 @@ def summary(out):
     for kind, rows_of in (("retrieval", retrieval_rows), ("finetuning", finetuning_rows)):
         for data, rows in collect(out / kind, rows_of=rows_of).items():
             ours = rows.get("recommended", {})
-            shared = [{seed: rows[row][seed] for seed in ours if seed in rows[row]} for row in OF_PML if row in rows]
-            of_pml = dict(zip([row for row in OF_PML if row in rows], shared, strict=True))
+            of_pml = {row: {x: rows[row][x] for x in ours if x in rows[row]} for row in OF_PML if row in rows}
             for metric, name in COMPARED.items():
                 means = {row: np.mean([x[metric] for x in seeds.values()]) for row, seeds in of_pml.items() if seeds}
                 if means:

@@ -854,15 +854,35 @@ def test_trainings_with_large_batches(toy, tmp_path, capsys, monkeypatch):
     assert [run["seed"] for run in run_files.read(path)[len(runs) :]] == [3, 3]
 
 
-def test_finetuning(tmp_path, capsys):
-    """Rows behind a small network of timm's, on folders of noise."""
+def folders_of_noise(folder):
     rng = np.random.default_rng(0)
     for part in ("train", "test"):
         for label in "abc":
-            (tmp_path / "data" / part / f"{part} {label}").mkdir(parents=True)
+            (folder / part / f"{part} {label}").mkdir(parents=True)
             for i in range(5):
                 pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / part / f"{part} {label}" / f"{i}.png")
+                Image.fromarray(pixels).save(folder / part / f"{part} {label}" / f"{i}.png")
+
+
+@pytest.mark.parametrize("row", finetuning_rows.ROWS)
+def test_each_row_of_finetuning_runs_to_its_end(row, tmp_path):
+    folders_of_noise(tmp_path / "data")
+    small = {"image_size": 32, "batch_size": 8, "epochs": 1, "backbone": "test_resnet", "pretrained": False}
+    small |= {"split": "layer2"} if row in ("4 learners", "4 learners, divergence", "all together") else {}
+    job = {"row": row, "data": str(tmp_path / "data"), "class_embeddings": None, "validation": None, "seed": 0}
+    run = finetuning.run(job | {"tuned": {}, "settings": small})
+    inside = "".join(run["measured"])
+    assert ("numbers of the embedding in use" in inside) == (row != "frozen")
+    assert ("gradient of the pair loss" in inside) == row.startswith(("recommended", "hybrid", "mhgl"))
+    assert ("MAP@R of one learner" in inside) == (row.startswith("4 learners") or row == "all together")
+    assert ("attention to the sample's class" in inside) == row.startswith("refiner")
+    assert ("margins, mean" in inside) == row.startswith("margin from")
+    assert ("of the map's norm" in inside) == (row == "mhgl")
+
+
+def test_finetuning(tmp_path, capsys):
+    """Rows behind a small network of timm's, on folders of noise."""
+    folders_of_noise(tmp_path / "data")
     small = ["image_size=32", "batch_size=8", "epochs=2", "backbone=test_efficientnet", "pretrained=false"]
     small += ["frozen_stages=0"]
     options = {"seeds": [0], "out": tmp_path / "out", "settings": small, "tuned_on": "other"}

@@ -60,13 +60,7 @@ def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemb
             embedding_size=settings.embedding_size,
             input_size=size,
         )
-    if settings.backbone == "googlenet":
-        if settings.pool_type != "avg":
-            raise ValueError(f"pool_type must be 'avg' for the backbone 'googlenet', got {settings.pool_type!r}")
-        backbone: str | nn.Module = "googlenet"
-        options = {"pretrained": settings.pretrained, "weights": settings.weights}
-    else:
-        backbone, options = _whole(settings)
+    backbone, options = _whole(settings)
     return AttentionEnsemble.from_backbone(
         backbone,
         settings.split,
@@ -80,15 +74,15 @@ def attention_ensemble(settings: Settings, num_learners: int) -> AttentionEnsemb
 def _whole(settings: Settings) -> tuple[str | nn.Module, dict[str, Any]]:
     """Return a network that pools for itself, and its options."""
     form = {"num_classes": 0}  # not features_only, which more networks know
-    backbone, options = _backbone(settings, form)
-    if not isinstance(backbone, str):
-        if settings.pool_type != "avg":
-            raise ValueError(f"pool_type must be 'avg' for a network of yours that is cut, got {settings.pool_type!r}")
+    weights = {name: settings[name] for name in ("pretrained", "weights")}
+    google = settings.backbone == "googlenet"  # torchvision's
+    backbone, options = ("googlenet", weights) if google else _backbone(settings, form)
+    if settings.pool_type == "avg":  # as networks have it
         return backbone, options
-    if settings.pool_type == "avg":  # as timm's networks have it
-        return backbone, options
+    if google or not isinstance(backbone, str):
+        raise ValueError(f"pool_type must be 'avg' for the backbone {settings.backbone!r}, got {settings.pool_type!r}")
     pooling = {"global_pool": _POOLING_OF_TIMM.get(settings.pool_type, settings.pool_type)}
-    made_with = {name: value for name, value in options.items() if name not in ("pretrained", "weights")}
+    made_with = {name: value for name, value in options.items() if name not in weights}
     try:
         _without_memory(backbone, made_with | form | pooling)
     except _REFUSED as error:

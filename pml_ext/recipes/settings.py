@@ -103,15 +103,15 @@ _OF_OTHER_BACKBONES: Numbers = {
     "split": (None, "as AttentionEnsemble.from_backbone: an eighth of the resolution"),
 }
 _OTHER_NAMES = {  # elsewhere
-    "learning_rate": ("lr",),
-    "num_epochs": ("epochs",),
-    "dim": ("embedding_size",),
-    "embed_dim": ("embedding_size",),
-    "size": ("image_size",),
-    "model": ("backbone",),
-    "network": ("backbone",),
-    "wd": ("weight_decay",),
-    "m_per_class": ("samples_per_class",),
+    "learning_rate": "lr",
+    "num_epochs": "epochs",
+    "dim": "embedding_size",
+    "embed_dim": "embedding_size",
+    "size": "image_size",
+    "model": "backbone",
+    "network": "backbone",
+    "wd": "weight_decay",
+    "m_per_class": "samples_per_class",
 }
 _FROZEN: Numbers = {"freeze_batch_norm": (True, PROXY_ANCHOR)}
 _COMMON: dict[str, Numbers] = {
@@ -206,8 +206,9 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         numbers |= {"weights": (None, "given"), "pretrained": (False, "given")}
     for name, value in given.items():
         if name not in numbers:
-            known = [x for x in _OTHER_NAMES.get(name, ()) if x in numbers]
-            close = ", ".join(known or get_close_matches(name, numbers, n=3)) or ", ".join(sorted(numbers))
+            close = (
+                _OTHER_NAMES.get(name) or ", ".join(get_close_matches(name, numbers, n=3)) or ", ".join(sorted(numbers))
+            )
             raise ValueError(f"a setting must be one of the recipe's, such as {close}, got {name!r}")
         if value is None:
             continue
