@@ -53,6 +53,7 @@ def load(job):
 def run(job):
     """Train and evaluate once; return the line of the file."""
     row, seed = row_of(job["row"]), job["seed"]
+    autocast = job["autocast"] and getattr(torch, job["autocast"])
     keep_freed_memory()
     torch.set_num_threads(1)
     data = load(job)
@@ -77,7 +78,7 @@ def run(job):
     def evaluate(trunk, view=watched, metrics=EACH_EPOCH):
         nonlocal evaluating
         before = time.perf_counter()
-        embeddings, labels = embed(trunk, view, autocast=torch.bfloat16)
+        embeddings, labels = embed(trunk, view, autocast=autocast)
         values = {name: float(value) for name, value in retrieval_metrics(embeddings, labels, metrics=metrics).items()}
         evaluating += time.perf_counter() - before
         return values, embeddings, labels
@@ -93,9 +94,7 @@ def run(job):
         found[" + refinement at test time"] = retrieval_metrics(
             torch.nn.functional.normalize(refined), labels, metrics=tuple(METRICS)
         )
-    inside = (
-        {} if frozen or job["validation"] else measured(made, data, embeddings, torch.bfloat16)
-    )  # changes the network
+    inside = {} if frozen or job["validation"] else measured(made, data, embeddings, autocast)  # changes the network
     return job | {
         "data": Path(job["data"]).stem,
         "class_embeddings": job["class_embeddings"] and Path(job["class_embeddings"]).name,
@@ -115,16 +114,15 @@ def percent(value):
     return round(100 * float(value), 3)
 
 
-def jobs_of(data, rows, seeds, kind, tuned, embeddings, settings):
+def jobs_of(data, rows, seeds, kind, tuned, shared):
     """Return what is to be run; ``tuned``: row -> the settings that were chosen for it."""
     jobs = []
     for name in rows:
-        shared = {"row": name, "data": data, "class_embeddings": embeddings, "validation": VALIDATION_CLASSES.get(kind)}
-        shared["settings"] = settings
+        job = {"row": name, "data": data, "validation": VALIDATION_CLASSES.get(kind)} | shared
         if kind == "tuning":
-            jobs += [shared | {"seed": seeds[0], "trial": x, "tuned": x} for x in row_of(name).trials()]
+            jobs += [job | {"seed": seeds[0], "trial": x, "tuned": x} for x in row_of(name).trials()]
         else:
-            jobs += [shared | {"seed": seed, "tuned": tuned.get(name, {})} for seed in seeds]
+            jobs += [job | {"seed": seed, "tuned": tuned.get(name, {})} for seed in seeds]
     return sorted(jobs, key=lambda job: job["seed"])  # all rows of one seed first: what is stopped can be compared
 
 
@@ -150,6 +148,7 @@ def main(
     tuned_on=None,
     class_embeddings=None,
     settings=(),
+    autocast=None,
     show_only=False,
 ):
     """Run what has not been run, and print the tables of all that has."""
@@ -165,9 +164,8 @@ def main(
         finished = run_files.read(path)
         which = ("row", "trial") if tune else ("row", "seed")
         tuned = chosen(out, tuned_on or Path(data).stem)
-        wanted = jobs_of(
-            data, list(ROWS) if rows is None else list(map(full, rows)), seeds, kind, tuned, class_embeddings, given
-        )
+        shared = {"class_embeddings": class_embeddings, "settings": given, "autocast": autocast}
+        wanted = jobs_of(data, list(ROWS) if rows is None else list(map(full, rows)), seeds, kind, tuned, shared)
         todo = [job for job in wanted if run_files.find(finished, **{name: job[name] for name in which}) is None]
         for line in in_processes(run, todo, jobs, lambda done: f"{done['row']}: {done['metrics'][''][TUNED_FOR]:.1f}"):
             run_files.append(path, line)
@@ -187,5 +185,8 @@ if __name__ == "__main__":
     parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings; default: this one")
     parser.add_argument("--class-embeddings", help="a file; default: the names of the classes")
     parser.add_argument("--settings", nargs="+", default=(), help="of all rows: image_size=96 ...")
+    parser.add_argument(
+        "--autocast", choices=["bfloat16"], help="of the evaluation, for processors that are faster in it"
+    )
     parser.add_argument("--show", action="store_true", dest="show_only", help="train nothing")
     main(**vars(parser.parse_args()))

@@ -107,7 +107,11 @@ def _train(command: Command) -> None:
     add("--background", metavar="COLOR", help="shows where an image is transparent; default: white")
     add("--no-turn", dest="turn", action="store_const", const=False, help="do not turn images as EXIF says")
     add("--white", type=number_or_largest, metavar="N", help="white of gray images of 16 bits, or largest")
-    add("--autocast", choices=["bfloat16"], help="the network computes in this type")
+    add(
+        "--autocast",
+        choices=["bfloat16"],
+        help="the network computes in this type; for GPUs, and processors with AVX-512",
+    )
     add("--workers", type=int, default=0, metavar="N", help="processes that load images")
     add("--device", metavar="NAME", help="default: cuda if there is one")
     add("--resume", action="store_true", help="go on with the run in FOLDER, also to more --epochs")

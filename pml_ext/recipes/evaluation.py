@@ -10,6 +10,7 @@ from tqdm import tqdm
 from pml_ext import evaluation
 from pml_ext.datasets.image_reader import BrokenImageError
 from pml_ext.modes import in_mode
+from pml_ext.recipes.device import warn_of_slow_autocast
 
 METRICS = evaluation.METRICS
 """Names of the metrics that are computed by default."""
@@ -107,6 +108,7 @@ def _present(samples: list[Any]) -> tuple[Any, Tensor]:
 def _embed(trunk: nn.Module, batches: Iterable[Any], autocast: torch.dtype | None) -> tuple[Tensor, Tensor] | None:
     """Return embeddings and labels of batches, None if there are none."""
     like = next(trunk.parameters(), torch.empty(0))
+    warn_of_slow_autocast(like.device, autocast)
     embeddings: list[Tensor] = []
     labels: list[Tensor] = []
     with in_mode(trunk):

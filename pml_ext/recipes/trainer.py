@@ -22,7 +22,7 @@ from pml_ext.datasets.content import fingerprint_of, reader_of
 from pml_ext.datasets.labels import as_labels
 from pml_ext.gradient_cache import cached_backward
 from pml_ext.recipes.checkpoint import read_checkpoint, try_checkpoint, write_checkpoint, write_text
-from pml_ext.recipes.device import usable_device
+from pml_ext.recipes.device import usable_device, warn_of_slow_autocast
 from pml_ext.recipes.networks import matched_state, network_state
 from pml_ext.recipes.run_config import describe_run, differences, read_config, write_config
 from pml_ext.recipes.run_lock import RunLock
@@ -110,6 +110,7 @@ class Trainer(MetricLossOnly):
         self.sampler: Any
         self.best: dict[str, Any] | None = None
         device = usable_device(device)
+        warn_of_slow_autocast(device, autocast)
         trunk, loss = recipe.trunk.to(device), recipe.loss.to(device)
         if channels_last:
             trunk = trunk.to(memory_format=torch.channels_last)
