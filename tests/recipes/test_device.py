@@ -15,7 +15,7 @@ def warned(device="cpu", autocast=torch.bfloat16):
 
 
 @pytest.mark.parametrize(
-    "capability,machine,slow",
+    ("capability", "machine", "slow"),
     [("AVX2", "x86_64", 1), ("DEFAULT", "AMD64", 1), ("AVX512", "x86_64", 0), ("DEFAULT", "arm64", 0)],
 )
 def test_warning_of_slow_autocast(monkeypatch, capability, machine, slow):
@@ -31,5 +31,5 @@ def test_embedding_warns_of_slow_autocast(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     images = torch.utils.data.TensorDataset(torch.randn(2, 4), torch.arange(2))
-    with pytest.warns(UserWarning, match="autocast to bfloat16 may be 10 times slower"):
+    with pytest.warns(UserWarning, match="autocast to bfloat16 may be many times slower"):
         embed(torch.nn.Linear(4, 3), images, autocast=torch.bfloat16)
