@@ -27,10 +27,21 @@ BASELINE = "multi_similarity"
 KINDS = {"test": "", "validation": ", validation classes", "halves": ", half of the training classes"}
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = tuple(ROOT / name for name in ("docs/retrieval.md", "docs/photographs.md", "README.md"))
+PAGES = tuple(
+    ROOT / name for name in ("docs/retrieval.md", "docs/photographs.md", "docs/photographs_choices.md", "README.md")
+)
 OF_PML = ("contrastive", "triplet", "multi_similarity", "proxy_anchor", "cosface", "normalized_softmax")
 """The rows with one of PML's losses alone, tuned as the page of the data says."""
 MARKED = re.compile(r"(<!-- table ([^\n]+?) -->\n\n)(?:\|[^\n]*\n)*(\n<!-- end of table -->)")
+
+
+OF_EACH = {
+    "numbers of the embedding in use": "numbers in use",
+    "cosine between two images": "cosine of two images",
+    "gradient of the pair loss / of the proxy loss": "gradient, pairs / proxies",
+    "cosine between the two": "cosine of the gradients",
+}
+"""What benchmarks/finetuning.py measures in all rows, or in all hybrids, and the columns that show it."""
 
 
 def collect(out, kind="test", rows_of=retrieval_rows):
@@ -147,16 +158,30 @@ def tables_of_causes(out):
 
 
 def tables_of_measured(out):
-    """Return name -> (title, table): what benchmarks/finetuning.py has measured in its networks."""
+    """Return name -> (title, table): what benchmarks/finetuning.py has measured in its networks, and in parts of them."""
     tables = {}
     for data, path in run_files.paths_of(out, "test").items():
-        rows = {}
+        rows, parts = {}, {}
         for run in run_files.read(path):
-            if run.get("measured"):
-                rows.setdefault(run["row"], {}).setdefault(run["seed"], run["measured"])
+            of_seed = run.get("measured", {})
+            for found, chosen in ((rows, True), (parts, False)):
+                some = {name: value for name, value in of_seed.items() if (name in OF_EACH) == chosen}
+                if some:
+                    found.setdefault(run["row"], {}).setdefault(run["seed"], some)
         if rows:
-            tables[f"{data}-test measured"] = table_of_measured(data, rows)
+            tables[f"{data}-test measured"] = table_of_each(data, rows)
+        if parts:
+            tables[f"{data}-test parts"] = table_of_measured(data, parts)
     return tables
+
+
+def table_of_each(data, rows):
+    """Return title and table with a line for each row, and a column for each measure of OF_EACH."""
+    lines = []
+    for row, seeds in rows.items():
+        values = [[found[name] for found in seeds.values() if name in found] for name in OF_EACH]
+        lines.append([row, str(len(seeds)), *(mean_and_deviation(x, 2) if x else "" for x in values)])
+    return f"{data}: mean (standard deviation) over seeds", markdown_table(["row", "seeds", *OF_EACH.values()], lines)
 
 
 def table_of_measured(data, rows):

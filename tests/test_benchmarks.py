@@ -598,6 +598,23 @@ def test_tables_of_made_up_runs(tmp_path):
     assert ["pairs and proxies", "hybrid", "multi_similarity", interval, interval] in tables["toy-test questions"]
 
 
+def test_tables_of_what_is_inside(tmp_path):
+    """A column for each measure that all rows or all hybrids have; what single methods have is a table of its own."""
+    size, gradient, _ = list(retrieval_tables.OF_EACH)[1:]
+    for row, seed, measured in (
+        ("hybrid", 0, {size: 0.5, gradient: 2.0}),
+        ("hybrid", 1, {size: 0.7, gradient: 2.0, "MAP@R": 9.04}),
+        ("frozen", 0, {}),
+        ("cosface", 0, {size: 0.25}),
+    ):
+        run_files.append(run_files.path_of(tmp_path, "toy", "test"), {"row": row, "seed": seed, "measured": measured})
+    tables = {name: cells_of(table)[2:] for name, (_, table) in retrieval_tables.tables_of_measured(tmp_path).items()}
+    hybrid, cosface = tables.pop("toy-test measured")
+    assert hybrid == ["hybrid", "2", "", "0.60 (0.14)", "2.00 (0.00)", ""]
+    assert cosface == ["cosface", "1", "", "0.25", "", ""]
+    assert tables == {"toy-test parts": [["hybrid", "MAP@R", "9.0"]]}
+
+
 def test_a_page_is_filled(tmp_path):
     page, new = tmp_path / "page.md", "| a |\n| - |\n| 1 |"
     text = (
@@ -870,7 +887,7 @@ def test_each_row_of_finetuning_runs_to_its_end(row, tmp_path):
     small = {"image_size": 32, "batch_size": 8, "epochs": 1, "backbone": "test_resnet", "pretrained": False}
     small |= {"split": "layer2"} if row in ("4 learners", "4 learners, divergence", "all together") else {}
     job = {"row": row, "data": str(tmp_path / "data"), "class_embeddings": None, "validation": None, "seed": 0}
-    run = finetuning.run(job | {"tuned": {}, "settings": small})
+    run = finetuning.run(job | {"autocast": None, "tuned": {}, "settings": small})
     inside = "".join(run["measured"])
     assert ("numbers of the embedding in use" in inside) == (row != "frozen")
     assert ("gradient of the pair loss" in inside) == row.startswith(("recommended", "hybrid", "mhgl"))
@@ -904,12 +921,14 @@ def test_finetuning(tmp_path, capsys):
     made = recipe("proxy_anchor", 3, **frozen["settings"] | {"preset": "finetune"})
     test = open_data(tmp_path / "data").test
     test.transform = made.transforms.test
-    found = retrieval_metrics(*embed(BackboneFeatures(made.trunk), test, autocast=torch.bfloat16))
+    found = retrieval_metrics(*embed(BackboneFeatures(made.trunk), test))
     assert frozen["metrics"][""]["precision_at_1"] == pytest.approx(100 * found["precision_at_1"], abs=1e-3)
     cells, metric = cells_of(capsys.readouterr().out), retrieval_tables.TUNED_FOR
     printed = [row[:3] for row in cells]
     assert ["frozen", "1", f"{100 * found['precision_at_1']:.1f}"] in printed
     assert trained["settings"]["attention"] == "normalized" and trained["settings"]["proxy_weight"] == 0.25
     soon = 1 if trained["epochs"][metric][0] >= 0.95 * max(trained["epochs"][metric]) else 2
+    inside = f"{trained['measured']['numbers of the embedding in use']:.2f}"
+    assert any(row[:3] == ["mhgl", "1", inside] for row in cells)
     shown = dict(zip(*(cells[i] for i in (0, 3)), strict=True))
     assert shown["epochs to 95%"] == f"{soon:.1f}" and shown["chosen"] == "lr 0.0003, proxy_weight 0.25"
