@@ -139,7 +139,7 @@ def table_of_questions(rows, questions):
         for row, other in pairs:
             gaps = [difference(rows.get(row, {}), rows.get(other, {}), metric) for metric in COMPARED]
             if None not in gaps:
-                lines.append([question, row, other, *map(with_interval, gaps)])
+                lines.append([question, shorter(row), shorter(other), *map(with_interval, gaps)])
     return markdown_table(["question", "row", "less", *COMPARED.values()], lines) if lines else ""
 
 
@@ -158,7 +158,7 @@ def tables_of_causes(out):
 
 
 def tables_of_measured(out):
-    """Return name -> (title, table): what benchmarks/finetuning.py has measured in its networks, and in parts of them."""
+    """Return name -> (title, table): what benchmarks/finetuning.py has measured in networks, and in parts of them."""
     tables = {}
     for data, path in run_files.paths_of(out, "test").items():
         rows, parts = {}, {}
@@ -180,7 +180,7 @@ def table_of_each(data, rows):
     lines = []
     for row, seeds in rows.items():
         values = [[found[name] for found in seeds.values() if name in found] for name in OF_EACH]
-        lines.append([row, str(len(seeds)), *(mean_and_deviation(x, 2) if x else "" for x in values)])
+        lines.append([shorter(row), str(len(seeds)), *(mean_and_deviation(x, 2) if x else "" for x in values)])
     return f"{data}: mean (standard deviation) over seeds", markdown_table(["row", "seeds", *OF_EACH.values()], lines)
 
 
