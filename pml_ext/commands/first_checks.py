@@ -52,7 +52,8 @@ def check_train(**options: Any) -> dict[str, Any]:
         if not options["resume"] and any((folder / name).exists() for name in ("config.json", "last.pt")):
             raise ValueError(f"{folder} holds a run already: give another --out, or --resume to go on with it")
     if options["resume"] and old is None:
-        raise FileNotFoundError(f"--out must hold config.json, got {folders[0]} without")
+        hint = _seeds_in(str(out)) + " (add --seeds)" if seeds is None and _seeds_in(str(out)) else ""
+        raise FileNotFoundError(f"--out must hold config.json, got {folders[0]} without{hint}")
     if not named and Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(f"--out must not lie in DATA, whose images its pictures would join, got {out}")
     first = _config(options["init_from"]) if options["init_from"] is not None else None
@@ -70,7 +71,9 @@ def check_train(**options: Any) -> dict[str, Any]:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     given = merge({name: options[name] for name in OF_RECIPE if options[name] is not None}, dict(options["settings"]))
     settle(preset, RECIPES[recipe].numbers, given)
-    options["settings"] = _settings_of(old or first, recipe, preset) | dict(options["settings"])
+    options["settings"] = _settings_of(old or first, recipe, preset, given.get("image_size")) | dict(
+        options["settings"]
+    )
     for name in OF_RECIPE:
         if options[name] is not None:
             options["settings"].pop(name, None)
@@ -171,23 +174,14 @@ def usual_preset(arrays: bool, backbone: str | None, weights: str | None) -> str
     return "small"
 
 
-def _settings_of(run: Any, recipe: str, preset: str) -> dict[str, Any]:
-    """Return the settings of a run that are not those of its preset."""
+def _settings_of(run: Any, recipe: str, preset: str, image_size: Any) -> dict[str, Any]:
+    """Return the settings of a run, ``resize`` only for its own ``image_size``, which None stands for."""
     if run is None or (run["recipe"], run["preset"]) != (recipe, preset):
         return {}
+    kept = with_former_split(preset, run["settings"])
+    left_out = {"weights", "in_channels", *(["resize"] if image_size not in (None, kept["image_size"]) else [])}
     usual = settle(preset, RECIPES[recipe].numbers, {})
-    return {
-        name: value
-        for name, value in with_former_split(preset, run["settings"]).items()
-        if name in usual
-        and name not in ("weights", "in_channels")
-        and value is not None
-        and value != _plain(usual[name])
-    }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return {name: value for name, value in kept.items() if name in usual and name not in left_out}
 
 
 def merge(options: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

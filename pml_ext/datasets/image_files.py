@@ -120,7 +120,7 @@ def broken_images(
     """
     reader = ImageReader() if reader is None else reader
     reasons = {}
-    for i, path in enumerate(tqdm(paths, desc="checking images", disable=not progress)):
+    for i, path in enumerate(tqdm(paths, desc="checking images", disable=not (progress and paths))):
         if not _looks_whole(path):
             try:
                 reader(path)

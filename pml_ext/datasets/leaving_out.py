@@ -27,14 +27,18 @@ def image_names(data: RetrievalData) -> set[str]:
 
 
 def without(data: RetrievalData, left_out: Iterable[str]) -> RetrievalData:
-    """Return data without some image files, which are named as ``image_names`` does."""
-    views: dict[str, Any] = {}
+    """Return data without some image files, which are named as ``image_names`` does, and classes that have no others.
+
+    Raises:
+        ValueError: If too few classes are left.
+    """
+    kept: dict[str, Tensor] = {}
     left_out = set(left_out)
     for name, view in views_of(data).items():
         names = file_names(view)
         if left_out and names is not None:
-            views[name] = only(view, torch.tensor([f"{name}/{image}" not in left_out for image in names]))
-    return replace(data, **views)
+            kept[name] = torch.tensor([f"{name}/{image}" not in left_out for image in names])
+    return _with_classes_left(data, kept)[0] if any(not mask.all() for mask in kept.values()) else data
 
 
 def only(view: ClassSubset, kept: Tensor) -> ClassSubset:
@@ -81,11 +85,17 @@ def without_broken(data: RetrievalData, broken: dict[str, dict[int, str]]) -> tu
     Raises:
         ValueError: If too few classes are left.
     """
-    views = {name: view for name, view in views_of(data).items() if name in broken}
     kept: dict[str, Tensor] = {}
-    for name, view in views.items():
-        kept[name] = torch.tensor([i not in broken[name] for i in range(len(view))])
-        view.dataset.broken[view.indices[~kept[name]]] = True  # or one might take the place of another
+    for name, view in views_of(data).items():
+        if name in broken:
+            kept[name] = torch.tensor([i not in broken[name] for i in range(len(view))])
+            view.dataset.broken[view.indices[~kept[name]]] = True  # or one might take the place of another
+    return _with_classes_left(data, kept)
+
+
+def _with_classes_left(data: RetrievalData, kept: dict[str, Tensor]) -> tuple[RetrievalData, list[str]]:
+    """Return data with some images, ``kept`` being ``(N,)``, bool, for each part, and the names of the lost classes."""
+    views = {name: view for name, view in views_of(data).items() if name in kept}
     left = {name: {view.classes[i] for i in view.labels[kept[name]].tolist()} for name, view in views.items()}
     if "gallery" in views:
         left["test"] &= left["gallery"]

@@ -48,7 +48,7 @@ def recipe(
             paper's settings for that data set, where they are known.
         class_embeddings: ``(num_classes, E)``, of a second modality; used by "adaptive_margin", and by "combined" with
             ``proxy_loss="adaptive_margin"``; others ignore it.
-        **settings: Replace those of the preset: any name in the recipe's ``notes``. None: the preset's. Among them:
+        **settings: Replace those of the preset: any name in the recipe's ``notes``. Among them:
             ``weights``, for the backbone: a file (``.pth`` or ``.safetensors``, of timm or torchvision), "installed"
             (extra ``pretrained``) or a state dict; or, for the whole network, the folder of a run of the same recipe.
 
@@ -79,7 +79,9 @@ def recipe(
         settings["weights"] = os.fspath(settings["weights"])
     module = backbone if isinstance(backbone, nn.Module) else None
     named = backbone if module is None else "module"
-    chosen = settle(preset, method.numbers, {"embedding_size": embedding_size, "backbone": named} | settings)
+    of_network = {"embedding_size": embedding_size, "backbone": named}
+    of_network = {name: value for name, value in of_network.items() if value is not None}
+    chosen = settle(preset, method.numbers, of_network | settings)
     if module is not None:
         chosen = chosen.replaced("pretrained", False, "given")
     chosen.module = module
@@ -130,8 +132,9 @@ def _dry_run(trunk: nn.Module, s: Settings) -> None:
 def _check(s: Settings) -> None:
     if isinstance(s.frozen_stages, bool) or not isinstance(s.frozen_stages, Integral) or s.frozen_stages < 0:
         raise ValueError(f"frozen_stages must be an integer >= 0, got {s.frozen_stages!r}")
-    if not isinstance(s.channels_last, bool):
-        raise ValueError(f"channels_last must be True or False, got {s.channels_last!r}")
+    for name in ("channels_last", "freeze_batch_norm", "masks"):
+        if not isinstance(s.get(name, True), bool):
+            raise ValueError(f"{name} must be True or False, got {s[name]!r}")
     if isinstance(s.crop_scale, bool) or not isinstance(s.crop_scale, int | float) or not 0 < s.crop_scale <= 1:
         raise ValueError(f"crop_scale must lie in (0, 1], got {s.crop_scale!r}")
     if isinstance(s.warmup_epochs, bool) or not isinstance(s.warmup_epochs, Integral) or s.warmup_epochs < 0:
@@ -150,8 +153,6 @@ def _check(s: Settings) -> None:
     anchors = s.get("anchor_weight", 0.0)
     if isinstance(anchors, bool) or not isinstance(anchors, int | float) or anchors < 0:
         raise ValueError(f"anchor_weight must be a number >= 0, got {anchors!r}")
-    if "masks" in s and not isinstance(s.masks, bool):
-        raise ValueError(f"masks must be True or False, got {s.masks!r}")
     split = s.get("split")
     if split is not None and (isinstance(split, bool) or not isinstance(split, str | int)):
         raise ValueError(f"split must be a module's name, a reduction or None, got {split!r}")

@@ -122,6 +122,12 @@ _COMMON: dict[str, Numbers] = {
     "paper:sop": _PAPER,
     "paper:inshop": _PAPER,
 }
+_MAY_BE_NONE = {"augmentation"} | {
+    name
+    for numbers in (*_COMMON.values(), _OF_OTHER_BACKBONES)
+    for name, (value, _) in numbers.items()
+    if value is None
+}
 
 
 class Settings(Mapping[str, Any]):
@@ -185,19 +191,20 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
     Args:
         preset: One of PRESETS.
         own: The recipe's numbers by preset; those of "all" for each preset, those of "paper" for each of the papers'.
-        given: By the user; None stands for "as the preset has it". With an ``image_size`` alone, ``resize`` follows;
-            with another ``backbone`` or ``pretrained``, the preset's ``weights`` are not used; with another
-            ``backbone``, or without weights, no stage is frozen unless ``frozen_stages`` says so.
+        given: By the user. With an ``image_size`` alone, ``resize`` follows; with another ``backbone`` or
+            ``pretrained``, the preset's ``weights`` are not used; with another ``backbone``, or without weights, no
+            stage is frozen unless ``frozen_stages`` says so.
 
     Raises:
-        ValueError: If preset or a name is unknown, a text is given for a number or the other way round, or a
-            number is not finite.
+        ValueError: If preset or a name is unknown, a text is given for a number or the other way round, a number is
+            not finite, or a value is None for a setting that must have one.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     numbers: Numbers = dict(_COMMON[preset])
     for key in ("all", *(["paper"] if preset in PAPER_PRESETS else []), preset):
         numbers |= own.get(key, {})
+    may_be_none = _MAY_BE_NONE | {name for some in own.values() for name, (value, _) in some.items() if value is None}
     usual_size, usual_resize = numbers["image_size"][0], numbers["resize"][0]
     other = given.get("backbone") not in (None, numbers["backbone"][0]) and numbers["weights"][0] is not None
     if other:
@@ -210,11 +217,16 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
                 _OTHER_NAMES.get(name) or ", ".join(get_close_matches(name, numbers, n=3)) or ", ".join(sorted(numbers))
             )
             raise ValueError(f"a setting must be one of the recipe's, such as {close}, got {name!r}")
-        if value is None:
-            continue
+        if value is None and name not in may_be_none:
+            raise ValueError(f"{name} must not be None; leave it out for that of the preset")
         default = numbers[name][0]
         either = name == "split"  # a module's name or a number
-        if default is not None and not either and isinstance(value, str) != isinstance(default, str):
+        if (
+            value is not None
+            and default is not None
+            and not either
+            and isinstance(value, str) != isinstance(default, str)
+        ):
             raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
         value = _plain(value)
         if isinstance(value, float) and not math.isfinite(value):
@@ -222,6 +234,6 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         numbers[name] = (value, "given")
     if not numbers["pretrained"][0] and numbers["weights"][0] is None and given.get("frozen_stages") is None:
         numbers["frozen_stages"] = (0, "ours: nothing is pretrained")
-    if given.get("image_size") and not given.get("resize") and usual_resize:
+    if given.get("image_size") and "resize" not in given and usual_resize:
         numbers["resize"] = (round(usual_resize * given["image_size"] / usual_size), "as the preset, for image_size")
     return Settings(preset, numbers)

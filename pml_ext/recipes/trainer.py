@@ -177,6 +177,14 @@ class Trainer(MetricLossOnly):
         last = self.recipe.epochs if num_epochs is None else num_epochs
         if last > self.recipe.epochs and self.recipe.settings.schedule == "cosine":
             raise ValueError(f"num_epochs must be <= {self.recipe.epochs}, where the cosine schedule ends, got {last}")
+        backbone = [] if self._backbone is None else self._backbone.parameters()
+        if self.epochs_done < last <= self.recipe.settings.warmup_epochs and any(p.requires_grad for p in backbone):
+            warnings.warn(
+                f"only the new layers are trained in {last} of {self.recipe.epochs} epochs: the backbone begins to "
+                f"learn after warmup_epochs = {self.recipe.settings.warmup_epochs}",
+                UserWarning,
+                stacklevel=2,
+            )
         self._stopped = False
         with nullcontext() if self.folder is None else RunLock(self.folder):
             self._train(last)

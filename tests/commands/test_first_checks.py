@@ -76,7 +76,10 @@ def test_what_goes_on_takes_what_it_is_not_given_from_the_run(photos, tmp_path):
     kept |= {"background": "black", "turn": False, "white": 4095, "epochs": 9, "weights": None}
     assert {name: options[name] for name in kept} == kept
     assert options["settings"].pop("pixel_mean") == options["settings"].pop("pixel_std") == [0.5] * 3
-    assert options["settings"] == {"lr": 0.01, "width": 4}
+    of_run = read_config(run)["settings"]
+    left_out = {"weights", "pretrained", "in_channels", "epochs", "pixel_mean", "pixel_std"}
+    assert options["settings"] == {name: value for name, value in of_run.items() if name not in left_out}
+    assert options["settings"] | {"lr": 0.01, "width": 4, "image_size": 32} == options["settings"]
     options = checked("photos", "--out", run, "--resume", "--set", "lr=0.1", "--seed", 1, "--white", "largest")
     assert options["settings"] | {"lr": 0.1, "epochs": 3} == options["settings"]
     assert (options["seed"], options["white"]) == (1, "largest")
@@ -95,6 +98,35 @@ def test_a_run_to_begin_with(photos, tmp_path):
         checked("photos", "--init-from", run, "--weights", "x")
     with pytest.raises(FileNotFoundError, match=r"--init-from must hold config\.json, got runs/none without"):
         checked("photos", "--init-from", "runs/none")
+
+
+def test_what_a_run_has_in_common_with_its_preset_is_kept_too(photos, tmp_path):
+    """Since other data, or another backbone, would make another choice."""
+    numbers = {"backbone": "test_resnet", "pretrained": False}
+    for preset, more in (
+        ("small", {"image_size": 32}),
+        ("finetune", numbers | {"frozen_stages": 3, "split": "layer2"}),
+        ("paper:cub", numbers | {"image_size": 64, "resize": 256}),
+    ):
+        made = recipe("recommended" if preset == "finetune" else "proxy_anchor", 4, preset=preset, **more)
+        run = tmp_path / preset.replace(":", "-")
+        run.mkdir()
+        write_config(run, describe_run(made))
+        for words in (["--out", run, "--resume"], ["--init-from", run]):
+            settings = checked("photos", *words)["settings"]
+            assert settings | {name: value for name, value in more.items() if name != "pretrained"} == settings
+        for size in ("--image-size", 96), ("--set", "image_size=96"):
+            options = checked("photos", "--init-from", run, *size)
+            assert "resize" not in options["settings"]
+            assert 96 in (options["image_size"], options["settings"].get("image_size"))
+
+
+def test_a_folder_of_several_seeds_is_not_a_run(photos, tmp_path):
+    write_run(tmp_path / "seed-0"), write_run(tmp_path / "seed-1")
+    told = r"without; it has those of several seeds: .*seed-0, .*seed-1 \(add --seeds\)$"
+    with pytest.raises(FileNotFoundError, match=told):
+        checked("photos", "--out", tmp_path, "--resume")
+    assert checked("photos", "--out", tmp_path, "--resume", "--seeds", 2)["recipe"] == "proxy_anchor"
 
 
 def test_what_goes_on_does_not_begin_with_other_weights(photos, tmp_path):
@@ -125,14 +157,14 @@ def test_seeds_that_begin_later_begin_as_the_others_did(photos, tmp_path):
 
 
 def test_a_former_run_of_the_preset_finetune_keeps_its_cut(photos, tmp_path):
-    for split, expected in ((None, 8), (16, 16), ("blocks.5", None)):  # the last is the preset's
+    for split, expected in ((None, 8), (16, 16), ("blocks.5", None)):
         run = write_run(tmp_path / f"run{split}")
         config = json.loads((run / "config.json").read_text())
         settings = dict(settle("finetune", RECIPES["attention_ensemble"].numbers, {}))
         config |= {"recipe": "attention_ensemble", "preset": "finetune", "settings": settings | {"split": split}}
         (run / "config.json").write_text(json.dumps(config))
         for words in (["--out", run, "--resume"], ["--init-from", run]):
-            assert checked("photos", *words)["settings"].get("split") == expected
+            assert checked("photos", *words)["settings"]["split"] == (expected or split)
         assert read_config(run)["settings"]["split"] == (expected or split)
         assert not any("split" in told for told in differences(config, read_config(run)))
 

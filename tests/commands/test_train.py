@@ -800,6 +800,10 @@ def test_a_class_whose_pixels_are_all_broken_is_left_out(tmp_path, capsys):
     assert "warning: left out 2 classes without images that can be read: class1, class6" in printed
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["num_classes"], config["data"]["images"]) == (3, {"train": 17, "validation": 0, "test": 18})
+    main(["evaluate", str(tmp_path / "run"), "--skip-broken", "--device", "cpu"])
+    assert "test classes: 18 images of 3 classes" in capsys.readouterr().out
+    options = {"skip_broken": True, "validation_classes": 0, "split_seed": None}
+    assert run(photos, tmp_path / "run", epochs=3, resume=True, **options)["epoch"] == 3
 
 
 def write_10_bits(folder):

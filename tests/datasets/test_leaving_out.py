@@ -35,6 +35,17 @@ def test_named_files_are_left_out(data):
     assert less.train.labels.tolist() == [0, 0, 1, 1, 1] and len(opened.train) == 6
 
 
+def test_classes_without_other_files_are_left_out(data):
+    """As when these files were broken: labels count on without a gap."""
+    opened = open_data(data, split_seed=None)
+    less = without(opened, [f"test/cat/{i}.png" for i in range(3)])
+    assert less.test.class_names == ["dog"] and less.test.labels.tolist() == [0, 0, 0]
+    assert less.train.labels.tolist() == opened.train.labels.tolist()
+    with pytest.raises(ValueError, match="that can be read, got 1 and 2, and not ant"):
+        without(opened, [f"train/ant/{i}.png" for i in range(3)])
+    assert without(opened, ["train/ant/9.png"]) is opened
+
+
 def test_broken_files_and_their_classes_are_left_out(data):
     (data / "cat" / "1.png").write_text("no image")
     for i in range(3):

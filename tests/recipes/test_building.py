@@ -10,7 +10,7 @@ from torch import nn
 from pml_ext.learners import split_learners
 from pml_ext.losses import DivergenceLoss, EnsembleLoss, HybridLoss, IntraBatchLoss
 from pml_ext.recipes import RECIPES, recipe
-from pml_ext.recipes.settings import PAPER_PRESETS
+from pml_ext.recipes.settings import PAPER_PRESETS, settle
 from pml_ext.samplers import ShuffledPassSampler
 from pml_ext.trunks import AttentionEnsemble, GlobalLocalTrunk, GlobalPool2d, PooledTrunk
 
@@ -350,6 +350,7 @@ def test_sampler(kind):
         ({"name": "recommended", "num_learners": 0}, "num_learners must be an integer >= 1, got 0"),
         ({"name": "recommended", "num_learners": 3}, "embedding_size must be a multiple of num_learners = 3, got 256"),
         ({"name": "recommended", "backbone": "resnet18", "split": "layer9"}, "split must be one of .*, got 'layer9'"),
+        ({"name": "mhgl", "freeze_batch_norm": 2}, "freeze_batch_norm must be True or False, got 2"),
         ({"name": "recommended", "masks": 7}, "masks must be True or False, got 7"),
         ({"name": "recommended", "split": [1]}, r"split must be a module's name, a reduction or None, got \[1\]"),
         ({"name": "recommended", "num_learners": 1, "masks": True}, "masks must be False for one learner, got True"),
@@ -404,8 +405,21 @@ def test_class_embeddings_of_the_wrong_shape(name, kind):
         recipe(name, CLASSES, class_embeddings=kind(CLASSES))
 
 
-def test_none_stands_for_the_preset():
-    assert tiny("mhgl", lr=None).settings.lr == 2e-3
+def test_none_is_a_value():
+    """Where there is none, it is refused; only the arguments of ``recipe`` stand for the preset's."""
+    finetune = {"preset": "finetune", "backbone": "test_resnet", "pretrained": False}
+    given = {"augmentation": None, "flip": None, "head_lr": None, "split": None}
+    settings = recipe("recommended", CLASSES, embedding_size=None, **finetune, **given).settings
+    assert {name: settings[name] for name in given} == given and settings.embedding_size == 256
+    assert recipe("recommended", CLASSES, preset="finetune", weights=None).settings.weights is None
+    papers = {"preset": "paper:cub", "backbone": "test_resnet", "pretrained": False, "image_size": 64}
+    assert recipe("proxy_anchor", CLASSES, **papers).settings.resize == 73
+    settings = recipe("proxy_anchor", CLASSES, **papers, clip_value=None, resize=None).settings
+    assert (settings.clip_value, settings.resize) == (None, None)
+    assert tiny("multi_similarity", epsilon=None).settings.epsilon is None
+    for name in ("lr", "backbone", "sampler"):
+        with pytest.raises(ValueError, match=f"{name} must not be None; leave it out for that of the preset"):
+            settle("small", RECIPES["mhgl"].numbers, {name: None})
 
 
 def test_settings_are_a_mapping_that_can_be_copied():

@@ -1,6 +1,7 @@
 import copy
 import json
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -119,11 +120,16 @@ def test_backbone_stands_still_while_new_layers_warm_up():
     made = tiny(warmup_epochs=1)
     start = copy.deepcopy(made.trunk.state_dict())
     trainer = Trainer(made, Images())
-    trainer.train(1)
+    told = r"only the new layers are trained in 1 of \d+ epochs: the backbone begins to learn after warmup_epochs = 1"
+    with pytest.warns(UserWarning, match=told):
+        trainer.train(1)
     names = [name for name, _ in made.trunk.named_parameters()]
     changed = {name: not torch.equal(start[name], made.trunk.state_dict()[name]) for name in names}
     assert {name for name in names if changed[name]} == {"linear.weight", "linear.bias"}
-    trainer.train(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train(2)
+        Trainer(tiny(), Images()).train(1)
     assert all(not torch.equal(start[name], made.trunk.state_dict()[name]) for name in names)
 
 
