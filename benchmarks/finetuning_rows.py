@@ -56,6 +56,8 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("recommended", "normalized_softmax"),
         ("recommended", "normalized_softmax, 256 numbers"),
         ("recommended", "proxy_anchor"),
+        ("recommended", "proxy_anchor:proxy_lr=0.1"),
+        ("recommended", "normalized_softmax:temperature=0.1,embedding_size=256"),
         ("recommended", "recommended:pair_weight=3"),
         ("recommended", "recommended:pair_weight=1"),
         ("recommended:pair_weight=3", "recommended:pair_weight=1"),

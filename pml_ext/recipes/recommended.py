@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from pytorch_metric_learning.losses import BaseMetricLossFunction
     from torch import Tensor, nn
 
-_HELD_OUT = "ours: chosen on training classes that were held out, see Results on photographs"
-_CHOSEN = "ours: chosen on validation classes, see Results on photographs and Retrieval"
+_HELD_OUT = "ours: chosen on training classes that were held out, see How the default was chosen"
+_CHOSEN = "ours: chosen on validation classes, see How the default was chosen, and Retrieval"
 
 
 def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:
