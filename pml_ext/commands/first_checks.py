@@ -10,6 +10,7 @@ from typing import Any
 
 from pml_ext.commands.parser import DATA_NAMES
 from pml_ext.recipes.methods import DEFAULT_RECIPE, RECIPES
+from pml_ext.recipes.run_config import LEFT_OUT, as_they_were
 from pml_ext.recipes.settings import PRESETS, settle, with_former_split
 
 OF_RECIPE = ("epochs", "backbone", "weights", "embedding_size", "image_size", "chunk_size")
@@ -178,9 +179,14 @@ def _settings_of(run: Any, recipe: str, preset: str, image_size: Any) -> dict[st
     """Return the settings of a run, ``resize`` only for its own ``image_size``, which None stands for."""
     if run is None or (run["recipe"], run["preset"]) != (recipe, preset):
         return {}
-    kept = with_former_split(preset, run["settings"])
-    left_out = {"weights", "in_channels", *(["resize"] if image_size not in (None, kept["image_size"]) else [])}
-    usual = settle(preset, RECIPES[recipe].numbers, {})
+    kept, usual = with_former_split(preset, run["settings"]), settle(preset, RECIPES[recipe].numbers, {})
+    left_out = {"weights", "in_channels"}
+    if image_size is not None and image_size != kept.get("image_size"):
+        left_out.add("resize")
+    if "format" not in run:
+        as_they_were(recipe, kept)
+        former = {name.removeprefix("settings.") for name in LEFT_OUT}  # the network may not have had them
+        left_out |= {name for name in former if name in usual and kept.get(name) == usual[name]}
     return {name: value for name, value in kept.items() if name in usual and name not in left_out}
 
 

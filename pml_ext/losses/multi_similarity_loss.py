@@ -28,8 +28,8 @@ class MultiSimilarityLoss(BasePairLoss):
     CPU: more than 512 x 512 pairs) is evaluated tile by tile, in memory that does not grow with the square, and has
     first derivatives only. Short ones, pairs from ``indices_tuple`` and compiled losses take two (B, R) masks. It
     differs where PML falls short: a tuple with one pair gives its loss and not 0; losses are (B,) and not (B, 1), which
-    ``ClassWeightedReducer`` would broadcast; losses below about 1e-8 are not rounded to 0, so that ``AvgNonZeroReducer``
-    counts them; ``ref_labels`` may be the object ``labels``.
+    ``ClassWeightedReducer`` would broadcast; losses below about 1e-8 are not rounded to 0, so
+    ``AvgNonZeroReducer`` counts them; ``ref_labels`` may be the object ``labels``.
 
     Args:
         alpha: $\alpha$ > 0, how sharply the positives are weighted. Like ``beta`` and ``base`` it may be a parameter;

@@ -48,7 +48,8 @@ def recipe(
             paper's settings for that data set, where they are known.
         class_embeddings: ``(num_classes, E)``, of a second modality; used by "adaptive_margin", and by "combined" with
             ``proxy_loss="adaptive_margin"``; others ignore it.
-        **settings: Replace those of the preset: any name in the recipe's ``notes``. Among them:
+        **settings: Replace those of the preset: any name in the recipe's ``notes``. None is a value of
+            those that may have none, such as ``augmentation``, ``resize``, ``clip_value`` and ``weights``. Among them:
             ``weights``, for the backbone: a file (``.pth`` or ``.safetensors``, of timm or torchvision), "installed"
             (extra ``pretrained``) or a state dict; or, for the whole network, the folder of a run of the same recipe.
 
@@ -132,7 +133,9 @@ def _dry_run(trunk: nn.Module, s: Settings) -> None:
 def _check(s: Settings) -> None:
     if isinstance(s.frozen_stages, bool) or not isinstance(s.frozen_stages, Integral) or s.frozen_stages < 0:
         raise ValueError(f"frozen_stages must be an integer >= 0, got {s.frozen_stages!r}")
-    for name in ("channels_last", "freeze_batch_norm", "masks"):
+    if s.freeze_batch_norm not in (True, False):
+        raise ValueError(f"freeze_batch_norm must be True or False, got {s.freeze_batch_norm!r}")
+    for name in ("channels_last", "masks"):
         if not isinstance(s.get(name, True), bool):
             raise ValueError(f"{name} must be True or False, got {s[name]!r}")
     if isinstance(s.crop_scale, bool) or not isinstance(s.crop_scale, int | float) or not 0 < s.crop_scale <= 1:

@@ -33,4 +33,4 @@ def warn_of_slow_autocast(device: torch.device, autocast: torch.dtype | None) ->
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         name = str(autocast).removeprefix("torch.")
         message = f"autocast to {name} may be many times slower than float32 on this processor, which has no AVX-512"
-        warnings.warn(message, UserWarning, stacklevel=1)  # of this line: once in a process
+        warnings.warn(message, UserWarning, stacklevel=1)  # of this line, whoever calls

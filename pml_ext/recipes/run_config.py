@@ -74,7 +74,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     both = [with_former_split(config["preset"], config["settings"]) for config in (before, now)]
     for config, settings in zip((before, now), both, strict=True):
         if "format" not in config:
-            _as_they_were(config["recipe"], settings)
+            as_they_were(config["recipe"], settings)
         for name in ("epochs", "pretrained", "weights"):  # weights are in the checkpoint
             settings.pop(name, None)
     known = "reader" in before and "reader" in now  # former versions did not keep it
@@ -91,7 +91,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{n}: {there.get(n)!r}, got {here.get(n)!r}" for n in names if there.get(n) != here.get(n)]
 
 
-def _as_they_were(name: str, settings: dict[str, Any]) -> None:
+def as_they_were(name: str, settings: dict[str, Any]) -> None:
     """Give the settings of a run of format 1 the values that acted."""
     if name == "recommended":
         settings.setdefault("anchor_weight", 0.0)
@@ -158,7 +158,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path}: the setting {name!r} no longer exists and must have been {value}, got {former}")
     config["settings"] = settings = with_former_split(config["preset"], _ADDED | config["settings"])
     if "format" not in config:
-        _as_they_were(config["recipe"], settings)
+        as_they_were(config["recipe"], settings)
     if settings["pixel_mean"] is None:  # by preset, whatever the backbone
         ours = config["preset"] == "small" or settings["in_channels"] != 3
         settings["pixel_mean"], settings["pixel_std"] = [

@@ -1,6 +1,7 @@
 """What arguments imply: folders, presets, and what a run has kept."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,30 @@ def test_what_a_run_has_in_common_with_its_preset_is_kept_too(photos, tmp_path):
             options = checked("photos", "--init-from", run, *size)
             assert "resize" not in options["settings"]
             assert 96 in (options["image_size"], options["settings"].get("image_size"))
+
+
+def test_a_former_run_goes_on_with_what_acted(photos, tmp_path):
+    """Of format 1, which had True where the network could not have masks, or batch norm to freeze."""
+    vit = {"preset": "finetune", "backbone": "test_vit", "pretrained": False, "image_size": 32}
+    for name, settings, untrue in (
+        ("recommended", {"num_learners": 1}, "masks"),
+        ("proxy_anchor", vit, "freeze_batch_norm"),
+    ):
+        config = describe_run(recipe(name, 4, **settings))
+        assert config["settings"][untrue] is False
+        config["settings"][untrue] = True
+        del config["format"]
+        run = tmp_path / name
+        run.mkdir()
+        write_config(run, config)
+        for words in (["--out", run, "--resume"], ["--init-from", run]):
+            kept = checked("photos", *words)["settings"]
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                made = recipe(name, 4, preset=config["preset"], **kept | {"pretrained": False, "weights": None})
+            assert made.settings[untrue] is False
+    (run / "config.json").write_text('{"recipe": "proxy_anchor", "preset": "small", "settings": {}}')
+    assert checked("photos", "--init-from", run)["settings"] == {}
 
 
 def test_a_folder_of_several_seeds_is_not_a_run(photos, tmp_path):
