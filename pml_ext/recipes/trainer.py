@@ -177,8 +177,7 @@ class Trainer(MetricLossOnly):
         last = self.recipe.epochs if num_epochs is None else num_epochs
         if last > self.recipe.epochs and self.recipe.settings.schedule == "cosine":
             raise ValueError(f"num_epochs must be <= {self.recipe.epochs}, where the cosine schedule ends, got {last}")
-        learns = self._backbone is not None and "trunk" not in self.freeze_these
-        backbone = self._backbone.parameters() if learns else []
+        backbone = [] if self._backbone is None or "trunk" in self.freeze_these else self._backbone.parameters()
         if self.epochs_done < last <= self.recipe.settings.warmup_epochs and any(p.requires_grad for p in backbone):
             warnings.warn(
                 f"only the new layers are trained in {last} of {self.recipe.epochs} epochs: the backbone begins to "
