@@ -89,7 +89,7 @@ def test_peak_memory_is_that_of_the_steps():
     held, sizes = torch.zeros(2**23), iter((2**22, 2**24, 2**22))  # 16, 64 and 16 MB beyond 32 that are there
     seconds, peak = harness.measure_steps(lambda: torch.ones(next(sizes)), 2)
     assert len(seconds) == 2 and len(held) == 2**23
-    assert 60 < peak < 80
+    assert 60 < peak < 90  # freed memory may be kept for a while
 
 
 def measure_here(name, seconds, factor):

@@ -10,8 +10,7 @@ from typing import Any
 
 from pml_ext.commands.parser import DATA_NAMES
 from pml_ext.recipes.methods import DEFAULT_RECIPE, RECIPES
-from pml_ext.recipes.run_config import LEFT_OUT, as_they_were
-from pml_ext.recipes.settings import PRESETS, settle, with_former_split
+from pml_ext.recipes.settings import MAY_LACK, PRESETS, as_they_were, settle, with_former_split
 
 OF_RECIPE = ("epochs", "backbone", "weights", "embedding_size", "image_size", "chunk_size")
 """Options of ``train`` that are settings of the recipe."""
@@ -185,8 +184,7 @@ def _settings_of(run: Any, recipe: str, preset: str, image_size: Any) -> dict[st
         left_out.add("resize")
     if "format" not in run:
         as_they_were(recipe, kept)
-        former = {name.removeprefix("settings.") for name in LEFT_OUT}  # the network may not have had them
-        left_out |= {name for name in former if name in usual and kept.get(name) == usual[name]}
+        left_out |= {name for name in MAY_LACK if name in usual and kept.get(name) == usual[name]}
     return {name: value for name, value in kept.items() if name in usual and name not in left_out}
 
 

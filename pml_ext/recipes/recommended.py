@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _HELD_OUT = "ours: chosen on training classes that were held out, see How the default was chosen"
-_CHOSEN = "ours: chosen on validation classes, see How the default was chosen, and Retrieval"
+_CHOSEN = "ours: chosen on validation classes, see the pages of results"
 
 
 def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> Parts:

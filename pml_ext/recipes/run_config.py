@@ -11,7 +11,7 @@ import torch
 
 from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.recipes.checkpoint import write_text
-from pml_ext.recipes.settings import COMMON, HALVES, IMAGENET, with_former_split
+from pml_ext.recipes.settings import COMMON, HALVES, IMAGENET, MAY_LACK, as_they_were, with_former_split
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.strict_json import strict_json
 from pml_ext.version import __version__
@@ -31,7 +31,7 @@ _ADDED = {  # settings that former versions had not, and what they did
 _FORMAT = 2
 """Of config.json. 1, not written: learners with masks on networks of timm pooled by the average, whatever
 ``pool_type`` said, and ``masks`` and ``freeze_batch_norm`` could be True for networks that cannot have them."""
-LEFT_OUT = ("settings.masks", "settings.freeze_batch_norm")
+LEFT_OUT = tuple(f"settings.{name}" for name in MAY_LACK)
 """What is False where the network cannot have it."""
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,17 +89,6 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if "format" not in before:
         names = {n: None for n in names if n not in LEFT_OUT or here.get(n) is not False}
     return [f"{n}: {there.get(n)!r}, got {here.get(n)!r}" for n in names if there.get(n) != here.get(n)]
-
-
-def as_they_were(name: str, settings: dict[str, Any]) -> None:
-    """Give the settings of a run of format 1 the values that acted."""
-    if name == "recommended":
-        settings.setdefault("anchor_weight", 0.0)
-        if settings.get("num_learners") == 1 or settings.get("backbone") == "module":
-            settings["masks"] = False
-    masks = settings.get("masks") and settings.get("num_learners", 1) > 1
-    if masks and name in ("attention_ensemble", "combined") and settings.get("backbone") != "convnet":
-        settings["pool_type"] = "avg"
 
 
 def autocast_of(config: dict[str, Any]) -> torch.dtype | None:

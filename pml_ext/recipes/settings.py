@@ -185,6 +185,21 @@ def with_former_split(preset: str, settings: Mapping[str, Any]) -> dict[str, Any
     return {**settings, "split": 8} if cut else dict(settings)
 
 
+MAY_LACK = ("masks", "freeze_batch_norm")
+"""Settings that could be True, in a run of format 1, for networks that cannot have them."""
+
+
+def as_they_were(name: str, settings: dict[str, Any]) -> None:
+    """Give the settings of a run of format 1 the values that acted."""
+    if name == "recommended":
+        settings.setdefault("anchor_weight", 0.0)
+        if settings.get("num_learners") == 1 or settings.get("backbone") == "module":
+            settings["masks"] = False
+    masks = settings.get("masks") and settings.get("num_learners", 1) > 1
+    if masks and name in ("attention_ensemble", "combined") and settings.get("backbone") != "convnet":
+        settings["pool_type"] = "avg"
+
+
 def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) -> Settings:
     """Return the settings of a preset: those of all recipes, then the recipe's own, then the user's.
 
