@@ -52,7 +52,8 @@ def check_train(**options: Any) -> dict[str, Any]:
         if not options["resume"] and any((folder / name).exists() for name in ("config.json", "last.pt")):
             raise ValueError(f"{folder} holds a run already: give another --out, or --resume to go on with it")
     if options["resume"] and old is None:
-        hint = _seeds_in(str(out)) + " (add --seeds)" if seeds is None and _seeds_in(str(out)) else ""
+        found = _seeds_in(str(out)) if seeds is None else ""
+        hint = f"{found} (add --seeds)" if found else ""
         raise FileNotFoundError(f"--out must hold config.json, got {folders[0]} without{hint}")
     if not named and Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(f"--out must not lie in DATA, whose images its pictures would join, got {out}")
@@ -71,9 +72,8 @@ def check_train(**options: Any) -> dict[str, Any]:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     given = merge({name: options[name] for name in OF_RECIPE if options[name] is not None}, dict(options["settings"]))
     settle(preset, RECIPES[recipe].numbers, given)
-    options["settings"] = _settings_of(old or first, recipe, preset, given.get("image_size")) | dict(
-        options["settings"]
-    )
+    kept = _settings_of(old or first, recipe, preset, given.get("image_size"))
+    options["settings"] = kept | dict(options["settings"])
     for name in OF_RECIPE:
         if options[name] is not None:
             options["settings"].pop(name, None)

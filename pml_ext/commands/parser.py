@@ -110,7 +110,7 @@ def _train(command: Command) -> None:
     add(
         "--autocast",
         choices=["bfloat16"],
-        help="the network computes in this type; for GPUs, and processors with AVX-512",
+        help="the network computes in this type; slow on x86 processors without AVX-512",
     )
     add("--workers", type=int, default=0, metavar="N", help="processes that load images")
     add("--device", metavar="NAME", help="default: cuda if there is one")

@@ -80,9 +80,9 @@ def recipe(
         settings["weights"] = os.fspath(settings["weights"])
     module = backbone if isinstance(backbone, nn.Module) else None
     named = backbone if module is None else "module"
-    of_network = {"embedding_size": embedding_size, "backbone": named}
-    of_network = {name: value for name, value in of_network.items() if value is not None}
-    chosen = settle(preset, method.numbers, of_network | settings)
+    named_here = {"embedding_size": embedding_size, "backbone": named}
+    given = {name: value for name, value in named_here.items() if value is not None} | settings
+    chosen = settle(preset, method.numbers, given)
     if module is not None:
         chosen = chosen.replaced("pretrained", False, "given")
     chosen.module = module

@@ -236,12 +236,7 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
             raise ValueError(f"{name} must not be None; leave it out for that of the preset")
         default = numbers[name][0]
         either = name == "split"  # a module's name or a number
-        if (
-            value is not None
-            and default is not None
-            and not either
-            and isinstance(value, str) != isinstance(default, str)
-        ):
+        if not either and None not in (value, default) and isinstance(value, str) != isinstance(default, str):
             raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
         value = _plain(value)
         if isinstance(value, float) and not math.isfinite(value):
