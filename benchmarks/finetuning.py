@@ -3,6 +3,7 @@
 python benchmarks/finetuning.py --data data/cars196 --tune --jobs 2      the trials, on validation classes
 python benchmarks/finetuning.py --data data/cars196 --seeds 0 1 2 --jobs 2      the runs on test classes
 python benchmarks/finetuning.py --data data/grocery81 --tuned-on cars196 ...      with what was chosen elsewhere
+python benchmarks/finetuning.py --data data/cars196 --long --settings epochs=15 ...      as long as the preset trains
 python benchmarks/finetuning.py --data data/cars196 --validation --seeds 0 --rows proxy_anchor:lr=1e-3      a trial
 python benchmarks/finetuning.py --show      the tables alone
 
@@ -19,7 +20,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import finetuning_rows
 import numpy as np
 import run_files
 import torch
@@ -27,7 +27,7 @@ from causes import measured
 from finetuning_rows import ROWS, full, row_of
 from harness import in_processes, make_parser
 from retrieval_rows import value_of
-from retrieval_tables import METRICS, TUNED_FOR, show, tables_of_measured, tables_of_rows
+from retrieval_tables import METRICS, TUNED_FOR, show, tables_of_finetuning
 
 from pml_ext import class_embeddings
 from pml_ext.commands.freed_memory import keep_freed_memory
@@ -145,6 +145,7 @@ def main(
     tune=False,
     validation=False,
     halves=False,
+    long=False,
     tuned_on=None,
     class_embeddings=None,
     settings=(),
@@ -156,10 +157,11 @@ def main(
     if not show_only:
         if data is None:
             raise SystemExit("--data must be given, got none")
-        if tune + validation + halves > 1:
-            raise SystemExit("--tune, --validation and --halves must not be given together")
+        asked = {"tuning": tune, "validation": validation, "halves": halves, "long": long}
+        if sum(asked.values()) > 1:
+            raise SystemExit("of --tune, --validation, --halves and --long only one must be given")
         given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
-        kind = "tuning" if tune else "halves" if halves else "validation" if validation else "test"
+        kind = next((name for name, wanted in asked.items() if wanted), "test")
         path = run_files.path_of(out, Path(data).stem, kind)
         finished = run_files.read(path)
         which = ("row", "trial") if tune else ("row", "seed")
@@ -169,7 +171,7 @@ def main(
         todo = [job for job in wanted if run_files.find(finished, **{name: job[name] for name in which}) is None]
         for line in in_processes(run, todo, jobs, lambda done: f"{done['row']}: {done['metrics'][''][TUNED_FOR]:.1f}"):
             run_files.append(path, line)
-    show(tables_of_rows(out, rows_of=finetuning_rows) | tables_of_measured(out))
+    show(tables_of_finetuning(out))
 
 
 if __name__ == "__main__":
@@ -182,6 +184,7 @@ if __name__ == "__main__":
     parser.add_argument("--tune", action="store_true", help="run the trials on validation classes instead")
     parser.add_argument("--validation", action="store_true", help="runs, but on validation classes")
     parser.add_argument("--halves", action="store_true", help="as --validation, with half of the training classes")
+    parser.add_argument("--long", action="store_true", help="on test classes, in a file for longer trainings")
     parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings; default: this one")
     parser.add_argument("--class-embeddings", help="a file; default: the names of the classes")
     parser.add_argument("--settings", nargs="+", default=(), help="of all rows: image_size=96 ...")

@@ -6,6 +6,7 @@ from retrieval_rows import row_of as small_row_of
 _PLAIN = {"levels": "global", "attention": "none", "pool_type": "avg"}
 _PROXY_WEIGHT = {"proxy_weight": (0.3, 1.0)}
 _MINING = {"epsilon": (None, 0.1)}
+_BASE = {"base": (0.5, 1.0)}
 _SCALE = {"scale": (8.0, 16.0)}
 _TEMPERATURE = {"temperature": (0.1, 0.2)}
 _WIDE = {"embedding_size": 256}
@@ -32,12 +33,11 @@ ROWS: dict[str, Row] = {
     "constant margin": Row("adaptive_margin", {"margin_scale": 0.0, "base_margin": 0.3}, _SCALE),
     "margin from distance": Row("adaptive_margin", {"margin_scale": 0.3}, _SCALE, "given"),
     "margin from shuffled distance": Row("adaptive_margin", {"margin_scale": 0.3}, _SCALE, "shuffled"),
-    "multi_similarity, 256 numbers": Row("multi_similarity", _WIDE, _MINING),
-    "4 learners": Row(
-        "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY | {"divergence_weight": 0.0}, {"base": (0.5, 1.0)}
-    ),
+    "multi_similarity, 256 numbers": Row("multi_similarity", _WIDE, _BASE),
+    "multi_similarity, 256 numbers, 120 pixels": Row("multi_similarity", _WIDE | {"image_size": 120}, _BASE),
+    "4 learners": Row("attention_ensemble", _LEARNERS | _MULTI_SIMILARITY | {"divergence_weight": 0.0}, _BASE),
     "4 learners, divergence": Row(
-        "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY, {"divergence_weight": (0.1, 1.0)}
+        "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY | {"base": 1.0}, {"divergence_weight": (0.1, 1.0)}
     ),
     "all together": Row(
         "combined",
@@ -46,8 +46,9 @@ ROWS: dict[str, Row] = {
         "given",
     ),
 }
-"""Two trials each. "256 numbers": as wide as the four learners together. "recommended" has been
-chosen among more trials than that; see docs/photographs.md."""
+"""Two trials each. "256 numbers": as wide as the four learners together; "120 pixels": as many multiplications as
+those at 96 (114 and 116 million an image). "recommended" has been chosen among more trials than that; see
+docs/photographs.md."""
 
 QUESTIONS: dict[str, list[tuple[str, str]]] = {
     "what training brings": [("multi_similarity", "frozen"), ("normalized_softmax", "frozen")],
@@ -87,6 +88,7 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("4 learners", "multi_similarity, 256 numbers"),
         ("4 learners, divergence", "4 learners"),
         ("4 learners, divergence", "multi_similarity, 256 numbers"),
+        ("4 learners, divergence", "multi_similarity, 256 numbers, 120 pixels"),
     ],
     "messages": [
         ("refiner without messages", "smoothed cross-entropy"),

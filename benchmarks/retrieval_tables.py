@@ -24,7 +24,12 @@ COMPARED = {"precision_at_1": "P@1", "mean_average_precision_at_r": "MAP@R"}
 SOON = "epochs to 95%"
 TUNED_FOR = "mean_average_precision_at_r"
 BASELINE = "multi_similarity"
-KINDS = {"test": "", "validation": ", validation classes", "halves": ", half of the training classes"}
+KINDS = {
+    "test": "",
+    "long": ", longer trainings",
+    "validation": ", validation classes",
+    "halves": ", half of the training classes",
+}
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(
@@ -108,6 +113,10 @@ def tables_of_rows(out, baseline=BASELINE, rows_of=retrieval_rows):
     return tables
 
 
+def tables_of_finetuning(out):
+    return tables_of_rows(out, rows_of=finetuning_rows) | tables_of_measured(out) | tables_of_trials(out)
+
+
 def table_of_rows(rows, baseline):
     lines = []
     soon = any(SOON in metrics for seeds in rows.values() for metrics in seeds.values())
@@ -141,6 +150,23 @@ def table_of_questions(rows, questions):
             if None not in gaps:
                 lines.append([question, shorter(row), shorter(other), *map(with_interval, gaps)])
     return markdown_table(["question", "row", "less", *COMPARED.values()], lines) if lines else ""
+
+
+def tables_of_trials(out):
+    """Return name -> (title, table): what the trials of each row have found on validation classes, with one seed."""
+    tables = {}
+    for data, path in run_files.paths_of(out, "tuning").items():
+        runs = sorted(run_files.read(path), key=lambda run: place(run["row"], finetuning_rows.ROWS))
+        lines = [
+            [run["row"], ", ".join(f"{name} {value}" for name, value in run["trial"].items())]
+            + [f"{run['metrics'][''][metric]:.1f}" for metric in COMPARED]
+            for run in runs
+        ]
+        tables[f"{data}-tuning trials"] = (
+            f"{data}: trials on validation classes, percent",
+            markdown_table(["row", "trial", *COMPARED.values()], lines),
+        )
+    return tables
 
 
 def tables_of_causes(out):
@@ -199,21 +225,27 @@ def table_of_measured(data, rows):
 def summary(out):
     """Return the table of the README: "recommended" and, for each metric, the best of PML's losses on its seeds."""
     lines = []
-    for kind, rows_of in (("retrieval", retrieval_rows), ("finetuning", finetuning_rows)):
-        for data, rows in collect(out / kind, rows_of=rows_of).items():
-            ours = rows.get("recommended", {})
-            of_pml = {row: {x: rows[row][x] for x in ours if x in rows[row]} for row in OF_PML if row in rows}
-            for metric, name in COMPARED.items():
-                means = {row: np.mean([x[metric] for x in seeds.values()]) for row, seeds in of_pml.items() if seeds}
-                if means:
-                    best = max(means, key=means.get)
-                    both = of_pml[best], {seed: ours[seed] for seed in of_pml[best]}
-                    values = [mean_and_deviation([x[metric] for x in seeds.values()]) for seeds in both]
-                    gap = with_interval(difference(both[1], both[0], metric))
-                    titled = f"{data}, pretrained network" if kind == "finetuning" else data
-                    lines.append([titled, str(len(both[0])), name, best, *values, gap])
+    for data, rows in (collect(out / "retrieval") | pretrained(out / "finetuning")).items():
+        ours = rows.get("recommended", {})
+        of_pml = {row: {x: rows[row][x] for x in ours if x in rows[row]} for row in OF_PML if row in rows}
+        for metric, name in COMPARED.items():
+            means = {row: np.mean([x[metric] for x in seeds.values()]) for row, seeds in of_pml.items() if seeds}
+            if means:
+                best = max(means, key=means.get)
+                both = of_pml[best], {seed: ours[seed] for seed in of_pml[best]}
+                values = [mean_and_deviation([x[metric] for x in seeds.values()]) for seeds in both]
+                gap = with_interval(difference(both[1], both[0], metric))
+                lines.append([data, str(len(both[0])), name, best, *values, gap])
     columns = ["data", "seeds", "metric", "best of PML's losses", "its value", "recommended", "difference"]
     return {"summary": ("recommended, and the best of PML's losses", markdown_table(columns, lines))} if lines else {}
+
+
+def pretrained(out):
+    """Return what ``collect`` does, of the longer trainings where there are some, and say how long they are."""
+    by_data = collect(out, "test", finetuning_rows) | collect(out, "long", finetuning_rows)
+    paths = run_files.paths_of(out, "test") | run_files.paths_of(out, "long")
+    epochs = {data: run_files.read(paths[data])[-1]["settings"]["epochs"] for data in by_data}
+    return {f"{data}, pretrained, {epochs[data]} epochs": rows for data, rows in by_data.items()}
 
 
 def show(tables):
@@ -261,12 +293,11 @@ def draw(out, path, kind="test"):
 
 def all_tables(out=RESULTS):
     small = out / "retrieval"
-    tuned = tables_of_rows(out / "finetuning", rows_of=finetuning_rows) | tables_of_measured(out / "finetuning")
     return (
         tables_of_rows(small)
         | tables_of_causes(small)
         | summary(out)
-        | {f"finetuning {name}": table for name, table in tuned.items()}
+        | {f"finetuning {name}": table for name, table in tables_of_finetuning(out / "finetuning").items()}
     )
 
 

@@ -660,6 +660,13 @@ def test_the_summary_has_the_best_of_pmls_losses_for_each_metric(tmp_path):
         ["toy", "2", "P@1", "cosface", "4.0 (0.0)", "6.0 (1.4)", "+2.0 ± 12.7"],
         ["toy", "2", "MAP@R", "contrastive", "2.0 (0.0)", "6.0 (1.4)", "+4.0 ± 12.7"],
     ]
+    for kind, epochs, ours in (("test", 6, 1), ("long", 15, 3)):  # of the two, the longer
+        for row, value in (("recommended", ours), ("contrastive", 2)):
+            metrics = {"": dict.fromkeys(retrieval_tables.METRICS, value)}
+            line = {"row": row, "seed": 0, "settings": {"lr": 1, "epochs": epochs}, "tuned": {}, "metrics": metrics}
+            run_files.append(run_files.path_of(tmp_path / "finetuning", "photos", kind), line)
+    (*_, line) = cells_of(retrieval_tables.summary(tmp_path)["summary"][1])
+    assert line == ["photos, pretrained, 15 epochs", "1", "MAP@R", "contrastive", "2.0", "3.0", ""]
     assert retrieval_tables.summary(tmp_path / "none") == {}
 
 
@@ -909,7 +916,8 @@ def test_finetuning(tmp_path, capsys):
     small += ["frozen_stages=0"]
     options = {"seeds": [0], "out": tmp_path / "out", "settings": small, "tuned_on": "other"}
     for weight, found in ((0.1, 1.0), (0.25, 3.0), (0.5, 2.0)):
-        trial = {"row": "mhgl", "trial": {"proxy_weight": weight}, "metrics": {"": {retrieval_tables.TUNED_FOR: found}}}
+        metrics = {"": {"precision_at_1": 50.0, retrieval_tables.TUNED_FOR: found}}
+        trial = {"row": "mhgl", "trial": {"proxy_weight": weight}, "metrics": metrics}
         run_files.append(run_files.path_of(options["out"], "other", "tuning"), trial)
     for _ in range(2):  # what is there is not run again
         finetuning.main(tmp_path / "data", ["frozen", "mhgl"], **options)
@@ -931,9 +939,15 @@ def test_finetuning(tmp_path, capsys):
     cells, metric = cells_of(capsys.readouterr().out), retrieval_tables.TUNED_FOR
     printed = [row[:3] for row in cells]
     assert ["frozen", "1", f"{100 * found['precision_at_1']:.1f}"] in printed
+    assert ["mhgl", "proxy_weight 0.25", "50.0", "3.0"] in cells
     assert trained["settings"]["attention"] == "normalized" and trained["settings"]["proxy_weight"] == 0.25
     soon = 1 if trained["epochs"][metric][0] >= 0.95 * max(trained["epochs"][metric]) else 2
     inside = f"{trained['measured']['numbers of the embedding in use']:.2f}"
     assert any(row[:3] == ["mhgl", "1", inside] for row in cells)
     shown = dict(zip(*(cells[i] for i in (0, 3)), strict=True))
     assert shown["epochs to 95%"] == f"{soon:.1f}" and shown["chosen"] == "lr 0.0003, proxy_weight 0.25"
+    with pytest.raises(SystemExit, match="of --tune, --validation, --halves and --long only one"):
+        finetuning.main(tmp_path / "data", ["frozen"], **options, long=True, halves=True)
+    finetuning.main(tmp_path / "data", ["frozen"], **options, long=True)
+    (again,) = run_files.read(tmp_path / "out" / "data-long.jsonl")
+    assert again["metrics"] == frozen["metrics"]
