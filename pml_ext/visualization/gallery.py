@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RIGHT, _WRONG, _QUERY = "#1a9641", "#d7191c", "#333333"
-_MAX_NAME = 24  # characters of a name that fit under a picture
+_MAX_NAME = 24  # characters of a line that fit under a picture
 
 
 def retrieval_gallery(
@@ -48,14 +48,16 @@ def retrieval_gallery(
         embeddings: ``(N, D)``, floating point, finite, a tensor or an array.
         labels: ``(N,)``, integers, strings or bools, as in ``retrieval_metrics``.
         images: N images, as in ``retrieval_report``.
-        queries: Indices of the queries. None: ``num_queries`` random ones, each of another class while there are any.
+        queries: Indices of the queries. None: ``num_queries`` random ones, each of another class while there are any,
+            first those that have a right neighbor to find.
         num_queries: How many random queries to draw, a row for each.
         num_neighbors: How many neighbors to draw in a row. Fewer if there are fewer images.
         seed: The seed of the random queries.
         path: Where to save the picture; folders are made. None: nowhere.
         searched: Indices of the images that can be neighbors. None: all.
-        names: N strings or paths to write under the pictures; long ones lose their beginning. None: if ``images`` are
-            paths or a data set that has them, the paths below their common folder.
+        names: N strings or paths to write under the pictures, a line for the folder and one for the file; long lines
+            lose their middle. None: if ``images`` are paths or a data set that has them, the paths below their common
+            folder.
 
     Returns:
         The matplotlib figure.
@@ -81,11 +83,11 @@ def retrieval_gallery(
     files = image_names("names", names, images, len(unit))
     check_count("num_queries", num_queries)
     check_count("num_neighbors", num_neighbors)
-    if queries is None:
-        queries = _choose_queries(codes, num_queries, seed)
-    queries = _indices("queries", queries, len(unit))
     places = _indices("searched", range(len(unit)) if searched is None else searched, len(unit))
     places = list(dict.fromkeys(places))  # one that is named twice is shown once
+    if queries is None:
+        queries = _choose_queries(codes, places, num_queries, seed)
+    queries = _indices("queries", queries, len(unit))
     position = {place: i for i, place in enumerate(places)}
     own = torch.tensor([position.get(query, -1) for query in queries])  # a query is not its own neighbor
     depth = min(num_neighbors, len(places) - int((own >= 0).any()))
@@ -98,7 +100,7 @@ def retrieval_gallery(
         from matplotlib.figure import Figure  # on use: matplotlib comes with an extra
 
     columns = neighbors.shape[1] + 1
-    height = 1.05 if files is None else 1.15
+    height = 1.05 if files is None else 1.25
     figure = Figure(figsize=(0.9 * columns, height * len(queries) + 0.3), dpi=120, layout="constrained")
     axes = figure.subplots(len(queries), columns, squeeze=False)
     for row, query in enumerate(queries):
@@ -123,13 +125,15 @@ def _indices(name: str, values: Any, length: int) -> list[int]:
     return places
 
 
-def _choose_queries(codes: Tensor, num_queries: int, seed: int) -> list[int]:
+def _choose_queries(codes: Tensor, places: list[int], num_queries: int, seed: int) -> list[int]:
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed)).tolist()
+    there = torch.bincount(codes[places], minlength=int(codes.max()) + 1)[codes]
+    there[places] -= 1  # the query itself
     seen: dict[int, int] = {}
-    for i in order:
+    for i in sorted(order, key=lambda i: not there[i]):
         seen.setdefault(int(codes[i]), i)
     first = set(seen.values())
-    return (list(seen.values()) + [i for i in order if i not in first])[:num_queries]
+    return sorted(order, key=lambda i: (not there[i], i not in first))[:num_queries]
 
 
 def _draw(axes: Any, images: Any, files: Sequence[str] | None, index: int, color: str, style: str, title: str) -> None:
@@ -137,8 +141,13 @@ def _draw(axes: Any, images: Any, files: Sequence[str] | None, index: int, color
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=7, color=color, pad=5)
     if files is not None:
-        name = files[index]
-        end = name if len(name) <= _MAX_NAME else "\N{HORIZONTAL ELLIPSIS}" + name[1 - _MAX_NAME :]
-        axes.set_xlabel(end, fontsize=5, parse_math=False)  # a "$" is one
+        caption = "\n".join(_shortened(part) for part in os.path.split(files[index]) if part)
+        axes.set_xlabel(caption, fontsize=5, parse_math=False)  # a "$" is one
     for spine in axes.spines.values():
         spine.set(edgecolor=color, linewidth=2.5, linestyle=style)
+
+
+def _shortened(name: str) -> str:
+    """Return a name without its middle if it is too long: names of classes may differ at either end."""
+    half = (_MAX_NAME - 1) // 2
+    return name if len(name) <= _MAX_NAME else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"

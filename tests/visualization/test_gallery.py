@@ -66,8 +66,8 @@ def test_names_under_the_pictures(tmp_path):
     names = [f"photos/${i}$/a_long_name_of_an_image_{i}.jpg" for i in range(4)] + ["photos/b.jpg"]
     figure = retrieval_gallery(EMB, LABELS, IMAGES, queries=[0], names=names, path=tmp_path / "gallery.png")
     texts = [axis.get_xlabel() for axis in figure.axes]
-    assert texts[1] == "\u2026_name_of_an_image_1.jpg" and texts[4] == "photos/b.jpg"
-    assert max(map(len, texts)) == 24
+    assert texts[1] == "photos/$1$\na_long_name\u2026image_1.jpg" and texts[4] == "photos\nb.jpg"
+    assert max(len(line) for text in texts for line in text.split("\n")) == 23
     assert not any(axis.xaxis.label.get_parse_math() for axis in figure.axes)
     for i in range(5):
         Image.new("L", (4, 4)).save(tmp_path / f"{i}.png")
@@ -83,6 +83,18 @@ def test_random_queries_are_of_different_classes():
     )
     queries = [int(ax.images[0].get_array().flat[0]) for ax in figure.axes if ax.get_title() == "query"]
     assert len({q // 4 for q in queries}) == len(queries) == 8
+
+
+def test_random_queries_have_something_to_find():
+    """A class with one image has no right neighbor, nor has one that is not searched."""
+    labels = torch.tensor([0, 1, 1, 2, 3, 3, 2])
+    images = torch.arange(7, dtype=torch.uint8)[:, None, None].expand(7, 2, 2)
+    for seed in range(5):
+        common = {"num_queries": 5, "num_neighbors": 1, "seed": seed, "searched": [0, 1, 2, 3]}
+        figure = retrieval_gallery(torch.randn(7, 3), labels, images, **common)
+        queries = [int(ax.images[0].get_array().flat[0]) for ax in figure.axes if ax.get_title() == "query"]
+        assert set(queries[:3]) == {1, 2, 6} and labels[queries[:2]].tolist() in ([1, 2], [2, 1])
+        assert labels[queries[3:]].sort().values.tolist() == [0, 3]
 
 
 def test_bad_arguments():
