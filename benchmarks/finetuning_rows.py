@@ -98,6 +98,7 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "margins": [
         ("constant margin", "no margin"),
+        ("margin from distance", "no margin"),
         ("margin from distance", "constant margin"),
         ("margin from distance", "margin from shuffled distance"),
     ],
