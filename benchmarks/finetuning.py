@@ -3,7 +3,7 @@
 python benchmarks/finetuning.py --data data/cars196 --tune --jobs 2      the trials, on validation classes
 python benchmarks/finetuning.py --data data/cars196 --seeds 0 1 2 --jobs 2      the runs on test classes
 python benchmarks/finetuning.py --data data/grocery81 --tuned-on cars196 ...      with what was chosen elsewhere
-python benchmarks/finetuning.py --data data/cars196 --long --settings epochs=15 ...      as long as the preset trains
+python benchmarks/finetuning.py --data data/cars196 --long --seeds 0 1 2 ...      as long as the preset trains
 python benchmarks/finetuning.py --data data/cars196 --validation --seeds 0 --rows proxy_anchor:lr=1e-3      a trial
 python benchmarks/finetuning.py --show      the tables alone
 
@@ -161,6 +161,9 @@ def main(
         if sum(asked.values()) > 1:
             raise SystemExit("of --tune, --validation, --halves and --long only one must be given")
         given = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in settings)}
+        if long and "epochs" in given:
+            rule = "--long trains as long as the preset: --settings must not have epochs"
+            raise SystemExit(f"{rule}, got {given['epochs']}")
         kind = next((name for name, wanted in asked.items() if wanted), "test")
         path = run_files.path_of(out, Path(data).stem, kind)
         finished = run_files.read(path)
@@ -184,7 +187,9 @@ if __name__ == "__main__":
     parser.add_argument("--tune", action="store_true", help="run the trials on validation classes instead")
     parser.add_argument("--validation", action="store_true", help="runs, but on validation classes")
     parser.add_argument("--halves", action="store_true", help="as --validation, with half of the training classes")
-    parser.add_argument("--long", action="store_true", help="on test classes, in a file for longer trainings")
+    parser.add_argument(
+        "--long", action="store_true", help="on test classes, with the epochs of the preset, in files of their own"
+    )
     parser.add_argument("--tuned-on", help="name of the data set whose trials choose the settings; default: this one")
     parser.add_argument("--class-embeddings", help="a file; default: the names of the classes")
     parser.add_argument("--settings", nargs="+", default=(), help="of all rows: image_size=96 ...")

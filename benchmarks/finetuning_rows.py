@@ -46,9 +46,9 @@ ROWS: dict[str, Row] = {
         "given",
     ),
 }
-"""Two trials each. "256 numbers": as wide as the four learners together; "120 pixels": as many multiplications as
-those at 96 (114 and 116 million an image). "recommended" has been chosen among more trials than that; see
-docs/photographs.md."""
+"""Two trials each; "4 learners, divergence" has the base that those of "4 learners" chose. "256 numbers": as wide as
+the four learners together; "120 pixels": as many multiplications as those at 96. "recommended" has been chosen among
+more trials than that; see docs/photographs_choices.md."""
 
 QUESTIONS: dict[str, list[tuple[str, str]]] = {
     "what training brings": [("multi_similarity", "frozen"), ("normalized_softmax", "frozen")],

@@ -156,7 +156,8 @@ def tables_of_trials(out):
     """Return name -> (title, table): what the trials of each row have found on validation classes, with one seed."""
     tables = {}
     for data, path in run_files.paths_of(out, "tuning").items():
-        runs = sorted(run_files.read(path), key=lambda run: place(run["row"], finetuning_rows.ROWS))
+        runs = run_files.read(path)
+        runs.sort(key=lambda run: (place(run["row"], finetuning_rows.ROWS), str(run["trial"])))
         lines = [
             [run["row"], ", ".join(f"{name} {value}" for name, value in run["trial"].items())]
             + [f"{run['metrics'][''][metric]:.1f}" for metric in COMPARED]
@@ -241,11 +242,13 @@ def summary(out):
 
 
 def pretrained(out):
-    """Return what ``collect`` does, of the longer trainings where there are some, and say how long they are."""
-    by_data = collect(out, "test", finetuning_rows) | collect(out, "long", finetuning_rows)
-    paths = run_files.paths_of(out, "test") | run_files.paths_of(out, "long")
-    epochs = {data: run_files.read(paths[data])[-1]["settings"]["epochs"] for data in by_data}
-    return {f"{data}, pretrained, {epochs[data]} epochs": rows for data, rows in by_data.items()}
+    """Return what ``collect`` does of short and long trainings, and say how long they are."""
+    found = []
+    for kind in ("test", "long"):
+        for data, rows in collect(out, kind, finetuning_rows).items():
+            found.append((data, run_files.read(run_files.path_of(out, data, kind))[0]["settings"]["epochs"], rows))
+    found.sort(key=lambda one: one[:2])
+    return {f"{data}, pretrained, {epochs} epochs": rows for data, epochs, rows in found}
 
 
 def show(tables):

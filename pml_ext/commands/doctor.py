@@ -77,8 +77,7 @@ def _devices() -> list[str]:
     except Exception:  # which is told below
         return ["unknown without torch"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    devices = [f"cpu: {cores} cores, {threads} thread{'s' * (threads > 1)}"]
+    devices = [f"cpu: {cores} cores, threads of torch: {torch.get_num_threads()}"]
     for i in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(i).total_memory / 2**30
         devices.append(f"cuda:{i}: {torch.cuda.get_device_name(i)}, {memory:.0f} GiB")

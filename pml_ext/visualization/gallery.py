@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RIGHT, _WRONG, _QUERY = "#1a9641", "#d7191c", "#333333"
-_MAX_NAME = 24  # characters of a line that fit under a picture
+_MAX_NAME = 23  # characters of a line that fit under a picture
 
 
 def retrieval_gallery(
@@ -126,14 +126,16 @@ def _indices(name: str, values: Any, length: int) -> list[int]:
 
 
 def _choose_queries(codes: Tensor, places: list[int], num_queries: int, seed: int) -> list[int]:
+    right = torch.bincount(codes[places], minlength=int(codes.max()) + 1)[codes]  # neighbors to find
+    right[places] -= 1  # not the query itself
+    nothing = (right == 0).tolist()
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed)).tolist()
-    there = torch.bincount(codes[places], minlength=int(codes.max()) + 1)[codes]
-    there[places] -= 1  # the query itself
+    order.sort(key=lambda i: nothing[i])
     seen: dict[int, int] = {}
-    for i in sorted(order, key=lambda i: not there[i]):
+    for i in order:
         seen.setdefault(int(codes[i]), i)
     first = set(seen.values())
-    return sorted(order, key=lambda i: (not there[i], i not in first))[:num_queries]
+    return sorted(order, key=lambda i: (nothing[i], i not in first))[:num_queries]
 
 
 def _draw(axes: Any, images: Any, files: Sequence[str] | None, index: int, color: str, style: str, title: str) -> None:
@@ -149,5 +151,5 @@ def _draw(axes: Any, images: Any, files: Sequence[str] | None, index: int, color
 
 def _shortened(name: str) -> str:
     """Return a name without its middle if it is too long: names of classes may differ at either end."""
-    half = (_MAX_NAME - 1) // 2
+    half = _MAX_NAME // 2
     return name if len(name) <= _MAX_NAME else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
