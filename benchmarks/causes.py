@@ -143,7 +143,7 @@ def pairs_and_proxies(made, data):
 
 
 def spread(embeddings):
-    """How many numbers of the embedding are in use (participation ratio), and how alike images are."""
+    """How many dimensions of the embedding are in use (participation ratio), and how alike images are."""
     unit = nn.functional.normalize(embeddings.float())
     variances = torch.linalg.eigvalsh(torch.cov(unit.T)).clamp_min(0)
     return {

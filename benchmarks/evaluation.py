@@ -1,7 +1,7 @@
 """Time and memory of retrieval metrics, beside PML's AccuracyCalculator, a search by faiss, and the bare product.
 
 Run: python benchmarks/evaluation.py --threads 2 --out benchmarks/results/evaluation-cpu.json
-P@1, R-precision and MAP@R of random embeddings of 512 numbers, each candidate in a process of its own, the candidates
+P@1, R-precision and MAP@R of random embeddings of 512 dimensions, each candidate in its own process, the candidates
 in turn. faiss.IndexFlatIP searches as many neighbors as the largest class needs; the product is that of all pairs in
 chunks, and nothing else. PML is left out where its comparison of queries and classes alone would not fit, and with
 faiss, by which it searches, for the large class, where each query has 12,000 neighbors: that takes minutes.

@@ -20,7 +20,7 @@ ROWS: dict[str, Row] = {
     "multi_similarity": Row("multi_similarity", {}, _MINING),
     "proxy_anchor": Row("proxy_anchor", {}, {"proxy_lr": (3e-2, 1e-1)}),
     "normalized_softmax": Row("normalized_softmax", {}, {"temperature": (0.05, 0.1)}),
-    "normalized_softmax, 256 numbers": Row("normalized_softmax", _WIDE, {"temperature": (0.05, 0.1)}),
+    "normalized_softmax, 256 dimensions": Row("normalized_softmax", _WIDE, {"temperature": (0.05, 0.1)}),
     "cosface": Row("cosface", {}, _SCALE),
     "hybrid": Row("mhgl", _PLAIN, _PROXY_WEIGHT),
     "hybrid, avg+max": Row("mhgl", _PLAIN | {"pool_type": "avg+max"}, _PROXY_WEIGHT),
@@ -33,8 +33,8 @@ ROWS: dict[str, Row] = {
     "constant margin": Row("adaptive_margin", {"margin_scale": 0.0, "base_margin": 0.3}, _SCALE),
     "margin from distance": Row("adaptive_margin", {"margin_scale": 0.3}, _SCALE, "given"),
     "margin from shuffled distance": Row("adaptive_margin", {"margin_scale": 0.3}, _SCALE, "shuffled"),
-    "multi_similarity, 256 numbers": Row("multi_similarity", _WIDE, _BASE),
-    "multi_similarity, 256 numbers, 120 pixels": Row("multi_similarity", _WIDE | {"image_size": 120}, _BASE),
+    "multi_similarity, 256 dimensions": Row("multi_similarity", _WIDE, _BASE),
+    "multi_similarity, 256 dimensions, 120 pixels": Row("multi_similarity", _WIDE | {"image_size": 120}, _BASE),
     "4 learners": Row("attention_ensemble", _LEARNERS | _MULTI_SIMILARITY | {"divergence_weight": 0.0}, _BASE),
     "4 learners, divergence": Row(
         "attention_ensemble", _LEARNERS | _MULTI_SIMILARITY | {"base": 1.0}, {"divergence_weight": (0.1, 1.0)}
@@ -46,7 +46,7 @@ ROWS: dict[str, Row] = {
         "given",
     ),
 }
-"""Two trials each; "4 learners, divergence" has the base that those of "4 learners" chose. "256 numbers": as wide as
+"""Two trials each; "4 learners, divergence" has the base that those of "4 learners" chose. "256 dimensions": as wide as
 the four learners together; "120 pixels": as many multiplications as those at 96. "recommended" has been chosen among
 more trials than that; see docs/photographs_choices.md."""
 
@@ -55,7 +55,7 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
     "recommended": [
         ("recommended", "multi_similarity"),
         ("recommended", "normalized_softmax"),
-        ("recommended", "normalized_softmax, 256 numbers"),
+        ("recommended", "normalized_softmax, 256 dimensions"),
         ("recommended", "proxy_anchor"),
         ("recommended", "proxy_anchor:proxy_lr=0.1"),
         ("recommended", "normalized_softmax:temperature=0.1,embedding_size=256"),
@@ -85,10 +85,10 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
         ("mhgl", "normalized_softmax"),
     ],
     "ensembles": [
-        ("4 learners", "multi_similarity, 256 numbers"),
+        ("4 learners", "multi_similarity, 256 dimensions"),
         ("4 learners, divergence", "4 learners"),
-        ("4 learners, divergence", "multi_similarity, 256 numbers"),
-        ("4 learners, divergence", "multi_similarity, 256 numbers, 120 pixels"),
+        ("4 learners, divergence", "multi_similarity, 256 dimensions"),
+        ("4 learners, divergence", "multi_similarity, 256 dimensions, 120 pixels"),
     ],
     "messages": [
         ("refiner without messages", "smoothed cross-entropy"),

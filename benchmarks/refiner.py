@@ -1,6 +1,6 @@
 """What messages inside a batch cost; run: python benchmarks/refiner.py.
 
-Forward and backward of one layer of IntraBatchRefiner (512 numbers, 2 heads, training mode): dense, along the edges of
+Forward and backward of one layer of IntraBatchRefiner (512 dimensions, 2 heads, training mode): dense, along edges of
 the complete graph, and torch's TransformerEncoderLayer of the same sizes, each row in processes of its own; the sparse
 path on a graph of 4096 nodes; and what the dense refiner adds to the training step of a ResNet-18. ``--out FILE`` keeps
 the figures.

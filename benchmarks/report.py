@@ -1,7 +1,7 @@
 """Memory and file size of retrieval_report for 50,000 images.
 
 Run: python benchmarks/report.py --out benchmarks/results/report-cpu.json
-Clustered random embeddings of 128 numbers; pictures of noise, 96 x 96, which no format compresses; names as of files.
+Clustered random embeddings of 128 dimensions; pictures of noise, 96 x 96, which no format compresses; names of files.
 Each report is written in a process of its own. Memory is the peak above the embeddings and what was loaded before.
 """
 

@@ -41,7 +41,7 @@ MARKED = re.compile(r"(<!-- table ([^\n]+?) -->\n\n)(?:\|[^\n]*\n)*(\n<!-- end o
 
 
 OF_EACH = {
-    "numbers of the embedding in use": "numbers in use",
+    "numbers of the embedding in use": "dimensions in use",
     "cosine between two images": "cosine of two images",
     "gradient of the pair loss / of the proxy loss": "gradient, pairs / proxies",
     "cosine between the two": "cosine of the gradients",

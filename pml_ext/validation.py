@@ -406,13 +406,24 @@ def check_integers(name: str, x: Tensor) -> None:
     """Check that something is a tensor of integers.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If it is not; the message says how to get one from an array or a list.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{_as_integers(name, x)}")
     if x.dtype not in _INTEGERS:
         raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
     _check_dense(name, x)
+
+
+def _as_integers(name: str, x: Any) -> str:
+    """Return how to make a tensor of an array or a list; of names of classes, one of their numbers."""
+    if not isinstance(x, np.ndarray | list | tuple):
+        return ""
+    names = np.asarray(x, dtype=object).ravel()
+    if all(isinstance(one, Integral) for one in names):
+        return f": torch.as_tensor({name})"
+    numbered = "torch.as_tensor(np.unique(all_labels, return_inverse=True)[1])"
+    return f": number the classes, all training labels at once: {numbered}" if isinstance(names[0], str) else ""
 
 
 def check_lengths(embeddings: Tensor, labels: Tensor | None, name: str = "labels") -> None:

@@ -963,7 +963,7 @@ def test_finetuning(tmp_path, capsys):
 def test_rows_that_are_compared_cost_as_much():
     """As many multiplications at 120 pixels in one head as at 96 in four learners."""
     found = []
-    for name, size in (("multi_similarity, 256 numbers, 120 pixels", 120), ("4 learners", 96)):
+    for name, size in (("multi_similarity, 256 dimensions, 120 pixels", 120), ("4 learners", 96)):
         row = finetuning_rows.row_of(name)
         settings = {"image_size": size} | row.settings
         trunk = recipe(row.recipe, 49, preset="finetune", weights=None, pretrained=False, **settings).trunk.eval()

@@ -136,7 +136,7 @@ print({name: round(100 * value, 1) for name, value in retrieval_metrics(embeddin
 
 index = faiss.IndexFlatIP(embeddings.shape[1])
 index.add(embeddings.numpy())
-print(f"{index.ntotal} images in the index, {embeddings.shape[1]} numbers each")
+print(f"{index.ntotal} images in the index, {embeddings.shape[1]} dimensions each")
 
 # ## Search with one image
 #

@@ -58,7 +58,7 @@ def conv(channels, out):
 
 
 def make_trunk():
-    """Return four learners of 16 numbers each."""
+    """Return four learners of 16 dimensions each."""
     return AttentionEnsemble(
         stem=nn.Sequential(conv(1, 16), nn.MaxPool2d(2), conv(16, 32), nn.MaxPool2d(2)),
         attention=conv(32, 32),

@@ -51,7 +51,7 @@ for name in shown:
 # sentence encoder would know meanings too.
 
 text = class_embeddings.from_text(names, model="tfidf")
-print(f"{text.shape[0]} classes, {text.shape[1]} numbers each")
+print(f"{text.shape[0]} classes, {text.shape[1]} dimensions each")
 
 # Nearest classes by name: the cosine of two rows.
 

@@ -54,5 +54,5 @@ def main(
         refuse_broken(skipped, len(files), "", skip_broken)
     paths = [Path(file).relative_to(images).as_posix() for file, whole in zip(files, read, strict=True) if whole]
     write_index(out, embeddings.numpy(), paths, {"folder": str(images.resolve()), "weights": loaded.checksum})
-    print(f"{len(paths):,} images, {embeddings.shape[1]} numbers each: {out}")
+    print(f"{len(paths):,} images, {embeddings.shape[1]} dimensions each: {out}")
     return {"images": len(paths), "embedding_size": embeddings.shape[1], "skipped": skipped, "out": str(out)}

@@ -252,6 +252,8 @@ def train(
         if old is not None and (out / "last.pt").exists():  # else it was killed within the first epoch
             trainer.resume(other_data=bool(left_out))
         describe(prepared)
+        if trainer.epochs_done == made.epochs:
+            print(f"all {number_of(made.epochs, 'epoch')} are done: nothing is trained (more: --epochs)")
         if old is None:
             config["baseline"] = measure_baseline(prepared, weights, embed)
         write_config(out, config if old is None else old | config)

@@ -42,7 +42,7 @@ ATTENTION_ENSEMBLE = Method(
         "finetune": {
             "split": ("blocks.5", "ours: learners share all but the last stage of the network"),
             "num_learners": (4, OURS),
-            "embedding_size": (256, "ours: few numbers for each learner cost retrieval on CIFAR-100"),
+            "embedding_size": (256, "ours: few dimensions for each learner cost retrieval on CIFAR-100"),
             "learner_loss": ("multi_similarity", OURS),
         },
         "small": {"num_learners": (4, OURS), "learner_loss": ("multi_similarity", OURS)},

@@ -125,7 +125,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"a run's folder must hold config.json, got {folder} without one")
+        got = f"the file {folder}" if Path(folder).is_file() else f"{folder} without one"
+        raise FileNotFoundError(f"a run's folder must hold config.json, got {got}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -231,7 +231,7 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
             close = (
                 _OTHER_NAMES.get(name) or ", ".join(get_close_matches(name, numbers, n=3)) or ", ".join(sorted(numbers))
             )
-            raise ValueError(f"a setting must be one of the recipe's, such as {close}, got {name!r}")
+            raise ValueError(f"a setting must be one of the recipe's settings, such as {close}, got {name!r}")
         if value is None and name not in may_be_none:
             raise ValueError(f"{name} must not be None; leave it out for that of the preset")
         default = numbers[name][0]

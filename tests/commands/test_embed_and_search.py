@@ -94,7 +94,7 @@ def test_search_among_names_that_cannot_be_printed(photos, loaded, monkeypatch, 
     given = [run, photos / NAMES[4], "--k", 5, "--out", run / os.fsdecode(b"\xe9.png")]
     assert command("search", given, capsys) == (0, [])
     lines = terminal.getvalue().decode("cp1252").splitlines()
-    assert lines[0].startswith("5 images, 6 numbers each: ")
+    assert lines[0].startswith("5 images, 6 dimensions each: ")
     assert lines[2].split() == ["1", "1.0000", r"sub/\udce9t\udce9.png"]
     assert sorted(line.split()[2] for line in lines[3:7]) == ["a.png", "b.png", r"sub/\u732b.png", "sub/c.png"]
     assert lines[7].startswith("picture: ") and lines[7].endswith(r"\udce9.png")

@@ -153,7 +153,7 @@ def test_the_config_builds_the_run_again(trained, photos):
 
 
 @pytest.mark.trains
-def test_resume_ends_where_an_uninterrupted_run_does(data, tmp_path, monkeypatch):
+def test_resume_ends_where_an_uninterrupted_run_does(data, tmp_path, monkeypatch, capsys):
     whole = run(data, tmp_path / "whole", epochs=3)
     validations = []
 
@@ -174,7 +174,9 @@ def test_resume_ends_where_an_uninterrupted_run_does(data, tmp_path, monkeypatch
     assert run(data, parts, epochs=3, resume=True) == whole
     assert lines(parts) == lines(tmp_path / "whole")
     assert same(weights(parts, "last.pt"), weights(tmp_path / "whole", "last.pt"))
-    assert run(data, parts, epochs=3, resume=True) == whole  # nothing left to train
+    assert "nothing is trained" not in capsys.readouterr().out
+    assert run(data, parts, epochs=3, resume=True) == whole
+    assert "all 3 epochs are done: nothing is trained (more: --epochs)" in capsys.readouterr().out
     assert lines(parts) == lines(tmp_path / "whole")
 
 
@@ -642,7 +644,7 @@ def bad_data(kind, folder):
         ("plain", "--recipe proxy", "error: --recipe must be one of recommended, "),
         ("plain", "--backbone resnet1", "error: --backbone must be a timm model such as resnet1"),
         ("plain", "--preset big", "error: --preset must be one of small, finetune, paper:cub, "),
-        ("plain", "--set widths=3", "error: --set must be one of the recipe's, such as width"),
+        ("plain", "--set widths=3", "error: --set must be one of the recipe's settings, such as width"),
         ("plain", "--set lr=fast", "lr must be of the kind of 0.002, got 'fast'"),
         ("plain", "--set width", "must be name=value, got 'width'"),
         ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),

@@ -25,7 +25,7 @@ def test_item_by_item(output):
 
 @pytest.mark.slow
 def test_many_items_take_seconds():
-    """10,000 items of 128 numbers in less than a minute of processor time, statistics on or not."""
+    """10,000 items of 128 dimensions in less than a minute of processor time, statistics on or not."""
     emb = torch.randn(10_000, 128)
     start = time.process_time()
     refiner = IntraBatchRefiner(128, collect_stats=True)

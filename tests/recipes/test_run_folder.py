@@ -164,6 +164,8 @@ def test_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a run's folder must hold config\.json, got .* without"):
         load_run(tmp_path)
     write_config(tmp_path, {"recipe": "proxy_anchor"})
+    with pytest.raises(FileNotFoundError, match=r"a run's folder must hold config\.json, got the file .*config\.json$"):
+        load_run(tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"config\.json must have 'num_classes', got none"):
         load_run(tmp_path)
     trained(tmp_path)

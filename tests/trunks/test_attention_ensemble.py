@@ -294,7 +294,7 @@ class TestFromBackbone:
 
     @pytest.mark.slow
     def test_paper(self):
-        """GoogLeNet, eight learners, 512 numbers: the shapes and sizes of the paper."""
+        """GoogLeNet, eight learners, 512 dimensions: the shapes and sizes of the paper."""
         trunk = AttentionEnsemble.from_backbone("googlenet")
         images = torch.zeros(1, 3, 224, 224)
         assert trunk.masks(images).shape == (1, 8, 480, 14, 14)

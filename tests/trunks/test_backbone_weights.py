@@ -175,7 +175,7 @@ def test_either_downloaded_or_given(donor):
 def test_without_network_the_ways_out_are_named_at_once(monkeypatch):
     monkeypatch.setattr(module, "_reachable", lambda address: False)
     started = time.perf_counter()
-    with pytest.raises(OSError, match=r"'test_resnet' must be downloaded.*cannot be reached: give weights=FILE"):
+    with pytest.raises(OSError, match=r"'test_resnet' must be downloaded.*cannot be reached: set weights to a file"):
         PooledTrunk("test_resnet", 8, pretrained=True)
     assert time.perf_counter() - started < 10  # the hub's own retries take most of a minute
 
