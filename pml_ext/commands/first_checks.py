@@ -70,6 +70,10 @@ def check_train(**options: Any) -> dict[str, Any]:
     recipe, preset = options["recipe"], options["preset"]
     if preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    names = [name for name, _ in options["settings"]]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--set must name a setting once, got {twice} more than once")
     given = merge({name: options[name] for name in OF_RECIPE if options[name] is not None}, dict(options["settings"]))
     settle(preset, RECIPES[recipe].numbers, given)
     kept = _settings_of(old or first, recipe, preset, given.get("image_size"))

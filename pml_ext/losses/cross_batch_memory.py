@@ -204,11 +204,27 @@ class CrossBatchMemory(PmlCrossBatchMemory):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take up the position in the queue from a state dict."""
-        self.queue_idx, self.has_been_filled = int(state[0]), bool(state[1])
+        position = int(state[0])
+        if not 0 <= position < self.memory_size:
+            raise ValueError(f"queue_idx must be 0 to memory_size - 1 = {self.memory_size - 1}, got {position}")
+        self.queue_idx, self.has_been_filled = position, bool(state[1])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}_extra_state", torch.tensor([0, 0]))  # PML's state dict has no position
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Load memory, labels and position together; where they are missing or do not fit, all stay as they were."""
+        position = f"{prefix}_extra_state"
+        own = {f"{prefix}{name}": getattr(self, name) for name in ("embedding_memory", "label_memory")}
+        given = [name for name in own if name in state_dict]
+        if len(given) == 2 and all(getattr(state_dict[name], "shape", None) == x.shape for name, x in own.items()):
+            state_dict.setdefault(position, torch.tensor([0, 0]))  # PML's state dict has none
+        else:
+            if len(given) == 1:
+                lists[-1].append(f"{' and '.join(own)} must be loaded together, got {given[0]} alone")
+            kept = [name for name in given if getattr(state_dict[name], "shape", None) == own[name].shape]
+            state_dict = {name: x for name, x in state_dict.items() if name not in kept}
+            state_dict[position] = self.get_extra_state()
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
 
 def _select(

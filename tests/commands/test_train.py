@@ -645,6 +645,8 @@ def bad_data(kind, folder):
         ("plain", "--backbone resnet1", "error: --backbone must be a timm model such as resnet1"),
         ("plain", "--preset big", "error: --preset must be one of small, finetune, paper:cub, "),
         ("plain", "--set widths=3", "error: --set must be one of the recipe's settings, such as width"),
+        ("plain", "--set lr=0.1 lr=0.2", "error: --set must name a setting once, got lr more than once"),
+        ("plain", "--set lr=0.1 --set width=4 --set lr=0.2", "error: --set must name a setting once, got lr more"),
         ("plain", "--set lr=fast", "lr must be of the kind of 0.002, got 'fast'"),
         ("plain", "--set width", "must be name=value, got 'width'"),
         ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),

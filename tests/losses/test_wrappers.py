@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 from unittest import mock
 
 import numpy as np
@@ -179,6 +180,50 @@ def test_pml_state_dict_loads_as_an_empty_memory():
     ours = CrossBatchMemory(MultiSimilarityLoss(), SIZE, memory_size=20)
     ours.load_state_dict(theirs.state_dict())
     assert (ours.queue_idx, ours.has_been_filled) == (0, False)
+
+
+def filled_memory(memory_size=20, embedding_size=SIZE):
+    memory = CrossBatchMemory(HybridLoss(4, embedding_size), embedding_size, memory_size=memory_size)
+    for emb, labels in batches(3):
+        memory(emb[:, :embedding_size], labels)
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("parts", "error"),
+    [
+        ("loss", ""),
+        ("loss _extra_state", ""),
+        ("loss embedding_memory _extra_state", "must be loaded together, got embedding_memory alone"),
+        ("loss label_memory", "must be loaded together, got label_memory alone"),
+        ("loss embedding_memory label_memory _extra_state of 16", "size mismatch for embedding_memory"),
+        ("loss embedding_memory label_memory _extra_state of 4", "size mismatch for embedding_memory"),
+    ],
+)
+def test_a_memory_that_is_not_loaded_stays_with_its_position(parts, error):
+    """Rows of zeros must not count as filled, nor a live memory as empty."""
+    parts, _, size = parts.partition(" of ")
+    first, second = (
+        filled_memory(**{"": {}, "16": {"memory_size": 16}, "4": {"embedding_size": 4}}[size]),
+        filled_memory(),
+    )
+    second(*next(batches(1)))
+    before = copy.deepcopy(second)
+    some = {name: x for name, x in first.state_dict().items() if name.split(".")[0] in parts.split()}
+    with pytest.raises(RuntimeError, match=error) if error else nullcontext():
+        second.load_state_dict(some, strict=False)
+    assert (second.queue_idx, second.has_been_filled) == (before.queue_idx, before.has_been_filled) == (12, True)
+    torch.testing.assert_close(second.embedding_memory, before.embedding_memory, rtol=0, atol=0)
+    torch.testing.assert_close(second.label_memory, before.label_memory, rtol=0, atol=0)
+    if size != "4":
+        torch.testing.assert_close(second.loss.state_dict(), first.loss.state_dict(), rtol=0, atol=0)
+
+
+def test_a_position_outside_the_memory_is_refused():
+    state = filled_memory().state_dict()
+    state["_extra_state"] = torch.tensor([20, 1])
+    with pytest.raises(ValueError, match="queue_idx must be 0 to memory_size - 1 = 19, got 20"):
+        filled_memory().load_state_dict(state)
 
 
 EMBEDDINGS, CLASSES = next(batches(1))
