@@ -20,7 +20,8 @@ def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> 
 
     ``masks``: one for each learner, as in ABE, where the network can be cut in two; otherwise plain heads.
     ``anchor_weight``: of Proxy-Anchor beside the softmax. The softmax compares all proxies for each sample,
-    Proxy-Anchor all samples of the batch for each proxy.
+    Proxy-Anchor all samples of the batch for each proxy. ``epsilon``: pairs that are farther than that from the hardest
+    pair of the other kind do not count, so that the pair loss ends where a class is apart from all others.
     """
     from pytorch_metric_learning.losses import NormalizedSoftmaxLoss  # on use: torch is slow to load
 
@@ -36,7 +37,7 @@ def _build(s: Settings, num_classes: int, class_embeddings: "Tensor | None") -> 
                 pair_loss=anchors, proxy_loss=proxies, pair_weight=s.anchor_weight, proxy_weight=1.0
             )
         return losses.HybridLoss(
-            pair_loss=losses.MultiSimilarityLoss(base=s.base),
+            pair_loss=losses.MultiSimilarityLoss(base=s.base, epsilon=s.epsilon),
             proxy_loss=proxies,
             pair_weight=s.pair_weight,
             proxy_weight=s.proxy_weight,
@@ -78,6 +79,7 @@ RECOMMENDED = Method(
             "split": ATTENTION_ENSEMBLE.numbers["all"]["split"],
             "divergence_weight": (0.1, _CHOSEN),
             "base": (0.5, "default of HybridLoss, chosen on validation classes"),
+            "epsilon": (None, "ours: all pairs; 0.1 for long trainings on few classes, see How the default was chosen"),
             "pair_weight": (1.0, OURS),
             "proxy_weight": (1.0, _CHOSEN),
             "anchor_weight": (0.0, "ours: not tried from scratch"),

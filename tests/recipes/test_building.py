@@ -201,8 +201,22 @@ def test_recommended_has_proxy_anchor_beside_the_softmax_where_it_is_told():
     )
     names = {group["name"]: group for group in made.param_groups}
     assert len(names["proxies"]["params"]) == 2
-    tuned = recipe("recommended", CLASSES, preset="finetune", backbone="test_resnet", pretrained=False)
-    assert isinstance(tuned.loss.proxy_loss, HybridLoss)
+
+
+def test_recommended_takes_hard_pairs_where_it_is_told():
+    made = recipe("recommended", CLASSES, preset="finetune", backbone="test_resnet", pretrained=False, epsilon=0.1)
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(len(LABELS), made.settings.embedding_size, generator=generator)
+    embeddings += (LABELS == 0)[:, None] * embeddings[0] * 3  # one class is apart
+    mined = losses.MultiSimilarityLoss()(embeddings, LABELS, miners.MultiSimilarityMiner(0.1)(embeddings, LABELS))
+    both = made.loss.proxy_loss
+    proxies = both.proxy_loss(embeddings, LABELS) + 0.3 * both.pair_loss(embeddings, LABELS)
+    torch.testing.assert_close(made.loss(embeddings, LABELS), 10 * mined + proxies)
+    plain = recipe("recommended", CLASSES, preset="finetune", backbone="test_resnet", pretrained=False)
+    plain.loss.load_state_dict(made.loss.state_dict())
+    everything = losses.MultiSimilarityLoss()(embeddings, LABELS)
+    torch.testing.assert_close(plain.loss(embeddings, LABELS), 10 * everything + proxies)
+    assert abs(mined - everything) > 1e-3  # this batch has pairs that are left out
 
 
 def test_messages_are_the_only_thing_that_the_control_lacks():
