@@ -419,7 +419,7 @@ def _as_integers(name: str, x: Any) -> str:
     """Return how to make a tensor of an array or a list; of names of classes, one of their numbers."""
     if not isinstance(x, np.ndarray | list | tuple):
         return ""
-    names = np.asarray(x, dtype=object).ravel()
+    names = x.ravel().tolist() if isinstance(x, np.ndarray) else x
     if all(isinstance(one, Integral) for one in names):
         return f": torch.as_tensor({name})"
     numbered = "torch.as_tensor(np.unique(all_labels, return_inverse=True)[1])"

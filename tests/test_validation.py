@@ -47,6 +47,7 @@ LOSSES = [
         ((EMB, LABELS.numpy()), TypeError, r"labels must .*, got ndarray: torch\.as_tensor\(labels\)$"),
         ((EMB, list("aabb")), TypeError, r"labels must .*, got list: number the classes, all .*np\.unique\(all_labels"),
         ((EMB, [0.5, 1.0]), TypeError, r"labels must be a torch\.Tensor, got list$"),
+        ((EMB, [EMB.clone().requires_grad_()]), TypeError, r"labels must be a torch\.Tensor, got list$"),
         ((EMB, LABELS - 1), ValueError, "labels must be >= 0, got -1 at position 0"),
         ((EMB, LABELS.masked_fill(LABELS == 2, -100)), ValueError, "labels must be >= 0, got -100 at position 2"),
         ((EMB, LABELS[:5]), ValueError, r"labels must have shape \(batch_size,\) = \(8,\), got \(5,\)"),

@@ -216,13 +216,13 @@ class CrossBatchMemory(PmlCrossBatchMemory):
         position = f"{prefix}_extra_state"
         own = {f"{prefix}{name}": getattr(self, name) for name in ("embedding_memory", "label_memory")}
         given = [name for name in own if name in state_dict]
-        if len(given) == 2 and all(getattr(state_dict[name], "shape", None) == x.shape for name, x in own.items()):
+        fitting = [name for name in given if getattr(state_dict[name], "shape", None) == own[name].shape]
+        if len(given) == 1:
+            lists[-1].append(f"{' and '.join(own)} must be loaded together, got {given[0]} alone")
+        if len(fitting) == 2:
             state_dict.setdefault(position, torch.tensor([0, 0]))  # PML's state dict has none
         else:
-            if len(given) == 1:
-                lists[-1].append(f"{' and '.join(own)} must be loaded together, got {given[0]} alone")
-            kept = [name for name in given if getattr(state_dict[name], "shape", None) == own[name].shape]
-            state_dict = {name: x for name, x in state_dict.items() if name not in kept}
+            state_dict = {name: x for name, x in state_dict.items() if name not in fitting}
             state_dict[position] = self.get_extra_state()
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
