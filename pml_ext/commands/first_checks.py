@@ -10,7 +10,7 @@ from typing import Any
 
 from pml_ext.commands.parser import DATA_NAMES
 from pml_ext.recipes.methods import DEFAULT_RECIPE, RECIPES
-from pml_ext.recipes.settings import MAY_LACK, PRESETS, as_they_were, settle, with_former_split
+from pml_ext.recipes.settings import MAY_LACK, PRESETS, as_they_were, settle, with_former_values
 
 OF_RECIPE = ("epochs", "backbone", "weights", "embedding_size", "image_size", "chunk_size")
 """Options of ``train`` that are settings of the recipe."""
@@ -182,7 +182,7 @@ def _settings_of(run: Any, recipe: str, preset: str, image_size: Any) -> dict[st
     """Return the settings of a run, ``resize`` only for its own ``image_size``, which None stands for."""
     if run is None or (run["recipe"], run["preset"]) != (recipe, preset):
         return {}
-    kept, usual = with_former_split(preset, run["settings"]), settle(preset, RECIPES[recipe].numbers, {})
+    kept, usual = with_former_values(recipe, preset, run["settings"]), settle(preset, RECIPES[recipe].numbers, {})
     left_out = {"weights", "in_channels"}
     if image_size is not None and image_size != kept.get("image_size"):
         left_out.add("resize")

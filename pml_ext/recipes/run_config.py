@@ -11,7 +11,7 @@ import torch
 
 from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.recipes.checkpoint import write_text
-from pml_ext.recipes.settings import COMMON, HALVES, IMAGENET, MAY_LACK, as_they_were, with_former_split
+from pml_ext.recipes.settings import COMMON, HALVES, IMAGENET, MAY_LACK, as_they_were, with_former_values
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.strict_json import strict_json
 from pml_ext.version import __version__
@@ -71,7 +71,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         before: The configuration of what was trained.
         now: The one to go on with. How many epochs there are, and what matters only at the start, may differ.
     """
-    both = [with_former_split(config["preset"], config["settings"]) for config in (before, now)]
+    both = [with_former_values(x["recipe"], x["preset"], x["settings"]) for x in (before, now)]
     for config, settings in zip((before, now), both, strict=True):
         if "format" not in config:
             as_they_were(config["recipe"], settings)
@@ -146,7 +146,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         former = config["settings"].pop(name, value)
         if former != value:
             raise ValueError(f"{path}: the setting {name!r} no longer exists and must have been {value}, got {former}")
-    config["settings"] = settings = with_former_split(config["preset"], _ADDED | config["settings"])
+    config["settings"] = settings = with_former_values(config["recipe"], config["preset"], _ADDED | config["settings"])
     if "format" not in config:
         as_they_were(config["recipe"], settings)
     if settings["pixel_mean"] is None:  # by preset, whatever the backbone

@@ -179,10 +179,11 @@ def _named(value: Any) -> Any:
     return "a state dict" if isinstance(value, Mapping) else value
 
 
-def with_former_split(preset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run, with the cut of the preset "finetune" from before it had a ``split`` of its own."""
+def with_former_values(recipe: str, preset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run, with what acted before presets had a ``split`` or "recommended" an ``epsilon``."""
     cut = preset == "finetune" and settings.get("backbone") == INSTALLED and settings.get("split", INSTALLED) is None
-    return {**settings, "split": 8} if cut else dict(settings)
+    unmined = {"epsilon": None} if recipe == "recommended" else {}
+    return unmined | dict(settings) | ({"split": 8} if cut else {})
 
 
 MAY_LACK = ("masks", "freeze_batch_norm")

@@ -203,8 +203,8 @@ def test_recommended_has_proxy_anchor_beside_the_softmax_where_it_is_told():
     assert len(names["proxies"]["params"]) == 2
 
 
-def test_recommended_takes_hard_pairs_where_it_is_told():
-    made = recipe("recommended", CLASSES, preset="finetune", backbone="test_resnet", pretrained=False, epsilon=0.1)
+def test_recommended_takes_hard_pairs_behind_a_pretrained_network():
+    made = recipe("recommended", CLASSES, preset="finetune", backbone="test_resnet", pretrained=False)
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(len(LABELS), made.settings.embedding_size, generator=generator)
     embeddings += (LABELS == 0)[:, None] * embeddings[0] * 3  # one class is apart
@@ -212,7 +212,7 @@ def test_recommended_takes_hard_pairs_where_it_is_told():
     both = made.loss.proxy_loss
     proxies = both.proxy_loss(embeddings, LABELS) + 0.3 * both.pair_loss(embeddings, LABELS)
     torch.testing.assert_close(made.loss(embeddings, LABELS), 10 * mined + proxies)
-    plain = recipe("recommended", CLASSES, preset="finetune", backbone="test_resnet", pretrained=False)
+    plain = recipe("recommended", CLASSES, preset="finetune", backbone="test_resnet", pretrained=False, epsilon=None)
     plain.loss.load_state_dict(made.loss.state_dict())
     everything = losses.MultiSimilarityLoss()(embeddings, LABELS)
     torch.testing.assert_close(plain.loss(embeddings, LABELS), 10 * everything + proxies)

@@ -11,7 +11,7 @@ from pml_ext.recipes import RECIPES, Trainer, load_run, recipe
 from pml_ext.recipes.attention_ensemble import ATTENTION_ENSEMBLE
 from pml_ext.recipes.pixel_scaling import with_pixel_scaling
 from pml_ext.recipes.run_config import describe_run, read_config, write_config
-from pml_ext.recipes.settings import settle, with_former_split
+from pml_ext.recipes.settings import settle, with_former_values
 from tests.needs import needs
 
 LABELS = torch.arange(16) // 4
@@ -110,7 +110,7 @@ def test_what_is_frozen_and_shared_unless_given(given, frozen, split):
 @pytest.mark.parametrize("name", RECIPES)
 def test_settings_of_a_new_run_are_not_taken_for_those_of_a_former_version(name):
     settings = dict(settle("finetune", RECIPES[name].numbers, {}))
-    assert with_former_split("finetune", settings) == settings
+    assert with_former_values(name, "finetune", settings) == settings
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,18 @@ def test_a_run_of_recommended_without_proxy_anchor(tmp_path):
     assert torch.equal(load_run(tmp_path).recipe.trunk(IMAGES), made.trunk.eval()(IMAGES))
 
 
+def test_a_run_of_recommended_without_mining_goes_on_without(tmp_path):
+    made = recipe("recommended", 3, preset="finetune", backbone="test_resnet", pretrained=False)
+    assert made.loss.pair_loss.epsilon == 0.1
+    old = describe_run(made)
+    del old["settings"]["epsilon"]
+    write_config(tmp_path, old)
+    assert read_config(tmp_path)["settings"]["epsilon"] is None
+    assert differences(old, describe_run(made)) == ["settings.epsilon: None, got 0.1"]
+    same = recipe("recommended", 3, preset="finetune", backbone="test_resnet", pretrained=False, epsilon=None)
+    assert differences(old, describe_run(same)) == []
+
+
 def test_what_differs_from_a_run_of_a_former_version():
     """What the network could not have is no difference; a pooling that did not act is that which did."""
     made = recipe("attention_ensemble", 3, **TINY | {"backbone": "test_resnet", "image_size": 64})
