@@ -79,8 +79,15 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Return (image, label), as a PIL image unless the transform changes it, and an int."""
-        image = self._read_or_replace(index) if self.skip_broken else self.reader(self.paths[index])
+        image = self._read_or_replace(index) if self.skip_broken else self._read_or_raise(index)
         return image if self.transform is None else self.transform(image), int(self.labels[index])
+
+    def _read_or_raise(self, index: int) -> Any:
+        try:
+            return self.reader(self.paths[index])
+        except BrokenImageError as error:
+            remedy = "skip_broken=True puts another of its class in its place"
+            raise BrokenImageError(f"{error}; {remedy}") from error.__cause__
 
     def _read_or_replace(self, index: int) -> Any:
         """Return the image, or the next one of its class that can be read."""
