@@ -27,8 +27,6 @@ def main(
     """
     loaded, images = load_run(run, device), Path(images)
     out = Path(run) / "index" if out is None else Path(out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out must be a folder, got the file {out}")
     files = find_images(images)
     if not files:
         raise ValueError(f"IMAGES must be a folder with images in it or below, got {images} without")

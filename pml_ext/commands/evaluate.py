@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pml_ext.commands.labeled_images import check_readable, open_labeled
-from pml_ext.commands.opened_data import Embedder, counted, metrics_of
+from pml_ext.commands.opened_data import Embedder, counted, metrics_of, warn_of_copies
 from pml_ext.commands.tables import METRICS, percent_table
 from pml_ext.recipes.run_folder import load_run
 
@@ -23,6 +23,7 @@ def main(
     loaded = load_run(run, device)
     images = open_labeled(loaded, data, all_classes, root)
     check_readable(images.views, skip_broken)
+    warn_of_copies(images.views)
     embed = Embedder(skip_broken, loaded.autocast, workers, batch_size)
     views, embedded = embed.tested(loaded.recipe.trunk, images.views)
     metrics = metrics_of(embedded, tuple(METRICS))

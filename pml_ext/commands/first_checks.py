@@ -47,6 +47,7 @@ def check_train(**options: Any) -> dict[str, Any]:
     if seeds is not None and seeds < 2:
         raise ValueError(f"--seeds must be >= 2, got {seeds}")
     folders = [Path(out)] if seeds is None else [Path(out) / f"seed-{i}" for i in seeds_of(options)]
+    check_out(str(out), folder=True)
     old = next(filter(None, map(_config, folders)), None) if options["resume"] else None
     for folder in folders:
         if not options["resume"] and any((folder / name).exists() for name in ("config.json", "last.pt")):
@@ -215,6 +216,25 @@ def _check_numbers(options: dict[str, Any], smallest: dict[str, int]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {options[name]}")
 
 
+def check_out(out: str, folder: bool = False) -> None:
+    """Check that a file, or files in a folder, can be written.
+
+    Raises:
+        FileExistsError: If a file is where the folder must be, or a folder that it lies in.
+        IsADirectoryError: If a folder is where the file must be.
+        PermissionError: If nothing may be written there.
+    """
+    if not folder and os.path.isdir(out):
+        raise IsADirectoryError(f"--out must be a file, got the folder {out}")
+    path = Path(out).absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir() and (folder or there != path):
+        what = "a folder" if there == path else "in a folder"
+        raise FileExistsError(f"--out must be {what}, got the file {there if there != path else out}")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"--out must be where files can be written, got {out}")
+
+
 def check_data(data: str) -> None:
     """Check that data with this name may be there.
 
@@ -268,6 +288,7 @@ def check_embed(**options: Any) -> dict[str, Any]:
     _check_numbers(options, {"batch_size": 1, "workers": 0})
     if not os.path.isdir(options["images"]):
         raise FileNotFoundError(f"IMAGES must be a folder, got {options['images']}")
+    check_out(options["out"] or os.path.join(options["run"], "index"), folder=True)
     return options
 
 
@@ -278,6 +299,7 @@ def check_search(**options: Any) -> dict[str, Any]:
         raise ValueError(f"--k must be >= 1, got {options['k']}")
     if not os.path.exists(options["query"]):
         raise FileNotFoundError(f"QUERY must be an image, got {options['query']}, which does not exist")
+    check_out(options["out"] or os.path.join(options["run"], "search.png"))
     return options
 
 
@@ -291,6 +313,8 @@ def check_of_data(**options: Any) -> dict[str, Any]:
         check_run(options["against"], "--against")
         if Path(options["against"]).resolve() == Path(options["run"]).resolve():
             raise ValueError(f"--against must be another run than RUN, got {options['against']}")
+    if "out" in options:
+        check_out(options["out"] or os.path.join(options["run"], "report.html"))
     return options
 
 

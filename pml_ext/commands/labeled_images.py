@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from pml_ext.commands.command_line import warn
+from pml_ext.commands.command_line import number_of, some_of, warn
 from pml_ext.commands.opened_data import has_split, refuse_broken, source_of
 from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.image_files import ImageFiles, broken_images
@@ -65,6 +65,8 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
             raise ValueError(f"--all-classes must be used with data without a split (train and test), got {chosen}")
         unseen = own and opened.test is not None
         views = [view for view in (opened.test, opened.gallery) if view is not None] or [opened.train]
+        if own and not everything:
+            _tell_left_out(trained.get("left_out", []), ("test", "gallery") if unseen else ("train",))
         if own and not unseen:
             warn("the network was trained on some of these classes: the metrics are not those of new ones")
     for view in views:
@@ -79,7 +81,15 @@ def _as_trained(run: Run, source: str, root: str | None, everything: bool = Fals
     root = trained.get("root") if root is None else root
     drawn = {"seed": run.config.get("seed", 0), "split_seed": trained.get("split_seed")}
     opened = open_data(source, share, root=root, reader=run.reader, **drawn)
-    return without(opened, trained.get("left_out", []))
+    return opened if everything else without(opened, trained.get("left_out", []))
+
+
+def _tell_left_out(names: list[str], parts: tuple[str, ...]) -> None:
+    """Warn of images of some parts of the data that the training left out; they are left out again."""
+    left_out = [name for name in names if name.split("/")[0] in parts]
+    if left_out:
+        counted = number_of(len(left_out), "image")
+        warn(f"left out {counted} that could not be read when the run was trained: {some_of(left_out)}")
 
 
 def _changed(run: Run, opened: RetrievalData) -> list[str]:

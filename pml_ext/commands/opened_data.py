@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from pml_ext.commands.command_line import number_of, some_of, warn
 from pml_ext.datasets.class_subset import ClassSubset
+from pml_ext.datasets.file_copies import copied_files
+from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.datasets.leaving_out import broken_files, only, views_of, without_broken
 from pml_ext.datasets.retrieval_data import RetrievalData
@@ -102,6 +104,16 @@ def readable_part(data: RetrievalData, skip_broken: bool) -> RetrievalData:
         classes = f"{len(lost)} classes" if len(lost) > 1 else "a class"
         warn(f"left out {classes} without images that can be read: {some_of(lost)}")
     return kept
+
+
+def warn_of_copies(views: Iterable[ClassSubset]) -> None:
+    """Warn of image files that are copies of others, in the same view or another one."""
+    paths = [path for view in views if isinstance(view.dataset, ImageFiles) for path in paths_at(view, slice(None))]
+    copies = copied_files(paths)
+    if copies:
+        counted = f"{number_of(len(copies), 'copy', 'copies')} among {number_of(len(paths), 'image')}, byte for byte"
+        pairs = [f"{paths[i]} of {paths[first]}" for i, first in copies.items()]
+        warn(f"{counted}; a copy finds its original first: {some_of(pairs)}")
 
 
 def refuse_broken(paths: Sequence[str], of: int, first: str, skip_broken: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pml_ext.commands.command_line import warn
 from pml_ext.commands.labeled_images import LabeledImages, check_readable, open_labeled
-from pml_ext.commands.opened_data import Embedder, counted, metrics_of
+from pml_ext.commands.opened_data import Embedder, counted, metrics_of, warn_of_copies
 from pml_ext.commands.run_report import write_run_report
 from pml_ext.commands.tables import percent_table
 from pml_ext.recipes.run_folder import Run, load_run
@@ -27,6 +27,7 @@ def main(
     loaded = load_run(run, device)
     images = open_labeled(loaded, data, all_classes, root)
     check_readable(images.views, skip_broken)
+    warn_of_copies(images.views)
 
     def embedded_by(other: Run) -> Any:
         for view in images.views:

@@ -32,8 +32,6 @@ def main(
     the picture.
     """
     out = Path(run) / "search.png" if out is None else Path(out)
-    if out.is_dir():
-        raise IsADirectoryError(f"--out must be a file, got the folder {out}")
     out = out if out.suffix else out.with_name(f"{out.name}.png")  # as matplotlib has it
     loaded, folder = load_run(run, device), Path(run) / "index" if index is None else Path(index)
     embeddings, paths, origin = read_index(folder)

@@ -25,6 +25,7 @@ from pml_ext.commands.opened_data import (
     metrics_of,
     readable_part,
     source_of,
+    warn_of_copies,
 )
 from pml_ext.commands.run_report import write_run_report
 from pml_ext.commands.tables import METRICS, in_percent, percent_table
@@ -199,6 +200,7 @@ def train(
         prepared = None
     kept = readable_part(opened, skip_broken)
     left_out = sorted(image_names(opened) - image_names(kept))
+    warn_of_copies(views_of(kept).values())
     if prepared is None or kept is not opened:
         prepared = prepare(kept, checked=True)
     fitted, validated, tested, _, made = prepared

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from functools import cache
 from pathlib import Path
 
 from pml_ext.datasets.splits import check_splits
@@ -14,12 +15,12 @@ def read_csv(file: Path) -> dict[str | None, dict[str, list[str]]]:
     "07") are two classes.
 
     Args:
-        file: With the columns ``path``, relative to the file's folder, ``label`` and perhaps ``split``.
+        file: With the columns ``path``, absolute or relative to the file's folder, ``label`` and perhaps ``split``.
 
     Raises:
         FileNotFoundError: If none of the images is there.
-        ValueError: If the file is not a text in UTF-8, a column or a value is missing, a path is listed twice, or
-            splits are not those that ``open_data`` takes; the message has file and line.
+        ValueError: If the file is not a text in UTF-8, a column or a value is missing, an image is listed twice, by
+            another path or a link too, or splits are not those that ``open_data`` takes; the message has file and line.
     """
     rows = _rows(file)
     if not any(os.path.exists(path) for path, _, _ in rows):
@@ -38,14 +39,15 @@ def read_csv(file: Path) -> dict[str | None, dict[str, list[str]]]:
 
 
 def _rows(file: Path) -> list[tuple[str, str, str | None]]:
-    rows, lines = [], dict[str, int]()
+    rows, lines, real_folder = [], dict[str, int](), cache(os.path.realpath)
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
             reader = csv.reader(text, strict=True)
             header = [name.strip() for name in next(reader, [])]
             for name in ("path", "label"):
                 if header.count(name) != 1:
-                    raise ValueError(f"line 1: must name the columns path, label and perhaps split, got {header}")
+                    columns = "the columns path, label and perhaps split, with commas between them"
+                    raise ValueError(f"line 1: must name {columns}, got {header}")
             for row in reader:
                 if not row:
                     continue
@@ -56,13 +58,18 @@ def _rows(file: Path) -> list[tuple[str, str, str | None]]:
                     if not values.get(name, "absent"):
                         raise ValueError(f"line {reader.line_num}: {name} must not be empty")
                 path = os.path.normpath(file.parent / values["path"])
-                if path in lines:
+                real = os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path))
+                real = os.path.realpath(real) if os.path.islink(real) else real
+                if real in lines:
                     raise ValueError(
-                        f"line {reader.line_num}: path must be listed once, got {values['path']} of line {lines[path]}"
+                        f"line {reader.line_num}: an image must be listed once, got {values['path']}, that of line "
+                        f"{lines[real]}"
                     )
-                lines[path] = reader.line_num
+                lines[real] = reader.line_num
                 rows.append((path, values["label"], values.get("split")))
-    except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: must be saved as UTF-8, got {error}") from error
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{file}: {error}") from error
     if not rows:
         raise ValueError(f"{file}: must list images, got none")

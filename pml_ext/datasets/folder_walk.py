@@ -107,8 +107,8 @@ class FolderWalk:
         """Warn once of what has been left out of a folder, if anything."""
         if not self.left_out:
             return
-        kinds = Counter("folders" if p.endswith(os.sep) else Path(p).suffix.lower() or "others" for p in self.left_out)
-        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+        kinds = Counter(map(_kind, self.left_out)).most_common(8)
+        counted = ", ".join(f"{count} {kind if count > 1 else kind.removesuffix('s')}" for kind, count in kinds)
         first = sorted(self.left_out, key=lambda p: (not p.endswith(os.sep), p))  # folders
         names = ", ".join(os.path.relpath(p, root) + os.sep * p.endswith(os.sep) for p in first[:5])
         more = f" and {len(self.left_out) - 5} more" if len(self.left_out) > 5 else ""
@@ -144,6 +144,13 @@ def has_images(folder: str | os.PathLike[str]) -> bool:
     """Whether there is an image in a folder itself."""
     with os.scandir(folder) as entries:
         return any(_is_image(entry.name) and entry.is_file() for entry in entries)
+
+
+def _kind(path: str) -> str:
+    if path.endswith(os.sep):
+        return "folders"
+    name = Path(path).name
+    return "hidden" if _is_hidden(name) else Path(name).suffix.lower() or "others"
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -238,7 +238,8 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         default = numbers[name][0]
         either = name == "split"  # a module's name or a number
         if not either and None not in (value, default) and isinstance(value, str) != isinstance(default, str):
-            raise ValueError(f"{name} must be of the kind of {default!r}, got {value!r}")
+            kind = {str: "a name", bool: "True or False", tuple: "a list"}.get(type(default), "a number")
+            raise ValueError(f"{name} must be {kind}, such as {default!r}, got {value!r}")
         value = _plain(value)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")

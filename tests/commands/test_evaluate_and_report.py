@@ -156,6 +156,42 @@ def test_broken_images(trained, photos, tmp_path, capsys):
     assert f"warning: tested without 1 of 48 images that cannot be read: {broken}" in done.err.replace("\r", "\n")
 
 
+@pytest.mark.trains
+def test_images_that_the_training_left_out(tmp_path, capsys):
+    photos, out = write_folder(tmp_path / "photos"), tmp_path / "run"
+    left_out = [sorted((photos / name).iterdir())[2] for name in ("class0", "class6")]
+    content = [path.read_bytes() for path in left_out]
+    for path in left_out:
+        path.write_text("no image")
+    run(photos, out, skip_broken=True, split_seed=None)
+    for path, restored in zip(left_out, content, strict=True):
+        path.write_bytes(restored)
+    capsys.readouterr()
+    main(["evaluate", str(out), "--device", "cpu"])
+    done = capsys.readouterr()
+    assert "test classes: 23 images of 4 classes" in done.out
+    name = f"test/class6/{left_out[1].name}"
+    assert f"warning: left out 1 image that could not be read when the run was trained: {name}" in done.err
+    main(["evaluate", str(out), str(photos), "--all-classes", "--device", "cpu"])
+    done = capsys.readouterr()
+    assert ": 48 images of 8 classes" in done.out and "left out" not in done.err
+
+
+@pytest.mark.parametrize("name", ["evaluate", "report"])
+def test_copies_are_told(name, trained, photos, tmp_path, capsys):
+    copied = shutil.copytree(photos, tmp_path / "photos")
+    first = sorted((copied / "class3").iterdir())[1]
+    shutil.copy(first, copied / "class5" / "zz.png")
+    main([name, str(trained[0]), str(copied), "--all-classes", *(["--out", str(tmp_path / "it")] * (name == "report"))])
+    told = "1 copy among 49 images, byte for byte; a copy finds its original first"
+    assert (
+        f"warning: {told}: {copied}/class5/zz.png of {first}"
+        in capsys.readouterr().err.replace("\r", "\n").splitlines()
+    )
+    main([name, str(trained[0]), str(photos)])
+    assert "copies" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

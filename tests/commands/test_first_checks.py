@@ -1,6 +1,7 @@
 """What arguments imply: folders, presets, and what a run has kept."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from pml_ext.recipes import DEFAULT_RECIPE, recipe
 from pml_ext.recipes.methods import RECIPES
 from pml_ext.recipes.run_config import describe_run, differences, read_config, write_config
 from pml_ext.recipes.settings import settle
+
+COMMANDS_WITH_OUT = ("train", "embed", "search", "report")
 
 
 def checked(*words):
@@ -28,6 +31,44 @@ def photos(tmp_path, monkeypatch):
     (tmp_path / "toy.npz").write_text("arrays")
     (tmp_path / "list.csv").write_text("path,label\n")
     return tmp_path / "photos"
+
+
+def check(command, out):
+    """Run the first checks of a command beside a run, a file, and a folder that is locked."""
+    Path("file").write_text("mine")
+    for folder in ("run", "locked"):
+        Path(folder).mkdir()
+    Path("run/config.json").write_text("{}")
+    if command == "train":
+        return checked("photos", "--out", out)
+    options = {"out": out, "run": "run", "batch_size": 1, "workers": 0, "data": None, "k": 1, "images": "photos"}
+    return first_checks.first_checks(command)(**options, query="toy.npz")
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "rule"),
+    [
+        ("train", "file", "must be a folder, got the file file"),
+        ("embed", "file", "must be a folder, got the file file"),
+        ("search", "photos", "must be a file, got the folder photos"),
+        ("report", "photos", "must be a file, got the folder photos"),
+        *((name, "file/in/it", "must be in a folder, got the file .*/file") for name in COMMANDS_WITH_OUT),
+        *((name, "locked/it", "must be where files can be written, got locked/it") for name in COMMANDS_WITH_OUT),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_first(command, out, rule, photos, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    with pytest.raises(OSError, match=f"^--out {rule}$"):
+        check(command, out)
+
+
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [("train", "new/run"), ("embed", "photos"), ("search", "file"), ("report", "new/it.html"), ("embed", None)],
+)
+def test_where_files_can_be_written(command, out, photos):
+    assert check(command, out)["out"] == out
 
 
 @pytest.mark.parametrize(

@@ -647,7 +647,7 @@ def bad_data(kind, folder):
         ("plain", "--set widths=3", "error: --set must be one of the recipe's settings, such as width"),
         ("plain", "--set lr=0.1 lr=0.2", "error: --set must name a setting once, got lr more than once"),
         ("plain", "--set lr=0.1 --set width=4 --set lr=0.2", "error: --set must name a setting once, got lr more"),
-        ("plain", "--set lr=fast", "lr must be of the kind of 0.002, got 'fast'"),
+        ("plain", "--set lr=fast", "lr must be a number, such as 0.002, got 'fast'"),
         ("plain", "--set width", "must be name=value, got 'width'"),
         ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),
         ("plain", "--chunk-size 0", "error: --chunk-size must be an integer >= 1, got 0"),

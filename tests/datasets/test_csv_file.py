@@ -68,6 +68,17 @@ def check_gallery(data):
     assert data.in_channels == 3
 
 
+@pytest.mark.parametrize("way", ["absolute", "through a link to the folder", "a link"])
+def test_an_image_that_is_listed_twice_would_find_itself(way, tmp_path):
+    file = write(tmp_path, "")
+    (tmp_path / "linked").symlink_to("all", target_is_directory=True)
+    (tmp_path / "all" / "link.png").symlink_to("a.png")
+    again = {"absolute": f"{tmp_path}/all/a.png", "a link": "all/link.png"}.get(way, "linked/a.png")
+    file.write_text(f"path,label\nall/a.png,0\nlinked/b.png,0\n{again},1\n")
+    with pytest.raises(ValueError, match=rf"line 4: an image must be listed once, got {again}, that of line 2"):
+        open_data(file)
+
+
 def test_queries_and_gallery(tmp_path):
     rows = [f"all/{name}.png,{label},{split}" for name, label, split in GALLERY]
     check_gallery(open_data(write(tmp_path, "\n".join(["path,label,split", *rows]))))
@@ -93,7 +104,7 @@ def test_queries_and_gallery_in_folders(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"line 1: must name the columns path, label and perhaps split, got \[\]"),
+        ("", r"line 1: must name the columns path, label and perhaps split, with commas between them, got \[\]"),
         ("file,label\n", r"line 1: must name the columns path, .*, got \['file', 'label'\]"),
         ("path;label\n", r"line 1: must name the columns path, .*, got \['path;label'\]"),
         ("path,label,label\n", r"line 1: must name the columns path, "),
@@ -103,7 +114,10 @@ def test_queries_and_gallery_in_folders(tmp_path):
         ("path,label\nall/a.png, \n", "line 2: label must not be empty"),
         ("path,label\n,0\n", "line 2: path must not be empty"),
         ("path,label,split\nall/a.png,0,\n", "line 2: split must not be empty"),
-        ("path,label\nall/a.png,0\nall/../all/a.png,1\n", r"line 3: path must be listed once, got .* of line 2"),
+        (
+            "path,label\nall/a.png,0\nall/../all/a.png,1\n",
+            r"line 3: an image must be listed once, got all/\.\./all/a\.png, that of line 2",
+        ),
         ('path,label\n"all/a.png,0\n', "unexpected end of data"),
         ("path,label,split\nall/a.png,0,train\nall/b.png,1,val\n", "split must be train and test, or .*, got 'val'$"),
         ("path,label,split\nall/a.png,0,train\nall/b.png,1,queries\n", r", got 'queries' \(query\?\)$"),
@@ -138,5 +152,5 @@ def test_paths_of_elsewhere(tmp_path):
 
 def test_no_text(tmp_path):
     (tmp_path / "photos.csv").write_bytes(b"path,label\n\xff.png,0\n")
-    with pytest.raises(ValueError, match=r"photos\.csv: 'utf-8' codec can't decode"):
+    with pytest.raises(ValueError, match=r"photos\.csv: must be saved as UTF-8, got 'utf-8' codec can't decode"):
         open_data(tmp_path / "photos.csv")

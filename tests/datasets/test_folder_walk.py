@@ -120,7 +120,9 @@ def test_which_files_count(root):
     os.mkfifo(root / "pipe")
     os.mkfifo(root / "c0" / "pipe.png")
     (root / "empty" / "deeper").mkdir(parents=True)
-    with pytest.warns(UserWarning, match=r"left out of .* \(4 folders, 3 \.png, ") as warned:
+    with pytest.warns(
+        UserWarning, match=r"left out of .* \(4 folders, 2 \.png, 1 other, 1 \.txt, 1 \.heic, 1 hidden\): "
+    ) as warned:
         dataset = ImageFolder(root)
     assert names_below(root, dataset.paths) == sorted([*EIGHT, *(f"c3/{name}" for name in counted)])
     assert sorted(names_below(root, dataset.left_out)) == sorted([*others, "c0/pipe.png", "empty"])
