@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -46,6 +47,9 @@ class Command(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program: exit status 2, the message on stderr, no usage."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if unknown != message.split()[0]:
+            message += did_you_mean(unknown.partition("=")[0], self._option_string_actions)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def run(
@@ -97,6 +101,17 @@ class Command(argparse.ArgumentParser):
         wording = {f"{dest} must": f"{name} must" for dest, name in names.items()} | self.wording
         first = max((text for text in wording if message.startswith(text)), key=len, default="")
         return wording.get(first, "") + message[len(first) :]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a question that follows a name that does not exist; nothing if none is like it.
+
+    Examples:
+        >>> did_you_mean("trian", ["train", "embed"])
+        ' (did you mean train?)'
+    """
+    close = get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -3,11 +3,11 @@
 import json
 import os
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pml_ext.commands.command_line import did_you_mean
 from pml_ext.commands.parser import DATA_NAMES
 from pml_ext.recipes.methods import DEFAULT_RECIPE, RECIPES
 from pml_ext.recipes.settings import MAY_LACK, PRESETS, as_they_were, settle, with_former_values
@@ -100,9 +100,7 @@ def check_recipe(name: str | None) -> None:
         ValueError: If there is none of this name.
     """
     if name is not None and name not in RECIPES:
-        close = get_close_matches(name, RECIPES, n=1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}{meant}")
+        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}{did_you_mean(name, RECIPES)}")
 
 
 def _seeds_in(run: str) -> str:

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pml_ext.commands.command_line import Command, number_of
+from pml_ext.commands.command_line import Command, did_you_mean, number_of
 from pml_ext.commands.first_checks import first_checks
 from pml_ext.commands.freed_memory import keep_freed_memory
 from pml_ext.commands.parser import COMMANDS, make_parser
@@ -30,7 +30,8 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     name, *arguments = words
     if name not in COMMANDS:
-        Command("pml-ext", "").error(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}")
+        meant = did_you_mean(name, COMMANDS)
+        Command("pml-ext", "").error(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}{meant}")
 
     checked: dict[str, Any] = {}
 

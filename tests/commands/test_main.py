@@ -103,6 +103,26 @@ def test_overview(capsys):
     assert capsys.readouterr().err.startswith(line)
 
 
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        (["trian", "photos"], "got 'trian' (did you mean train?)"),
+        (["frobnicate"], "got 'frobnicate'"),
+        (["train", "photos", "--skip-borken"], "--skip-borken (did you mean --skip-broken?)"),
+        (["train", "photos", "--recepie=mhgl"], "--recepie=mhgl (did you mean --recipe?)"),
+        (["train", "photos", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["train", "photos", "--recipe", "recomended"], "got 'recomended' (did you mean recommended?)"),
+    ],
+)
+def test_a_mistyped_word_is_guessed(words, end, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(f"{end}\n")
+
+
 def test_names_of_data_sets_are_those_of_open_data():
     assert parser.DATA_NAMES == sources.NAMES
 
