@@ -229,16 +229,24 @@ def summary(out):
     for data, rows in (collect(out / "retrieval") | pretrained(out / "finetuning")).items():
         ours = rows.get("recommended", {})
         of_pml = {row: {x: rows[row][x] for x in ours if x in rows[row]} for row in OF_PML if row in rows}
-        for metric, name in COMPARED.items():
-            means = {row: np.mean([x[metric] for x in seeds.values()]) for row, seeds in of_pml.items() if seeds}
-            if means:
-                best = max(means, key=means.get)
-                both = of_pml[best], {seed: ours[seed] for seed in of_pml[best]}
-                values = [mean_and_deviation([x[metric] for x in seeds.values()]) for seeds in both]
-                gap = with_interval(difference(both[1], both[0], metric))
-                lines.append([data, str(len(both[0])), name, best, *values, gap])
-    columns = ["data", "seeds", "metric", "best of PML's losses", "its value", "recommended", "difference"]
-    return {"summary": ("recommended, and the best of PML's losses", markdown_table(columns, lines))} if lines else {}
+        of_pml = {row: seeds for row, seeds in of_pml.items() if seeds}
+        if of_pml:
+            cells = [summary_of(metric, of_pml, ours) for metric in COMPARED]
+            numbers = list(dict.fromkeys(number for number, *_ in cells))
+            lines.append([data, " and ".join(numbers), *(cell for _, *of_metric in cells for cell in of_metric)])
+    columns = [name for metric in COMPARED.values() for name in (f"{metric}, PML", "recommended", "difference")]
+    title = "recommended, and the best of PML's losses"
+    return {"summary": (title, markdown_table(["data", "seeds", *columns], lines))} if lines else {}
+
+
+def summary_of(metric, of_pml, ours):
+    """Return how many seeds the row has that is best in a metric, its value and name, that of ours, the difference."""
+    values = {row: [found[metric] for found in seeds.values()] for row, seeds in of_pml.items()}
+    best = max(values, key=lambda row: np.mean(values[row]))
+    same = {seed: ours[seed] for seed in of_pml[best]}
+    theirs = f"{mean_and_deviation(values[best])} {best}"
+    mean = mean_and_deviation([found[metric] for found in same.values()])
+    return str(len(same)), theirs, mean, with_interval(difference(same, of_pml[best], metric))
 
 
 def pretrained(out):
