@@ -108,10 +108,15 @@ def readable_part(data: RetrievalData, skip_broken: bool) -> RetrievalData:
 
 def warn_of_copies(views: Iterable[ClassSubset]) -> None:
     """Warn of image files that are copies of others, in the same view or another one."""
-    paths = [path for view in views if isinstance(view.dataset, ImageFiles) for path in paths_at(view, slice(None))]
+    files = [view for view in views if isinstance(view.dataset, ImageFiles)]
+    paths = [path for view in files for path in paths_at(view, slice(None))]
+    names = [(view, view.class_names or view.classes) for view in files]
+    classes = [of_view[label] for view, of_view in names for label in view.labels.tolist()]
     copies = copied_files(paths)
     if copies:
         counted = f"{number_of(len(copies), 'copy', 'copies')} among {number_of(len(paths), 'image')}, byte for byte"
+        elsewhere = sum(classes[i] != classes[first] for i, first in copies.items())
+        counted += f", {elsewhere} of them in another class" if elsewhere else ""
         pairs = [f"{paths[i]} of {paths[first]}" for i, first in copies.items()]
         warn(f"{counted}; a copy finds its original first: {some_of(pairs)}")
 

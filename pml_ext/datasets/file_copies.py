@@ -17,7 +17,7 @@ def copied_files(paths: Sequence[str | Path]) -> dict[int, int]:
     """
     groups = [list(range(len(paths)))]
     for mark in (_size, partial(_digest, length=1 << 16), partial(_digest, length=-1)):
-        by_mark = defaultdict[object, list[int]](list)
+        by_mark = defaultdict[tuple[int, object], list[int]](list)
         for number, group in enumerate(groups):
             for i in group:
                 by_mark[number, mark(paths[i])].append(i)
