@@ -107,7 +107,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return a question that follows a name that does not exist; nothing if none is like it.
 
     Examples:
-        >>> did_you_mean("trian", ["train", "embed"])
+        >>> did_you_mean("trin", ["train", "embed"])
         ' (did you mean train?)'
     """
     close = get_close_matches(name, list(names), n=1)

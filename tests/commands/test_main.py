@@ -106,12 +106,12 @@ def test_overview(capsys):
 @pytest.mark.parametrize(
     ("words", "end"),
     [
-        (["trian", "photos"], "got 'trian' (did you mean train?)"),
+        (["trin", "photos"], "got 'trin' (did you mean train?)"),
         (["frobnicate"], "got 'frobnicate'"),
         (["train", "photos", "--skip-borken"], "--skip-borken (did you mean --skip-broken?)"),
         (["train", "photos", "--recepie=mhgl"], "--recepie=mhgl (did you mean --recipe?)"),
         (["train", "photos", "--frobnicate"], "unrecognized arguments: --frobnicate"),
-        (["train", "photos", "--recipe", "recomended"], "got 'recomended' (did you mean recommended?)"),
+        (["train", "photos", "--recipe", "recommend"], "got 'recommend' (did you mean recommended?)"),
     ],
 )
 def test_a_mistyped_word_is_guessed(words, end, tmp_path, monkeypatch, capsys):
