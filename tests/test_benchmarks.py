@@ -563,7 +563,7 @@ def test_committed_runs_are_whole_and_there_once(capsys):
     paths = [
         path for kind in ("retrieval", "finetuning") for path in sorted((retrieval_tables.RESULTS / kind).iterdir())
     ]
-    assert len(paths) == 22
+    assert len(paths) == 23
     for path in paths:
         keys = [(run["row"], run["seed"], str(run["epochs"]), str(run.get("trial"))) for run in run_files.read(path)]
         assert len(set(keys)) == len(keys) > 2
