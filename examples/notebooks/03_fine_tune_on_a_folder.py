@@ -168,7 +168,7 @@ retrieval_gallery(embeddings, labels, images, num_queries=5, num_neighbors=8)
 #
 # - Your own folder in place of `photos`, or a CSV file (`docs/datasets.md`). On the command line:
 #   `pml-ext train photos/` (`docs/commands.md`).
-# - `frozen_stages=3` to train fewer layers, LoRA, other backbones and your own weights: `docs/pretrained.md`.
+# - `frozen_stages=0` to train all layers, LoRA, other backbones and your own weights: `docs/pretrained.md`.
 # - Another method: that of a paper, `recipe("mhgl", ...)`, or one loss, `recipe("proxy_anchor", ...)`
 #   (`docs/recipes.md`). What MHGL adds: notebook `04_global_and_local_heads`.
 # - An index, a search with one image, and a report for this run: notebook `02_from_training_to_search`.
