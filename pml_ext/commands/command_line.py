@@ -47,9 +47,8 @@ class Command(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program: exit status 2, the message on stderr, no usage."""
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        if unknown != message.split()[0]:
-            message += did_you_mean(unknown.partition("=")[0], self._option_string_actions)
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        message += did_you_mean(unknown.partition(" ")[0].partition("=")[0], self._option_string_actions)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def run(

@@ -47,7 +47,8 @@ def check_train(**options: Any) -> dict[str, Any]:
     if seeds is not None and seeds < 2:
         raise ValueError(f"--seeds must be >= 2, got {seeds}")
     folders = [Path(out)] if seeds is None else [Path(out) / f"seed-{i}" for i in seeds_of(options)]
-    check_out(str(out), folder=True)
+    for folder in folders:
+        check_out(folder, folder=True)
     old = next(filter(None, map(_config, folders)), None) if options["resume"] else None
     for folder in folders:
         if not options["resume"] and any((folder / name).exists() for name in ("config.json", "last.pt")):
@@ -93,14 +94,14 @@ def check_train(**options: Any) -> dict[str, Any]:
     return options
 
 
-def check_recipe(name: str | None) -> None:
-    """Check the name of a recipe; None stands for the default.
+def check_recipe(name: str | None, argument: str = "--recipe") -> None:
+    """Check the name of a recipe that an argument of the command gives; None stands for the default.
 
     Raises:
         ValueError: If there is none of this name.
     """
     if name is not None and name not in RECIPES:
-        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}{did_you_mean(name, RECIPES)}")
+        raise ValueError(f"{argument} must be one of {', '.join(RECIPES)}, got {name!r}{did_you_mean(name, RECIPES)}")
 
 
 def _seeds_in(run: str) -> str:
@@ -214,21 +215,29 @@ def _check_numbers(options: dict[str, Any], smallest: dict[str, int]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {options[name]}")
 
 
-def check_out(out: str, folder: bool = False) -> None:
+def picture_path(run: str | Path, out: str | Path | None) -> Path:
+    """Return where ``search`` draws its picture."""
+    path = Path(run) / "search.png" if out is None else Path(out)
+    return path if path.suffix or not path.name else path.with_name(f"{path.name}.png")  # as matplotlib has it
+
+
+def check_out(out: str | Path, folder: bool = False) -> None:
     """Check that a file, or files in a folder, can be written.
 
     Raises:
-        FileExistsError: If a file is where the folder must be, or a folder that it lies in.
+        FileExistsError: If a file is where the folder must be, or one that it lies in.
         IsADirectoryError: If a folder is where the file must be.
         PermissionError: If nothing may be written there.
     """
-    if not folder and os.path.isdir(out):
+    out = Path(out)
+    if not folder and out.is_dir():
         raise IsADirectoryError(f"--out must be a file, got the folder {out}")
-    path = Path(out).absolute()
+    path = out.absolute()
     there = next(place for place in (path, *path.parents) if place.exists())
-    if not there.is_dir() and (folder or there != path):
-        what = "a folder" if there == path else "in a folder"
-        raise FileExistsError(f"--out must be {what}, got the file {there if there != path else out}")
+    if not there.is_dir() and there != path:
+        raise FileExistsError(f"--out must not lie below a file, got {out}")
+    if not there.is_dir() and folder:
+        raise FileExistsError(f"--out must be a folder, got the file {out}")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"--out must be where files can be written, got {out}")
 
@@ -286,7 +295,7 @@ def check_embed(**options: Any) -> dict[str, Any]:
     _check_numbers(options, {"batch_size": 1, "workers": 0})
     if not os.path.isdir(options["images"]):
         raise FileNotFoundError(f"IMAGES must be a folder, got {options['images']}")
-    check_out(options["out"] or os.path.join(options["run"], "index"), folder=True)
+    check_out(os.path.join(options["run"], "index") if options["out"] is None else options["out"], folder=True)
     return options
 
 
@@ -297,7 +306,7 @@ def check_search(**options: Any) -> dict[str, Any]:
         raise ValueError(f"--k must be >= 1, got {options['k']}")
     if not os.path.exists(options["query"]):
         raise FileNotFoundError(f"QUERY must be an image, got {options['query']}, which does not exist")
-    check_out(options["out"] or os.path.join(options["run"], "search.png"))
+    check_out(picture_path(options["run"], options["out"]))
     return options
 
 
@@ -312,14 +321,13 @@ def check_of_data(**options: Any) -> dict[str, Any]:
         if Path(options["against"]).resolve() == Path(options["run"]).resolve():
             raise ValueError(f"--against must be another run than RUN, got {options['against']}")
     if "out" in options:
-        check_out(options["out"] or os.path.join(options["run"], "report.html"))
+        check_out(os.path.join(options["run"], "report.html") if options["out"] is None else options["out"])
     return options
 
 
 def check_recipes(**options: Any) -> dict[str, Any]:
     """Return the arguments of ``recipes``."""
-    if options["name"] not in (None, *RECIPES):
-        raise ValueError(f"NAME must be one of {', '.join(RECIPES)}, got {options['name']!r}")
+    check_recipe(options["name"], "NAME")
     if options["preset"] not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {options['preset']!r}")
     return options

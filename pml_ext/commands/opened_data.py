@@ -107,18 +107,16 @@ def readable_part(data: RetrievalData, skip_broken: bool) -> RetrievalData:
 
 
 def warn_of_copies(views: Iterable[ClassSubset]) -> None:
-    """Warn of image files that are copies of others, in the same view or another one."""
-    files = [view for view in views if isinstance(view.dataset, ImageFiles)]
-    paths = [path for view in files for path in paths_at(view, slice(None))]
-    names = [(view, view.class_names or view.classes) for view in files]
-    classes = [of_view[label] for view, of_view in names for label in view.labels.tolist()]
+    """Warn of image files that are copies of others, in the same view or an earlier one."""
+    files = [(view, view.class_names or view.classes) for view in views if isinstance(view.dataset, ImageFiles)]
+    paths = [path for view, _ in files for path in paths_at(view, slice(None))]
+    classes = [names[label] for view, names in files for label in view.labels.tolist()]
     copies = copied_files(paths)
     if copies:
-        counted = f"{number_of(len(copies), 'copy', 'copies')} among {number_of(len(paths), 'image')}, byte for byte"
+        counted = f"{len(copies)} of {number_of(len(paths), 'image')} are byte-for-byte copies of others"
         elsewhere = sum(classes[i] != classes[first] for i, first in copies.items())
         counted += f", {elsewhere} of them in another class" if elsewhere else ""
-        pairs = [f"{paths[i]} of {paths[first]}" for i, first in copies.items()]
-        warn(f"{counted}; a copy finds its original first: {some_of(pairs)}")
+        warn(f"{counted}: {some_of([f'{paths[i]} = {paths[first]}' for i, first in copies.items()])}")
 
 
 def refuse_broken(paths: Sequence[str], of: int, first: str, skip_broken: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pml_ext.commands.command_line import some_of, warn
+from pml_ext.commands.first_checks import picture_path
 from pml_ext.commands.index import read_index
 from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.image_reader import BrokenImageError, ImageReader
@@ -31,8 +32,7 @@ def main(
     similar come in the order of the index. Those that cannot be read any more are named, and have an empty place in
     the picture.
     """
-    out = Path(run) / "search.png" if out is None else Path(out)
-    out = out if out.suffix else out.with_name(f"{out.name}.png")  # as matplotlib has it
+    out = picture_path(run, out)
     loaded, folder = load_run(run, device), Path(run) / "index" if index is None else Path(index)
     embeddings, paths, origin = read_index(folder)
     if origin["weights"] != loaded.checksum:

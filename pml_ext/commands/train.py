@@ -200,7 +200,7 @@ def train(
         prepared = None
     kept = readable_part(opened, skip_broken)
     left_out = sorted(image_names(opened) - image_names(kept))
-    warn_of_copies(views_of(kept).values())
+    warn_of_copies(reversed(views_of(kept).values()))  # gallery and test first: those count
     if prepared is None or kept is not opened:
         prepared = prepare(kept, checked=True)
     fitted, validated, tested, _, made = prepared

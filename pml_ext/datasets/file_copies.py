@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import stat
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -27,10 +26,9 @@ def copied_files(paths: Sequence[str | Path]) -> dict[int, int]:
 
 def _size(path: str | Path) -> int:
     try:
-        status = os.stat(path)
+        return os.stat(path).st_size
     except OSError:
         return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _digest(path: str | Path, length: int) -> bytes:

@@ -18,6 +18,7 @@ _OF_SYSTEMS = (  # folders that storage systems put among the user's: thumbnails
     *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "recycler"),
     *("__macosx", "lost+found", "system volume information"),
 )
+_ONE = {"folders": "folder", "others": "other"}
 _KEPT_QUIET = (".ds_store", "thumbs.db", "desktop.ini")
 
 
@@ -108,7 +109,7 @@ class FolderWalk:
         if not self.left_out:
             return
         kinds = Counter(map(_kind, self.left_out)).most_common(8)
-        counted = ", ".join(f"{count} {kind if count > 1 else kind.removesuffix('s')}" for kind, count in kinds)
+        counted = ", ".join(f"{count} {kind if count > 1 else _ONE.get(kind, kind)}" for kind, count in kinds)
         first = sorted(self.left_out, key=lambda p: (not p.endswith(os.sep), p))  # folders
         names = ", ".join(os.path.relpath(p, root) + os.sep * p.endswith(os.sep) for p in first[:5])
         more = f" and {len(self.left_out) - 5} more" if len(self.left_out) > 5 else ""

@@ -184,8 +184,8 @@ def test_copies_are_told(name, trained, photos, tmp_path, capsys):
     for name_of_class in ("class3", "class5"):
         shutil.copy(first, copied / name_of_class / "zz.png")
     main([name, str(trained[0]), str(copied), "--all-classes", *(["--out", str(tmp_path / "it")] * (name == "report"))])
-    told = "2 copies among 50 images, byte for byte, 1 of them in another class; a copy finds its original first"
-    line = f"warning: {told}: {copied}/class3/zz.png of {first}, {copied}/class5/zz.png of {first}"
+    told = "2 of 50 images are byte-for-byte copies of others, 1 of them in another class"
+    line = f"warning: {told}: {copied}/class3/zz.png = {first}, {copied}/class5/zz.png = {first}"
     assert line in capsys.readouterr().err.replace("\r", "\n").splitlines()
     main([name, str(trained[0]), str(photos)])
     assert "copies" not in capsys.readouterr().err

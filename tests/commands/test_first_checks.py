@@ -36,7 +36,7 @@ def photos(tmp_path, monkeypatch):
 def check(command, out):
     """Run the first checks of a command beside a run, a file, and a folder that is locked."""
     Path("file").write_text("mine")
-    for folder in ("run", "locked"):
+    for folder in ("run", "locked", "picture.png"):
         Path(folder).mkdir()
     Path("run/config.json").write_text("{}")
     if command == "train":
@@ -50,16 +50,18 @@ def check(command, out):
     [
         ("train", "file", "must be a folder, got the file file"),
         ("embed", "file", "must be a folder, got the file file"),
-        ("search", "photos", "must be a file, got the folder photos"),
+        ("search", "picture", "must be a file, got the folder picture.png"),
+        ("search", "", "must be a file, got the folder ."),
+        ("report", "", "must be a file, got the folder ."),
         ("report", "photos", "must be a file, got the folder photos"),
-        *((name, "file/in/it", "must be in a folder, got the file .*/file") for name in COMMANDS_WITH_OUT),
+        *((name, "file/it", "must not lie below a file, got file/it(.png)?") for name in COMMANDS_WITH_OUT),
         *((name, "locked/it", "must be where files can be written, got locked/it") for name in COMMANDS_WITH_OUT),
     ],
 )
 def test_where_nothing_can_be_written_is_told_first(command, out, rule, photos, monkeypatch):
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
-    with pytest.raises(OSError, match=f"^--out {rule}$"):
+    with pytest.raises(OSError, match=rf"^--out {rule}"):
         check(command, out)
 
 
@@ -69,6 +71,33 @@ def test_where_nothing_can_be_written_is_told_first(command, out, rule, photos, 
 )
 def test_where_files_can_be_written(command, out, photos):
     assert check(command, out)["out"] == out
+
+
+def test_the_folder_of_each_seed_is_checked(photos):
+    (photos.parent / "runs").mkdir()
+    (photos.parent / "runs" / "seed-1").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"^--out must be a folder, got the file runs/seed-1$"):
+        checked("photos", "--out", "runs", "--seeds", 2)
+
+
+@pytest.mark.parametrize("command", ["embed", "search", "report"])
+def test_a_run_where_nothing_can_be_written(command, photos, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "run")
+    with pytest.raises(PermissionError, match=r"^--out must be where files can be written, got run/"):
+        check(command, None)
+
+
+@pytest.mark.parametrize("preset", ["finetune", "paper:cub"])
+@pytest.mark.parametrize("way", ["--resume", "--init-from"])
+def test_recommended_goes_on_with_all_pairs_where_it_began_so(way, preset, photos):
+    begun = describe_run(recipe("recommended", 3, preset=preset, backbone="test_resnet", pretrained=False))
+    assert begun["settings"]["epsilon"] == 0.1
+    for epsilon in (0.1, None):
+        if epsilon is None:
+            del begun["settings"]["epsilon"]  # a run from before there was one
+        write_config(photos.parent / "old", begun)
+        words = ["--out", "old", "--resume"] if way == "--resume" else ["--init-from", "old"]
+        assert checked("photos", *words)["settings"].get("epsilon", 0.1) == epsilon
 
 
 @pytest.mark.parametrize(

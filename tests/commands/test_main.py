@@ -111,6 +111,9 @@ def test_overview(capsys):
         (["train", "photos", "--skip-borken"], "--skip-borken (did you mean --skip-broken?)"),
         (["train", "photos", "--recepie=mhgl"], "--recepie=mhgl (did you mean --recipe?)"),
         (["train", "photos", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["train", "photos", ""], "unrecognized arguments: "),
+        (["train", "photos", "--recepie=a_long_name_of_nothing"], "of_nothing (did you mean --recipe?)"),
+        (["recipes", "recommend"], "got 'recommend' (did you mean recommended?)"),
         (["train", "photos", "--recipe", "recommend"], "got 'recommend' (did you mean recommended?)"),
     ],
 )

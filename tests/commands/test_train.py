@@ -648,6 +648,9 @@ def bad_data(kind, folder):
         ("plain", "--set lr=0.1 lr=0.2", "error: --set must name a setting once, got lr more than once"),
         ("plain", "--set lr=0.1 --set width=4 --set lr=0.2", "error: --set must name a setting once, got lr more"),
         ("plain", "--set lr=fast", "lr must be a number, such as 0.002, got 'fast'"),
+        ("plain", "--set schedule=3", "schedule must be a name, such as 'cosine', got 3"),
+        ("plain", "--set freeze_batch_norm=yes", "freeze_batch_norm must be True or False, such as False, got 'yes'"),
+        ("plain", "--set milestones=ten", "milestones must be a list, such as (), got 'ten'"),
         ("plain", "--set width", "must be name=value, got 'width'"),
         ("plain", "--set epochs=3 --epochs 2", "--set must not repeat --epochs, got epochs=3"),
         ("plain", "--chunk-size 0", "error: --chunk-size must be an integer >= 1, got 0"),
@@ -789,6 +792,19 @@ def test_images_that_turn_out_to_be_broken_are_skipped(tmp_path, capsys):
     opened.test.transform = loaded.recipe.transforms.test
     metrics = retrieval_metrics(*recipes.embed(loaded.recipe.trunk, opened.test), metrics=tuple(METRICS))
     assert metrics == pytest.approx({name: result[name] for name in METRICS})
+
+
+@pytest.mark.trains
+def test_copies_of_test_images_are_told_first(tmp_path, capsys):
+    """A test image that lies among the test images again, and among those to train with."""
+    photos = write_folder(tmp_path / "photos")
+    tested = photos / "class6" / "36.png"
+    for name in ("class1", "class6"):
+        shutil.copy(tested, photos / name / "zz.png")
+    run(photos, tmp_path / "run", split_seed=None, validation_classes=0, epochs=1)
+    told = "2 of 50 images are byte-for-byte copies of others, 1 of them in another class"
+    pairs = f"{photos}/class6/zz.png = {tested}, {photos}/class1/zz.png = {tested}"
+    assert f"warning: {told}: {pairs}" in capsys.readouterr().err.replace("\r", "\n").splitlines()
 
 
 @pytest.mark.trains

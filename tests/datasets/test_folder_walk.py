@@ -105,7 +105,7 @@ def test_which_files_count(root):
     counted = ["2.jfif", "3.JPE", "4.Jpg", "5.pnm", "6.PBM"]
     touch(*(root / "c3" / name for name in counted))
     others = [
-        "c0/notes.txt",
+        "c0/notes.xls",
         "c0/photo.heic",
         "c1/@eaDir",
         "c1/.git",
@@ -114,14 +114,14 @@ def test_which_files_count(root):
         "#recycle",
         "pipe",
     ]
-    touch(root / "c0" / "notes.txt", root / "c0" / "photo.heic", root / "c1" / "@eaDir" / "0.png" / "SYNOPHOTO.jpg")
+    touch(root / "c0" / "notes.xls", root / "c0" / "photo.heic", root / "c1" / "@eaDir" / "0.png" / "SYNOPHOTO.jpg")
     touch(root / "c1" / ".git" / "0.png", root / "c2" / ".hidden.png", root / "loose.png", root / "#recycle" / "0.png")
     touch(root / "c2" / "Thumbs.db", root / "c2" / ".DS_Store", root / "c2" / "._0.png", root / "desktop.ini")  # quiet
     os.mkfifo(root / "pipe")
     os.mkfifo(root / "c0" / "pipe.png")
     (root / "empty" / "deeper").mkdir(parents=True)
     with pytest.warns(
-        UserWarning, match=r"left out of .* \(4 folders, 2 \.png, 1 other, 1 \.txt, 1 \.heic, 1 hidden\): "
+        UserWarning, match=r"left out of .* \(4 folders, 2 \.png, 1 other, 1 \.xls, 1 \.heic, 1 hidden\): "
     ) as warned:
         dataset = ImageFolder(root)
     assert names_below(root, dataset.paths) == sorted([*EIGHT, *(f"c3/{name}" for name in counted)])
