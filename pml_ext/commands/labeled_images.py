@@ -66,7 +66,8 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
         unseen = own and opened.test is not None
         views = [view for view in (opened.test, opened.gallery) if view is not None] or [opened.train]
         if own and not everything:
-            _tell_left_out(trained.get("left_out", []), ("test", "gallery") if unseen else ("train",))
+            parts = [name for name, view in views_of(opened).items() if any(view is x for x in views)]
+            _tell_left_out([name for name in trained.get("left_out", []) if name.split("/")[0] in parts])
         if own and not unseen:
             warn("the network was trained on some of these classes: the metrics are not those of new ones")
     for view in views:
@@ -84,12 +85,11 @@ def _as_trained(run: Run, source: str, root: str | None, everything: bool = Fals
     return opened if everything else without(opened, trained.get("left_out", []))
 
 
-def _tell_left_out(names: list[str], parts: tuple[str, ...]) -> None:
-    """Warn of images of some parts of the data that the training left out; they are left out again."""
-    left_out = [name for name in names if name.split("/")[0] in parts]
-    if left_out:
-        counted = number_of(len(left_out), "image")
-        warn(f"left out {counted} that could not be read when the run was trained: {some_of(left_out)}")
+def _tell_left_out(names: list[str]) -> None:
+    """Warn of images that the training left out; they are left out again."""
+    if names:
+        counted = number_of(len(names), "image")
+        warn(f"left out {counted} that could not be read when the run was trained: {some_of(names)}")
 
 
 def _changed(run: Run, opened: RetrievalData) -> list[str]:

@@ -20,7 +20,8 @@ def read_csv(file: Path) -> dict[str | None, dict[str, list[str]]]:
     Raises:
         FileNotFoundError: If none of the images is there.
         ValueError: If the file is not a text in UTF-8, a column or a value is missing, an image is listed twice, by
-            another path or a link too, or splits are not those that ``open_data`` takes; the message has file and line.
+            another path or a symbolic link too, or splits are not those that ``open_data`` takes; the message has file
+            and line.
     """
     rows = _rows(file)
     if not any(os.path.exists(path) for path, _, _ in rows):

@@ -86,7 +86,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Any, int]]):
         try:
             return self.reader(self.paths[index])
         except BrokenImageError as error:
-            remedy = "skip_broken=True puts another of its class in its place"
+            remedy = "with skip_broken, another of its class takes its place"
             raise BrokenImageError(f"{error}; {remedy}") from error.__cause__
 
     def _read_or_replace(self, index: int) -> Any:

@@ -50,18 +50,18 @@ def check(command, out):
     [
         ("train", "file", "must be a folder, got the file file"),
         ("embed", "file", "must be a folder, got the file file"),
-        ("search", "picture", "must be a file, got the folder picture.png"),
-        ("search", "", "must be a file, got the folder ."),
-        ("report", "", "must be a file, got the folder ."),
+        ("search", "picture", "must be a file, got the folder picture"),
+        ("search", "", r"must be a file, got the folder \."),
+        ("report", "", r"must be a file, got the folder \."),
         ("report", "photos", "must be a file, got the folder photos"),
-        *((name, "file/it", "must not lie below a file, got file/it(.png)?") for name in COMMANDS_WITH_OUT),
+        *((name, "file/it", "must not lie below a file, got file/it") for name in COMMANDS_WITH_OUT),
         *((name, "locked/it", "must be where files can be written, got locked/it") for name in COMMANDS_WITH_OUT),
     ],
 )
 def test_where_nothing_can_be_written_is_told_first(command, out, rule, photos, monkeypatch):
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
-    with pytest.raises(OSError, match=rf"^--out {rule}"):
+    with pytest.raises(OSError, match=rf"^--out {rule}(\.png)?$"):  # which search adds
         check(command, out)
 
 

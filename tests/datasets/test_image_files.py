@@ -31,7 +31,9 @@ def cut(path):
 
 
 def test_the_error_names_the_file(files):
-    with pytest.raises(ValueError, match=r"cannot read image .*2\.png: .*; skip_broken=True puts another of its class"):
+    with pytest.raises(
+        ValueError, match=r"cannot read image .*2\.png: .*; with skip_broken, another of its class takes"
+    ):
         files[2]
     assert not files.broken.any()
 
