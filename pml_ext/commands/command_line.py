@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
+from contextvars import ContextVar
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -17,6 +18,9 @@ from pml_ext.strict_json import strict_json
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+_told: ContextVar[set[str] | None] = ContextVar("_told", default=None)
+"""The warnings of the running command: with several seeds, each is told once."""
 
 
 class Command(argparse.ArgumentParser):
@@ -73,6 +77,8 @@ class Command(argparse.ArgumentParser):
         as_json, stdout = options.pop("json", False), sys.stdout
         try:
             with ExitStack() as stack:
+                token = _told.set(set())
+                stack.callback(_told.reset, token)
                 stack.enter_context(warnings.catch_warnings())
                 warnings.showwarning = _show_warning
                 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # of torch_geometric
@@ -127,7 +133,12 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a warning, above a progress bar if there is one."""
+    """Print a warning, above a progress bar if there is one; within a command, once."""
+    told = _told.get()
+    if told is not None:
+        if text in told:
+            return
+        told.add(text)
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 

@@ -43,7 +43,8 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
 
     Raises:
         FileNotFoundError: If data is not there.
-        ValueError: If it breaks a rule of ``open_data``, or has changed so that the run's test classes are not known.
+        ValueError: If it breaks a rule of ``open_data``, has no class with two images, or has changed so that the run's
+            test classes are not known.
     """
     trained = run.config.get("data", {})
     source = trained.get("source")
@@ -70,6 +71,9 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
             _tell_left_out([name for name in trained.get("left_out", []) if name.split("/")[0] in parts])
         if own and not unseen:
             warn("the network was trained on some of these classes: the metrics are not those of new ones")
+    if len(views) == 1 and views[0].labels.bincount().max() < 2:
+        drawn = number_of(views[0].num_classes, "class", "classes")
+        raise ValueError(f"DATA must have a class with two images, got {drawn} of one image each")
     for view in views:
         view.transform = run.recipe.transforms.test
     return LabeledImages(views, chosen, unseen)

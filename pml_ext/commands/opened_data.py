@@ -177,4 +177,7 @@ def has_split(data: str | Path, root: str | None, reader: ImageReader | None) ->
 def counted(views: Sequence[ClassSubset]) -> str:
     """Return how many images and classes there are."""
     text = f"{number_of(len(views[0]), 'image')} of {number_of(views[0].num_classes, 'class', 'classes')}"
-    return text if len(views) == 1 else f"{text}, searched for in {number_of(len(views[1]), 'image')}"
+    if len(views) > 1:
+        return f"{text}, searched for in {number_of(len(views[1]), 'image')}"
+    alone = int((views[0].labels.bincount() == 1).sum())
+    return f"{text}, {alone} of them alone in their class and no query" if alone else text

@@ -180,9 +180,8 @@ def train(
         for title, views in (("validation", validated), ("test", tested)):
             labels = torch.cat([view.labels for view in views]) if views else torch.zeros(2, dtype=torch.long)
             if labels.bincount().max() < 2:
-                raise ValueError(
-                    f"DATA must have a {title} class with two images, got {len(labels)} images of one each"
-                )
+                drawn = number_of(len(labels), f"{title} class", f"{title} classes")
+                raise ValueError(f"DATA must have a {title} class with two images, got {drawn} of one image each")
         if preset == "small" and given.get("image_size") is None:
             given["image_size"] = side_of(first_image(opened.train, skip_broken and checked))
         for seeded in (torch.manual_seed, np.random.seed, random.seed):  # before the network is made

@@ -331,10 +331,9 @@ def _drawn_classes(request: _Request, classes: list[int]) -> tuple[list[int], li
     """Return the labels of training and test classes, both in their order."""
     fewest = 2 if request.test_classes == 0 else 3
     if len(classes) < fewest:
-        raise ValueError(
-            f"{request.path} without a split (train and test) must have >= {fewest} classes, 2 of them to train with, "
-            f"got {len(classes)}"
-        )
+        two = ", 2 of them to train with" if fewest > 2 else ""
+        rule = f"{request.path} without a split (train and test) must have >= {fewest} classes{two}"
+        raise ValueError(f"{rule}, got {len(classes)}")
     count = number_of_classes("test_classes", request.test_classes, len(classes), smallest=1, none=True)
     if request.split_seed is None:
         return classes[: len(classes) - count], classes[len(classes) - count :]

@@ -92,6 +92,11 @@ def recipe(
     built = chosen if run is None else chosen.replaced("weights", None, "given")
     try:
         parts = method.build(built, num_classes, class_embeddings)
+        usual = settle(preset, method.numbers, {})
+        idle = [name for name in built.unread() if built[name] != usual[name] and name != "refiner_lr"]  # optimizer's
+        if idle:
+            settings_are = "settings have" if len(idle) > 1 else "setting has"
+            warnings.warn(f"the {settings_are} no effect here: {', '.join(idle)}", UserWarning, stacklevel=2)
         for setting, (value, why) in parts.settled.items():
             chosen = chosen.replaced(setting, value, why)
         _dry_run(parts.trunk, chosen)

@@ -1,6 +1,7 @@
 """Load what was trained in a folder."""
 
 import os
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,13 +68,15 @@ def load_run(
     rows = next((x for name, x in state["loss"].items() if name.endswith("class_embeddings")), None)
     try:
         reader = reader_from(config)
-        made = recipe(
-            config["recipe"],
-            config["num_classes"],
-            preset=config["preset"],
-            class_embeddings=rows,
-            **settings,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* no effect here")  # told when the run began
+            made = recipe(
+                config["recipe"],
+                config["num_classes"],
+                preset=config["preset"],
+                class_embeddings=rows,
+                **settings,
+            )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} must describe a recipe: {error}") from error
     rule = f"{path} must hold the network of config.json"

@@ -143,11 +143,13 @@ class Settings(Mapping[str, Any]):
         self.preset = preset
         self.module: nn.Module | None = None
         self._values = {name: value for name, (value, _) in numbers.items()}
+        self._read: set[str] = set()
         self.notes = {name: f"{_named(value)}: {source}" for name, (value, source) in numbers.items()}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._values:
             raise AttributeError(f"settings have no {name!r}")
+        self._read.add(name)
         return self._values[name]
 
     def __getitem__(self, name: str) -> Any:
@@ -158,6 +160,10 @@ class Settings(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def unread(self) -> list[str]:
+        """Return the names of the recipe's own settings that nothing has read as an attribute."""
+        return [name for name in self if name not in COMMON and name not in self._read]
 
     def replaced(self, name: str, value: Any, source: str) -> "Settings":
         """Return the settings with another value of one."""

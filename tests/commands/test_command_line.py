@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from pml_ext.commands.command_line import Command
+from pml_ext.commands.command_line import Command, warn
 
 
 def make(wording=None):
@@ -67,6 +67,20 @@ def test_warnings_are_as_they_were_afterward():
     before = warnings.showwarning, list(warnings.filters)
     make().run(lambda number: None, ["3"])
     assert (warnings.showwarning, list(warnings.filters)) == before
+
+
+def test_a_warning_is_told_once_in_a_command(capsys):
+    def main(number):
+        for text in ("odd", "odd", "small", "odd"):
+            warn(text)
+        warnings.warn("odd", stacklevel=2)
+
+    for _ in range(2):
+        make().run(main, ["3"])
+        assert capsys.readouterr().err == "warning: odd\nwarning: small\n"
+    warn("odd")
+    warn("odd")
+    assert capsys.readouterr().err == "warning: odd\n" * 2
 
 
 def test_help_begins_with_an_example(capsys):

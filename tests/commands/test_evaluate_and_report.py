@@ -82,6 +82,24 @@ def test_all_classes(trained, photos, tmp_path, capsys):
     assert "--all-classes must be used with data without a split" in capsys.readouterr().err
 
 
+def test_images_that_are_alone_in_their_class(trained, photos, tmp_path, capsys):
+    folder, _ = trained
+    for name in ("class0", "class1"):
+        shutil.copytree(photos / name, tmp_path / "pairs" / name)
+    expected = metrics(printed(capsys, "evaluate", folder, tmp_path / "pairs"))
+    for name in "ab":
+        (tmp_path / "singles" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "singles" / name / "0.png")
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(folder), str(tmp_path / "singles")])
+    assert capsys.readouterr().err.endswith("DATA must have a class with two images, got 2 classes of one image each\n")
+    shutil.copytree(tmp_path / "singles", tmp_path / "pairs", dirs_exist_ok=True)
+    main(["evaluate", str(folder), str(tmp_path / "pairs"), "--device", "cpu"])
+    assert "14 images of 4 classes, 2 of them alone in their class and no query\n" in capsys.readouterr().out
+    found = metrics(printed(capsys, "evaluate", folder, tmp_path / "pairs"))
+    assert found["precision_at_1"] <= expected["precision_at_1"]  # there is more to be taken for a match
+
+
 def test_data_that_has_moved(trained, photos, tmp_path, capsys):
     folder, tested = trained
     moved = shutil.copytree(photos, tmp_path / "moved")

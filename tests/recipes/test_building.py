@@ -1,5 +1,6 @@
 import copy
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -440,6 +441,39 @@ def test_none_is_a_value():
     for name in ("lr", "backbone", "sampler"):
         with pytest.raises(ValueError, match=f"{name} must not be None; leave it out for that of the preset"):
             settle("small", RECIPES["mhgl"].numbers, {name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("recommended", {"num_learners": 1, "masks": False, "split": 4}, "the setting has no effect here: split"),
+        (
+            "recommended",
+            {"num_learners": 1, "masks": False, "split": 4, "divergence_weight": 0.5},
+            "the settings have no effect here: split, divergence_weight",
+        ),
+        ("attention_ensemble", {"masks": False, "split": 4}, "the setting has no effect here: split"),
+        ("attention_ensemble", {"learner_loss": "contrastive", "base": 1.0}, "the setting has no effect here: base"),
+        ("combined", {"proxy_loss": "proxy_anchor", "margin_scale": 0.1}, "the setting has no effect here: marg"),
+    ],
+)
+def test_settings_without_effect_are_told(name, given, message):
+    with pytest.warns(UserWarning, match=f"^{message}"):
+        tiny(name, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("recommended", {"num_learners": 2, "divergence_weight": 0.5}),
+        ("combined", {"refined_weight": 1.0, "refiner_lr": 0.5}),
+        ("recommended", {"num_learners": 1, "masks": False, "split": None}),  # as the preset has it
+    ],
+)
+def test_settings_with_effect_are_not_told(name, given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny(name, **given)
 
 
 def test_settings_are_a_mapping_that_can_be_copied():
