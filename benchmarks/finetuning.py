@@ -5,7 +5,7 @@ python benchmarks/finetuning.py --data data/cars196 --seeds 0 1 2 --jobs 2      
 python benchmarks/finetuning.py --data data/grocery81 --tuned-on cars196 ...      with what was chosen elsewhere
 python benchmarks/finetuning.py --data data/cars196 --long --seeds 0 1 2 ...      as long as the preset trains
 python benchmarks/finetuning.py --data data/cars196 --validation --seeds 0 --rows proxy_anchor:lr=1e-3      a trial
-python benchmarks/finetuning.py --show      the tables alone
+python benchmarks/finetuning.py --show --plot photographs.png      the tables alone, and a picture
 
 Preset "finetune": EfficientNet-Lite0 with the weights of the extra ``pretrained``. A finished run is not repeated: each
 is a line of DATA-KIND.jsonl under --out. The metrics of the last epoch count. Those of each epoch tell how fast a row
@@ -20,6 +20,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import finetuning_rows
 import numpy as np
 import run_files
 import torch
@@ -27,7 +28,7 @@ from causes import measured
 from finetuning_rows import ROWS, full, row_of
 from harness import in_processes, make_parser
 from retrieval_rows import value_of
-from retrieval_tables import METRICS, TUNED_FOR, show, tables_of_finetuning
+from retrieval_tables import COMPARED, METRICS, TUNED_FOR, draw, show, tables_of_finetuning
 
 from pml_ext import class_embeddings
 from pml_ext.commands.freed_memory import keep_freed_memory
@@ -151,6 +152,7 @@ def main(
     settings=(),
     autocast=None,
     show_only=False,
+    plot=None,
 ):
     """Run what has not been run, and print the tables of all that has."""
     out = Path(out)
@@ -175,6 +177,8 @@ def main(
         for line in in_processes(run, todo, jobs, lambda done: f"{done['row']}: {done['metrics'][''][TUNED_FOR]:.1f}"):
             run_files.append(path, line)
     show(tables_of_finetuning(out))
+    if plot:
+        draw(out, plot, rows_of=finetuning_rows, metrics=tuple(COMPARED))
 
 
 if __name__ == "__main__":
@@ -197,4 +201,5 @@ if __name__ == "__main__":
         "--autocast", choices=["bfloat16"], help="of the evaluation, for processors that are faster in it"
     )
     parser.add_argument("--show", action="store_true", dest="show_only", help="train nothing")
+    parser.add_argument("--plot", help="a picture of all runs on test classes")
     main(**vars(parser.parse_args()))

@@ -105,16 +105,42 @@ def tables_of_rows(out, baseline=BASELINE, rows_of=retrieval_rows):
     tables = {}
     for kind, described in KINDS.items():
         for data, rows in collect(out, kind, rows_of).items():
-            title = f"{data}{described}: percent, mean (standard deviation) over seeds; difference to {baseline}"
-            tables[f"{data}-{kind} rows"] = f"{title}: 95% interval", table_of_rows(rows, baseline)
-            if answered := table_of_questions(rows, rows_of.QUESTIONS):
-                title = f"{data}{described}: differences, mean and 95% interval over seeds, in percent points"
-                tables[f"{data}-{kind} questions"] = title, answered
+            name, title = f"{data}-{kind} ", f"{data}{described}"
+            tables |= tables_of_some(name, title, rows, rows, rows_of.QUESTIONS, baseline)
+    return tables
+
+
+def tables_of_some(name, title, shown, rows, questions, baseline=BASELINE):
+    """Return name -> (title, table): the rows that are shown, and the questions that all rows answer."""
+    described = f"percent, mean (standard deviation) over seeds; difference to {baseline}: 95% interval"
+    tables = {f"{name}rows": (f"{title}: {described}", table_of_rows(shown, baseline))}
+    if answered := table_of_questions(rows, questions):
+        described = "differences, mean and 95% interval over seeds, in percent points"
+        tables[f"{name}questions"] = f"{title}: {described}", answered
     return tables
 
 
 def tables_of_finetuning(out):
-    return tables_of_rows(out, rows_of=finetuning_rows) | tables_of_measured(out) | tables_of_trials(out)
+    """Return name -> (title, table); on test classes, rows with settings of their own have tables of their own."""
+    tables = tables_of_rows(out, rows_of=finetuning_rows) | tables_of_measured(out) | tables_of_trials(out)
+    for kind in ("test", "long"):
+        for data, rows in collect(out, kind, finetuning_rows).items():
+            name, title = f"{data}-{kind} ", f"{data}{KINDS[kind]}"
+            named = {row: seeds for row, seeds in rows.items() if not is_variant(row)}
+            tables |= tables_of_some(name, title, named, named, finetuning_rows.QUESTIONS)
+            if len(named) < len(rows):
+                variants = {row: rows[row] for row in rows if row == "recommended" or is_variant(row)}
+                asked = {
+                    question: [pair for pair in pairs if any(map(is_variant, pair))]
+                    for question, pairs in finetuning_rows.QUESTIONS.items()
+                }
+                tables |= tables_of_some(f"{name}variant ", f"{title}, other settings", variants, rows, asked)
+    return tables
+
+
+def is_variant(row):
+    """Whether a row has settings of its own, as in "recommended:pair_weight=1"."""
+    return ":" in row
 
 
 def table_of_rows(rows, baseline):
@@ -274,30 +300,36 @@ def fill(page, tables):
     return MARKED.sub(lambda marked: f"{marked[1]}{tables[marked[2]][1]}\n{marked[3]}", page)
 
 
-def draw(out, path, kind="test"):
-    """Draw MAP@R of every run, a panel for each data set."""
+def draw(out, path, kind="test", rows_of=retrieval_rows, metrics=(TUNED_FOR,)):
+    """Draw every run but those of rows with settings of their own; several metrics beside each other."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    by_data = collect(out, kind)
+    by_data = {
+        data: {row: seeds for row, seeds in rows.items() if not is_variant(row)}
+        for data, rows in collect(out, kind, rows_of).items()
+    }
     if not by_data:
         raise SystemExit(f"--plot needs finished runs, got none under {out}")
-    most = max(len(rows) for rows in by_data.values())
-    figure, axes = plt.subplots(
-        1, len(by_data), figsize=(8 * len(by_data), 0.22 * most + 1.2), layout="constrained", squeeze=False
-    )
-    for axis, (data, rows) in zip(axes[0], by_data.items(), strict=True):
+    heights = [0.22 * len(rows) + 1.2 for rows in by_data.values()]
+    if len(metrics) > 1:
+        shape, size, ratios = (len(by_data), len(metrics)), (8 * len(metrics), sum(heights)), heights
+    else:
+        shape, size, ratios = (1, len(by_data)), (8 * len(by_data), max(heights)), None
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, height_ratios=ratios)
+    panels = [(data, rows, metric) for data, rows in by_data.items() for metric in metrics]
+    for axis, (data, rows, metric) in zip(axes.flat, panels, strict=True):
         for height, seeds in enumerate(rows.values()):
-            values = [metrics[TUNED_FOR] for metrics in seeds.values()]
+            values = [found[metric] for found in seeds.values()]
             axis.plot(values, [height] * len(values), "o", color="tab:blue", alpha=0.6, markersize=4)
             axis.plot([np.mean(values)], [height], "k|", markersize=14)
-        axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axis.set_yticks(range(len(rows)), list(rows) if metric == metrics[0] else [], fontsize=8)
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.grid(axis="x", alpha=0.3)
         axis.set_title(f"{data}{KINDS[kind]}: one dot a seed, |: mean")
-        axis.set_xlabel("MAP@R on unseen classes, percent")
+        axis.set_xlabel(f"{METRICS[metric]} on unseen classes, percent")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,6 +1,6 @@
 """Descriptions of classes from a second modality: text, or any features of samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -40,7 +40,7 @@ def from_text(
         ``(C, E)``, float32, on the CPU, rows of length 1.
 
     Raises:
-        TypeError: If ``names`` is a single string, or one is neither a string nor None.
+        TypeError: If ``names`` is a single string, a dictionary or a set, or one is neither a string nor None.
         ValueError: If there is no text, or ``template`` has no ``{}``.
         ImportError: If sentence-transformers is not installed; the message names the extra.
 
@@ -51,6 +51,10 @@ def from_text(
     """
     if isinstance(names, str):
         raise TypeError(f"names must be a sequence of strings, one for each class, got the string {names!r}")
+    if isinstance(names, Mapping | Set):
+        rule = "names must be a sequence of strings, one for each class in the order of the labels"
+        hint = ", such as [texts[name] for name in dataset.class_names]" if isinstance(names, Mapping) else ""
+        raise TypeError(f"{rule}{hint}, got a {type(names).__name__}")
     names = list(names)
     for name in names:
         if name is not None and not isinstance(name, str):

@@ -604,6 +604,47 @@ def test_tables_of_made_up_runs(tmp_path):
     assert ["pairs and proxies", "hybrid", "multi_similarity", interval, interval] in tables["toy-test questions"]
 
 
+def test_rows_with_settings_of_their_own_have_tables_of_their_own(tmp_path):
+    for kind in ("test", "halves"):
+        for row, value in (("recommended", 50.0), ("proxy_anchor", 40.0), ("recommended:epsilon=None", 45.0)):
+            for seed in (0, 1):
+                metrics = {"": dict.fromkeys(retrieval_tables.METRICS, value + seed)}
+                line = {"row": row, "seed": seed, "settings": {"lr": 0.001}, "tuned": {}, "metrics": metrics}
+                run_files.append(run_files.path_of(tmp_path, "toy", kind), line)
+    found = {name: cells_of(table)[2:] for name, (_, table) in retrieval_tables.tables_of_finetuning(tmp_path).items()}
+    rows = {name: [cells[0] for cells in lines] for name, lines in found.items() if name.endswith("rows")}
+    assert rows == {
+        "toy-test rows": ["recommended", "proxy_anchor"],
+        "toy-test variant rows": ["recommended", "recommended:epsilon=None"],
+        "toy-halves rows": ["recommended", "proxy_anchor", "recommended:epsilon=None"],
+    }
+    gap = ["recommended", "recommended:epsilon=None", "+5.0 ± 0.0", "+5.0 ± 0.0"]
+    other = ["recommended:epsilon=None", "proxy_anchor", "+5.0 ± 0.0", "+5.0 ± 0.0"]
+    named = ["recommended", "proxy_anchor", "+10.0 ± 0.0", "+10.0 ± 0.0"]
+    assert [cells[1:] for cells in found["toy-test questions"]] == [named]
+    assert [cells[1:] for cells in found["toy-test variant questions"]] == [gap, other]
+    assert [cells[1:] for cells in found["toy-halves questions"]] == [named, gap, other]
+
+
+def test_the_picture_has_a_panel_for_each_metric(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: drawn.append(figure))
+    for data in ("cars196", "toy"):
+        for row in ("recommended", "recommended:epsilon=None"):
+            metrics = {"": dict.fromkeys(retrieval_tables.METRICS, 30.0) | {"precision_at_1": 40.0}}
+            line = {"row": row, "seed": 0, "settings": {"lr": 0.001}, "tuned": {}, "metrics": metrics}
+            run_files.append(run_files.path_of(tmp_path, data, "test"), line)
+    finetuning.main(out=tmp_path, show_only=True, plot=tmp_path / "plot.png")
+    panels = [
+        (axis.get_title().split(":")[0], axis.get_xlabel(), axis.lines[0].get_xdata()[0]) for axis in drawn[0].axes
+    ]
+    p_at_1, map_at_r = (f"{name} on unseen classes, percent" for name in ("P@1", "MAP@R"))
+    assert panels == [
+        (data, label, value) for data in ("cars196", "toy") for label, value in ((p_at_1, 40.0), (map_at_r, 30.0))
+    ]
+    assert [text.get_text() for text in drawn[0].axes[0].get_yticklabels()] == ["recommended"]
+
+
 def test_tables_of_what_is_inside(tmp_path):
     """A column for each measure that all rows or all hybrids have; what single methods have is a table of its own."""
     size, gradient, _ = list(retrieval_tables.OF_EACH)[1:]

@@ -90,6 +90,10 @@ def test_bad_names():
         TypeError, match="names must be a sequence of strings, one for each class, got the string 'abc'"
     ):
         from_text("abc", model="tfidf")
+    with pytest.raises(TypeError, match=r"in the order of the labels, such as \[texts\[name\] for .*, got a dict$"):
+        from_text({"cat": "small furry pet"}, model="tfidf")
+    with pytest.raises(TypeError, match=r"in the order of the labels, got a set$"):
+        from_text({"cat", "dog"}, model="tfidf")
     with pytest.raises(TypeError, match="names must be strings or None, got 3"):
         from_text(["a", 3], model="tfidf")
     with pytest.raises(ValueError, match="names must contain at least one text, got 2 without any"):

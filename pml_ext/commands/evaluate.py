@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pml_ext.commands.labeled_images import check_readable, open_labeled
-from pml_ext.commands.opened_data import Embedder, counted, metrics_of, warn_of_copies
+from pml_ext.commands.opened_data import Embedder, counted, metrics_of, number_of_queries, warn_of_copies
 from pml_ext.commands.tables import METRICS, percent_table
 from pml_ext.recipes.run_folder import load_run
 
@@ -29,5 +29,5 @@ def main(
     metrics = metrics_of(embedded, tuple(METRICS))
     print(f"{images.source}{', test classes' if images.own else ''}: {counted(views)}")
     print(percent_table("percent", {f"{run}, epoch {loaded.epoch}": metrics}))
-    counts = {"images": len(views[0]), "classes": views[0].num_classes}
+    counts = {"images": len(views[0]), "classes": views[0].num_classes, "queries": number_of_queries(views)}
     return metrics | counts | {"run": str(run), "epoch": loaded.epoch, "data": images.source}

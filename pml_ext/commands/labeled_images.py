@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pml_ext.commands.command_line import number_of, some_of, warn
-from pml_ext.commands.opened_data import has_split, refuse_broken, source_of
+from pml_ext.commands.opened_data import has_split, refuse_broken, source_of, warn_of_known
 from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.datasets.image_folder import ImageFolder
 from pml_ext.datasets.image_reader import ImageReader
+from pml_ext.datasets.labels import no_gallery_of
 from pml_ext.datasets.leaving_out import views_of, without
 from pml_ext.datasets.retrieval_data import RetrievalData
 from pml_ext.datasets.sources import open_data, opens_folder
@@ -74,6 +75,8 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
     if len(views) == 1 and views[0].labels.bincount().max() < 2:
         drawn = number_of(views[0].num_classes, "class", "classes")
         raise ValueError(f"DATA must have a class with two images, got {drawn} of one image each")
+    if not own:
+        warn_of_known(trained.get("sample", ()), views, "the network")
     for view in views:
         view.transform = run.recipe.transforms.test
     return LabeledImages(views, chosen, unseen)
@@ -103,13 +106,15 @@ def _changed(run: Run, opened: RetrievalData) -> list[str]:
 
 
 def _has_moved(run: Run, source: str, root: str | None) -> bool:
-    """Whether data is what the run was trained on, at another place."""
-    if not run.config.get("data", {}).get("fingerprints"):
+    """Whether data is what the run was trained on, at another place; one part of it may have changed."""
+    known = run.config.get("data", {}).get("fingerprints")
+    if not known:
         return False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is opened again
-            return not _changed(run, _as_trained(run, source, root))
+            changed = _changed(run, _as_trained(run, source, root))
+            return len(changed) < len(known)
     except (OSError, TypeError, ValueError):  # which are told when it is opened again
         return False
 
@@ -143,7 +148,7 @@ def _of_gallery(queries: ImageFolder, gallery: ImageFolder) -> list[ClassSubset]
     asked, searched = list(queries.class_names or ()), list(gallery.class_names or ())
     lost = [c for c in asked if c not in searched]
     if lost:
-        raise ValueError(f"query classes must have gallery images, got none of {lost[0]!r}")
+        raise ValueError(no_gallery_of(lost[0], searched))
     names = [*asked, *(c for c in searched if c not in asked)]
     views = []
     for part, classes in ((queries, asked), (gallery, searched)):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pml_ext.commands.command_line import number_of, some_of, warn
 from pml_ext.datasets.class_subset import ClassSubset
+from pml_ext.datasets.content import marks_of_files
 from pml_ext.datasets.file_copies import copied_files
 from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.image_reader import ImageReader
@@ -119,6 +120,26 @@ def warn_of_copies(views: Iterable[ClassSubset]) -> None:
         warn(f"{counted}: {some_of([f'{paths[i]} = {paths[first]}' for i, first in copies.items()])}")
 
 
+def sample_of(view: ClassSubset) -> list[str]:
+    """Return the marks of 100 files of a view, drawn as good as at random: the smallest."""
+    return sorted(marks_of_files(view))[:100]
+
+
+def warn_of_known(sample: Sequence[str], views: Iterable[ClassSubset], trained: str) -> None:
+    """Warn of images that a network was trained on.
+
+    Args:
+        sample: What ``sample_of`` has found in its training images.
+        views: Of images to test with.
+        trained: What the warning calls the network.
+    """
+    seen = {mark for view in views for mark in marks_of_files(view)} if sample else set()
+    known = sum(mark in seen for mark in sample)
+    if known:
+        share = f"about {100 * known / len(sample):.0f}% of the images that {trained} was trained on"
+        warn(f"{share} are among the test images: the metrics are not those of new classes")
+
+
 def refuse_broken(paths: Sequence[str], of: int, first: str, skip_broken: bool) -> None:
     """Warn of image files that cannot be read, or refuse them.
 
@@ -174,10 +195,16 @@ def has_split(data: str | Path, root: str | None, reader: ImageReader | None) ->
         return open_data(data, 0, root=root, reader=reader).test is not None
 
 
+def number_of_queries(views: Sequence[ClassSubset]) -> int:
+    """Return how many images have another of their class to be found; only those are queries."""
+    queries, *gallery = (view.labels for view in views)
+    sizes = (gallery[0] if gallery else queries).bincount(minlength=views[0].num_classes)
+    return int((sizes[queries] > (0 if gallery else 1)).sum())
+
+
 def counted(views: Sequence[ClassSubset]) -> str:
     """Return how many images and classes there are."""
     text = f"{number_of(len(views[0]), 'image')} of {number_of(views[0].num_classes, 'class', 'classes')}"
-    if len(views) > 1:
-        return f"{text}, searched for in {number_of(len(views[1]), 'image')}"
-    alone = int((views[0].labels.bincount() == 1).sum())
-    return f"{text}, {alone} of them alone in their class and no query" if alone else text
+    alone = len(views[0]) - number_of_queries(views)
+    text += f", {alone:,} of them alone in their class and no query" if alone else ""
+    return text if len(views) == 1 else f"{text}, searched for in {number_of(len(views[1]), 'image')}"

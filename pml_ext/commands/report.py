@@ -59,6 +59,7 @@ def tested_on(run: Run) -> dict[str, str]:
 
 def default_path(run: Path, images: LabeledImages, against: str | Path | None) -> Path:
     """Return where the report goes: beside the one that ``train`` has written, if it is about something else."""
-    names = [] if images.own else [Path(images.source).resolve().stem]
+    source = Path(images.source).resolve()
+    names = [] if images.own else [source.stem if source.is_file() else source.name]
     names += [] if against is None else ["against", Path(against).resolve().name]
     return run / ("-".join(["report", *names]) + ".html")

@@ -23,9 +23,12 @@ from pml_ext.commands.opened_data import (
     has_split,
     hold_out,
     metrics_of,
+    number_of_queries,
     readable_part,
+    sample_of,
     source_of,
     warn_of_copies,
+    warn_of_known,
 )
 from pml_ext.commands.run_report import write_run_report
 from pml_ext.commands.tables import METRICS, in_percent, percent_table
@@ -208,7 +211,9 @@ def train(
     if old is None and weights is not None and (Path(weights) / "config.json").is_file():
         first = read_config(weights).get("data", {})
         others = {name: mark for name, mark in prints.items() if first.get("fingerprints", {}).get(name) != mark}
-        if first.get("source") == source_of(data) and set(others) - {"train"}:
+        if first.get("sample"):
+            warn_of_known(first["sample"], tested, f"the network of {weights}")
+        elif first.get("source") == source_of(data) and set(others) - {"train"}:  # of arrays, or a former version
             warn(f"the network of {weights} may have been trained on some of the test classes, which were others then")
     embed = Embedder(skip_broken, of_autocast, workers)
 
@@ -240,6 +245,7 @@ def train(
             "class_embeddings": absolute(class_embeddings),
             "images": images,
             "fingerprints": fingerprints(kept),
+            "sample": sample_of(kept.train),
             "left_out": sorted({*before.get("left_out", []), *left_out}),
         },
     )
@@ -288,6 +294,10 @@ def describe(prepared: Prepared) -> None:
         if views
     ]
     print(", ".join(counts))
+    for what, views in parts[1:]:
+        alone = len(views[0]) - number_of_queries(views) if views else 0
+        if alone:
+            print(f"{alone:,} of those to {what} with are alone in their class: they are searched, but are no queries")
     each = max(len(fitted) // made.batch_size(fitted.labels), 1)
     steps = made.epochs * each
     batch = number_of(made.batch_size(fitted.labels), "image")
@@ -339,7 +349,8 @@ def conclude(
         draw_gallery(out, tested, embedded)
         source = f"{run.config['data']['source']}: {counted(tested)}, test classes"
         write_run_report(out / "report.html", run, str(out), source, tested, embedded)
-        why = "best on validation classes" if prepared.validated else "the last"
+        best = trainer.best is not None and trainer.best["epoch"] == run.epoch
+        why = "best on validation classes" if best else "the last"
         rows = {baseline["title"]: baseline["test"]} if "test" in baseline else {}
         rows[f"epoch {run.epoch} of {made.epochs} ({why})"] = result
         print(percent_table("test classes, percent", rows))
@@ -392,6 +403,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
         "baseline",
         "data.fingerprints",
         "data.left_out",
+        "data.sample",
         "data.images.test",
         "data.root",
     )

@@ -35,6 +35,16 @@ def file_names(dataset: Any) -> list[str] | None:
     return None if paths is None else list(_below_common_folder(paths, indices))
 
 
+def marks_of_files(dataset: Any) -> set[str]:
+    """Return a mark of each file of a data set or view, which it keeps where its class folder is moved.
+
+    It is made of the names of file and folder, and of the size. Empty for a data set that has no files.
+    """
+    inside, indices = _inside(dataset)
+    paths = _paths(inside)
+    return set() if paths is None else {_mark(os.fspath(paths[i])) for i in indices}
+
+
 def reader_of(dataset: Any) -> ImageReader | None:
     """Return what a data set or view reads its files with; None if it has no files, or reads them in another way."""
     reader = getattr(_inside(dataset)[0], "reader", None)
@@ -62,6 +72,12 @@ def _contents(dataset: Any, indices: Sequence[int], sizes: bool) -> Iterator[byt
     else:
         for i in indices:
             yield b"%d" % i
+
+
+def _mark(path: str) -> str:
+    name = os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
+    size = os.path.getsize(path) if os.path.exists(path) else -1
+    return hashlib.blake2b(b"%d " % size + os.fsencode(name), digest_size=8).hexdigest()
 
 
 def _below_common_folder(paths: Sequence[Any], indices: Sequence[int]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Labels and names of classes, checked for all data sets."""
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,3 +76,26 @@ def as_class_names(class_names: Sequence[str] | None, labels: Tensor) -> list[st
             f"class_names must have a name for each label, got {len(class_names)} names and labels {low} to {high}"
         )
     return [str(name) for name in class_names]
+
+
+def nearly_same(names: Iterable[str], others: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first name, and the other, that differ in case, spaces or the code of accented letters alone.
+
+    Examples:
+        >>> nearly_same(["cat", "Gray wolf"], ["dog", "gray  wolf", "cat"])
+        ('Gray wolf', 'gray  wolf')
+    """
+    by_form = {_form(name): name for name in others}
+    pairs = ((name, by_form.get(_form(name), name)) for name in names)
+    return next(((name, other) for name, other in pairs if name != other), None)
+
+
+def no_gallery_of(name: str, gallery: Iterable[str]) -> str:
+    """Return the error of a class that has queries, but no gallery images."""
+    alike = nearly_same([name], gallery)
+    hint = "" if alike is None else f" (there is {alike[1]!a}, of nearly the same name as {name!a})"
+    return f"query classes must have gallery images, got none of {name!r}{hint}"
+
+
+def _form(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())

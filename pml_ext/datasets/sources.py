@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -23,7 +24,7 @@ from pml_ext.datasets.image_files import ImageFiles, scaled_to_largest
 from pml_ext.datasets.image_folder import images_of_classes
 from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.datasets.in_shop import HOW_TO_GET, InShop
-from pml_ext.datasets.labels import label_values
+from pml_ext.datasets.labels import label_values, nearly_same, no_gallery_of
 from pml_ext.datasets.retrieval_data import RetrievalData, number_of_classes
 from pml_ext.datasets.splits import splits_of
 from pml_ext.validation import as_tensor
@@ -70,12 +71,14 @@ def open_data(
         test_classes: Share of the classes (below 1; rounded), or their number, an integer. 0: all classes are training
             classes, and ``test`` is None. Only used where the data comes without a split; at least 2 training classes
             must be left.
-        class_embeddings: Descriptions of the classes from a second modality: array, tensor, or path of a ``.npy`` or
-            ``.npz`` file (array ``embeddings``, ``class_embeddings``, or the only one). ``(C, E)``, floating point, a
-            row for each label value of the data set, or for each training class in the order of labels. Rows of
-            training classes must be finite. Replaces those of the ``.npz`` data set. "names": the names of the training
-            classes, with spaces for underscores, as ``class_embeddings.from_text`` embeds them with "tfidf", which
-            needs no download but knows of words only their letters; "names:MODEL": with another of its models.
+        class_embeddings: Descriptions of the classes from a second modality: a dictionary from the names of classes to
+            rows; array, tensor, or path of a ``.npy`` or ``.npz`` file (array ``embeddings``, ``class_embeddings``, or
+            the only one; with ``class_names`` beside it, rows go by name). ``(C, E)``, floating point. Without names, a
+            row for each label value of the data set, or for each training class in the order of labels: names of
+            folders are sorted as text, "10" before "2". Rows of training classes must be finite. Replaces those of the
+            ``.npz`` data set. "names": the names of the training classes, with spaces for underscores, as
+            ``class_embeddings.from_text`` embeds them with "tfidf", which needs no download but knows of words only
+            their letters; "names:MODEL": with another of its models.
         root: Folder of PML's data sets and of ``InShop``; others ignore it.
         download: Whether PML downloads the data set if ``root`` is missing or empty.
         seed: Seed of the jitter of ``Glyphs``.
@@ -116,7 +119,7 @@ def open_data(
         return data
     if isinstance(class_embeddings, str) and class_embeddings.partition(":")[0] == "names":
         return replace(data, class_embeddings=_embedded_names(data, class_embeddings.partition(":")[2] or "tfidf"))
-    return replace(data, class_embeddings=_training_rows(_load_embeddings(class_embeddings), data))
+    return replace(data, class_embeddings=_given_rows(class_embeddings, data))
 
 
 @dataclass(frozen=True)
@@ -284,11 +287,16 @@ def _of_splits(request: _Request, name: str, splits: dict[str, dict[str, list[st
         both = [c for c in train if c in images]
         if both:
             raise ValueError(f"{request.path}: no class may be both in train and {split}, got {both[0]!r}")
+        alike = nearly_same(train, images)
+        if alike is not None:
+            first, second = map(ascii, alike)
+            told = f"the classes {first} in train and {second} in {split} have nearly the same name: are they the same?"
+            warnings.warn(f"{request.path}: {told}", UserWarning, stacklevel=4)
     tested = splits["test"] if "test" in splits else splits["query"]
     searched = splits.get("gallery", {})
     lost = [c for c in tested if c not in searched]
     if searched and lost:
-        raise ValueError(f"{request.path}: query classes must have gallery images, got none of {lost[0]!r}")
+        raise ValueError(f"{request.path}: {no_gallery_of(lost[0], searched)}")
     names = [*train, *tested, *(c for c in searched if c not in tested)]
     label_of = {c: label for label, c in enumerate(names)}
     if len(train) < 2 or not tested:
@@ -372,10 +380,30 @@ def _embedded_names(data: RetrievalData, model: str) -> Tensor:
     return from_text(names, model)
 
 
-def _load_embeddings(source: Any) -> Tensor:
-    """Return class embeddings, float32, from an array, a tensor or a file."""
+def _given_rows(source: Any, data: RetrievalData) -> Tensor:
+    """Return the rows of the training classes, which are given by name or in the order of labels."""
     if isinstance(source, str | Path):
         source = _read_embeddings(Path(source))
+    if isinstance(source, Mapping):
+        names = data.train.class_names
+        if names is None:
+            raise TypeError("class_embeddings must be an array for data whose classes have no names, got a dictionary")
+        rows = {str(name): row for name, row in source.items()}
+        missing = [name for name in names if name not in rows]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"class_embeddings must have all training classes, got none for {missing[0]!r}{more}")
+        found = [rows[name] for name in names]
+        arrays = [row.detach().cpu().numpy() if isinstance(row, Tensor) else np.asarray(row) for row in found]
+        other = next((row for row in arrays if row.shape != arrays[0].shape), None)
+        if other is not None:
+            raise ValueError(f"class_embeddings must be of one width, got {arrays[0].shape} and {other.shape}")
+        source = np.stack(arrays)
+    return _training_rows(_load_embeddings(source), data)
+
+
+def _load_embeddings(source: Any) -> Tensor:
+    """Return class embeddings, float32, from an array or a tensor."""
     given = source if isinstance(source, Tensor) else np.asarray(source)
     if not (given.is_floating_point() if isinstance(given, Tensor) else given.dtype.kind == "f"):
         raise TypeError(f"class_embeddings must have a floating point dtype, got {given.dtype}")
@@ -398,10 +426,17 @@ def _read_embeddings(path: Path) -> Any:
     arrays = _read_npz(path, ())
     for key in ("embeddings", "class_embeddings"):
         if key in arrays:
-            return arrays[key]
+            return arrays[key] if "class_names" not in arrays else _by_name(path, arrays["class_names"], arrays[key])
     if len(arrays) != 1:
         raise ValueError(f"{path} must contain 'embeddings', 'class_embeddings' or one array, got {list(arrays)}")
     return next(iter(arrays.values()))
+
+
+def _by_name(path: Path, names: Any, rows: Any) -> dict[str, Any]:
+    if names.ndim != 1 or len(names) != len(rows) or len(set(names.tolist())) != len(names):
+        got = f"{len(set(names.flatten().tolist()))} in shape {names.shape} for {len(rows)} rows"
+        raise ValueError(f"{path} must have a class name of its own for each row, got {got}")
+    return dict(zip(map(str, names.tolist()), rows, strict=True))
 
 
 def _training_rows(rows: Tensor, data: RetrievalData) -> Tensor:

@@ -36,7 +36,8 @@ def search(
 
     Rows that lie equally near come in the order of their indices. Distances are compared by
     ``|y|^2 / 2 - x @ y``, computed in float32 (in float64 where queries are of that type): for rows of length 1 this is
-    the order of cosines. Memory beyond the embeddings is that of one chunk.
+    the order of cosines. Memory beyond the embeddings is that of one chunk. Rows that lie far from 0, compared with
+    their distances, are moved there first, which rounding would hide otherwise; then a copy of the gallery is added.
 
     Args:
         queries: ``(N, D)``, floating point, finite.
@@ -60,18 +61,48 @@ def search(
     depths = torch.full((len(queries),), k) if isinstance(k, int) else k
     order = torch.arange(len(queries)) if isinstance(k, int) else torch.argsort(depths, stable=True)
     order = order[int((depths < 0).sum()) :]
-    half_norms = torch.cat([upcast_half(part).square().sum(1) / 2 for part in torch.split(gallery, 1 << 14)])  # (M,)
+    half_norms = _half_norms(gallery)
+    center = _far_center(gallery, half_norms)
+    if center is not None:
+        gallery = upcast_half(gallery) - center
+        half_norms = _half_norms(gallery)
     with tqdm(total=len(order), desc="searching", disable=not progress) as bar, _Smallest(gallery.device) as smallest:
         done = 0
         while done < len(order):
             chunk = order[done : done + (chunk_size or _chunk_size(depths, order, done, len(gallery)))]
             rows, depth = chunk.to(queries.device), int(depths[chunk[-1]])
             itself = None if own is None else own.to(queries.device)[rows]
+            asked = upcast_half(queries[rows])
             with full_precision(queries.device):
-                neighbors = _nearest(upcast_half(queries[rows]), gallery, half_norms, depth, itself, smallest)
+                asked = asked if center is None else asked - center
+                neighbors = _nearest(asked, gallery, half_norms, depth, itself, smallest)
             yield rows, neighbors
             done += len(chunk)
             bar.update(len(chunk))
+
+
+def _parts(gallery: Tensor) -> Iterator[Tensor]:
+    return map(upcast_half, torch.split(gallery, 1 << 14))
+
+
+def _half_norms(gallery: Tensor) -> Tensor:
+    """Return half of the squared length of each row, ``(M,)``."""
+    return torch.cat([x.square().sum(1) / 2 for x in _parts(gallery)])
+
+
+def _far_center(gallery: Tensor, half_norms: Tensor) -> Tensor | None:
+    """Return the mean of rows whose offset is ten times as long as what they differ by, or longer; else None.
+
+    It is rounded to a power of two that is not above their spread: what was equally far stays so, as whole numbers are.
+    """
+    if not len(gallery):
+        return None
+    mean = torch.stack([x.sum(0) for x in _parts(gallery)]).sum(0) / len(gallery)
+    if not mean.square().sum() > 0.99 * 2 * half_norms.mean():  # also where a square is too large for the type
+        return None
+    spread = torch.stack([(x - mean).square().sum() for x in _parts(gallery)]).sum().div(gallery.numel()).sqrt()
+    step = 2.0 ** spread.log2().floor()
+    return (mean / step).round() * step if step > 0 else mean
 
 
 def _chunk_size(depths: Tensor, order: Tensor, done: int, num_rows: int) -> int:

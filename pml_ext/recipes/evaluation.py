@@ -41,12 +41,21 @@ def embed(
         ``(N, D)`` float32 and ``(N,)``.
 
     Raises:
-        TypeError: If the network does not return a floating point tensor, or labels are not numbers.
+        TypeError: If the network does not return a floating point tensor, labels are not integers, or images are not
+            tensors or uint8.
         ValueError: If the network returns another shape, or numbers that are not finite; or the data set is empty or
             does not give pairs.
     """
+    if isinstance(dataset, torch.utils.data.DataLoader):
+        raise TypeError("dataset must be a data set, such as loader.dataset, got a DataLoader")
     loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=num_workers)
-    embedded = _embed(trunk, tqdm(loader, desc="embedding", disable=not progress), autocast)
+    try:
+        embedded = _embed(trunk, tqdm(loader, desc="embedding", disable=not progress), autocast)
+    except TypeError as error:
+        if "default_collate" not in str(error) or "found" not in str(error):
+            raise
+        rule = "dataset must give tensors or numbers; a transform makes tensors of images (recipe.transforms.test)"
+        raise TypeError(f"{rule}, got {str(error).rpartition('found ')[2]}") from error
     if embedded is None:
         raise ValueError("dataset must have at least one image, got none")
     return embedded
@@ -125,12 +134,18 @@ def _embed(trunk: nn.Module, batches: Iterable[Any], autocast: torch.dtype | Non
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     """Return images and labels of a loader's batch."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:  # a tensor of two images could be taken apart, too
-        got = f"{len(batch)} things" if isinstance(batch, tuple | list) else "one thing"
+        got = "one thing"
+        if isinstance(batch, tuple | list | dict):
+            got = f"{len(batch)} things" if not isinstance(batch, dict) else f"a dictionary of {', '.join(batch)}"
         raise ValueError(f"dataset must give an image and a label for each index, got {got}")
     images, labels = batch
     if not isinstance(labels, Tensor):
         first = labels[0] if isinstance(labels, tuple | list) else labels
         raise TypeError(f"dataset must give integers as labels, got {first!r}")
+    if labels.is_floating_point():
+        raise TypeError(f"dataset must give integers as labels, got {labels.flatten()[0].item()}")
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        raise TypeError("dataset must give floating point images, got uint8: recipe.transforms.test makes them")
     return images, labels
 
 
@@ -181,9 +196,11 @@ def retrieval_metrics(
         metrics: Names.
 
     Raises:
-        TypeError: If ``pml_ext.evaluation.retrieval_metrics`` raises it.
+        TypeError: If ``gallery`` is no pair, or ``pml_ext.evaluation.retrieval_metrics`` raises it.
         ValueError: If ``pml_ext.evaluation.retrieval_metrics`` raises it.
     """
+    if gallery is not None and not (isinstance(gallery, tuple | list) and len(gallery) == 2):
+        raise TypeError(f"gallery must be a pair of embeddings and labels, or None, got a {type(gallery).__name__}")
     searched, searched_labels = (None, None) if gallery is None else gallery
     values = evaluation.retrieval_metrics(embeddings, labels, searched, searched_labels, metrics)
     return {name: value for name, value in values.items() if not name.startswith("num_")}

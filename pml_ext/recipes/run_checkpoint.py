@@ -22,6 +22,13 @@ def chosen_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
             f"{best} is of another run than {last}, which is used instead: delete or move {best.name}", stacklevel=3
         )
         return last, states[1]
+    kept = states[0].get("best")
+    if paths == [last] and kept is not None and kept["epoch"] != len(states[0]["history"]):
+        warnings.warn(
+            f"{best} is missing, with epoch {kept['epoch']}, the best on validation classes: {last.name}, with the "
+            "last epoch, is used instead",
+            stacklevel=3,
+        )
     return paths[0], states[0]
 
 

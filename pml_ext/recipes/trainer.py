@@ -95,6 +95,8 @@ class Trainer(MetricLossOnly):
         end_of_epoch_hook: Callable[[Any], Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if "batch_size" in kwargs:
+            raise TypeError(f"batch_size must be a setting of the recipe, got {kwargs['batch_size']} for the trainer")
         self.recipe = recipe
         self.validate = validate
         self.metric = metric
@@ -535,15 +537,34 @@ class Trainer(MetricLossOnly):
 
 
 def _checked_labels(dataset: Any, labels: Any, num_classes: int) -> Tensor:
-    if labels is None:
-        labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(f"dataset must have a length, so that batches can be drawn, got a {type(dataset).__name__}")
+    own = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    given, labels = labels, own if labels is None else labels
     if labels is None:
         raise ValueError("labels must be given for a dataset without the attribute labels or targets, got None")
     labels = as_labels("labels", labels, len(dataset))
+    if given is not None and getattr(dataset, "target_transform", None) is None:
+        _warn_of_other_labels(labels, own)
     if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         got = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
         raise ValueError(f"labels must lie in 0 to num_classes - 1 = {num_classes - 1}, got {got}")
     return labels
+
+
+def _warn_of_other_labels(labels: Tensor, own: Any) -> None:
+    """Warn where labels make other classes than those of the data set, as they do in another order."""
+    try:
+        pairs = set(zip(labels.tolist(), as_labels("labels", own, len(labels)).tolist(), strict=True))
+    except (TypeError, ValueError):  # the data set has none that could be compared
+        return
+    if not len(pairs) == len({first for first, _ in pairs}) == len({second for _, second in pairs}):
+        warnings.warn(
+            "labels make other classes than those of the dataset: batches are drawn by labels, but the loss gets what "
+            "the dataset returns; are they in the same order?",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _fingerprint(dataset: Any, labels: Tensor) -> str:

@@ -96,8 +96,17 @@ def test_images_that_are_alone_in_their_class(trained, photos, tmp_path, capsys)
     shutil.copytree(tmp_path / "singles", tmp_path / "pairs", dirs_exist_ok=True)
     main(["evaluate", str(folder), str(tmp_path / "pairs"), "--device", "cpu"])
     assert "14 images of 4 classes, 2 of them alone in their class and no query\n" in capsys.readouterr().out
-    found = metrics(printed(capsys, "evaluate", folder, tmp_path / "pairs"))
+    result = printed(capsys, "evaluate", folder, tmp_path / "pairs")
+    found = metrics(result)
+    assert (result["images"], result["queries"]) == (14, 12)
     assert found["precision_at_1"] <= expected["precision_at_1"]  # there is more to be taken for a match
+
+
+def names_of_test(folder):
+    """Return the names of the test classes of a run, which were drawn."""
+    trained = json.loads((folder / "config.json").read_text())
+    drawn = {"seed": trained["seed"], "split_seed": trained["data"]["split_seed"]}
+    return open_data(trained["data"]["source"], trained["data"]["test_classes"], **drawn).test.class_names
 
 
 def test_data_that_has_moved(trained, photos, tmp_path, capsys):
@@ -107,8 +116,27 @@ def test_data_that_has_moved(trained, photos, tmp_path, capsys):
     done = capsys.readouterr()
     assert metrics(json.loads(done.out)) == pytest.approx({name: tested[name] for name in METRICS})
     assert f"{moved}, test classes: 18 images of 3 classes" in done.err
-    shutil.copytree(moved / "class0", moved / "class00")  # which is other data, and all of it is taken
-    assert printed(capsys, "evaluate", folder, moved)["images"] == 54
+    assert "was trained on" not in done.err
+    names = set(names_of_test(folder))
+    new, old = (min(moved / f"class{i}" for i in range(8) if (f"class{i}" in names) == own) for own in (False, True))
+    shutil.copy(min(old.iterdir()), new / "more.png")  # in a training class: the test classes are still known
+    assert metrics(printed(capsys, "evaluate", folder, moved)) == pytest.approx(
+        {name: tested[name] for name in METRICS}
+    )
+    shutil.copy(min(new.iterdir()), old / "more.png")  # which is other data, and all of it is taken
+    main(["evaluate", str(folder), str(moved), "--device", "cpu"])
+    done = capsys.readouterr()
+    assert f"{moved}: 50 images of 8 classes" in done.out
+    known = "warning: about 100% of the images that the network was trained on are among the test images"
+    assert known in done.err
+    for path in list(moved.iterdir()):
+        if path.name not in names and path != new:
+            shutil.rmtree(path)
+    main(["evaluate", str(folder), str(moved), "--device", "cpu"])
+    assert "warning: about 20% of the images that the network was trained on" in capsys.readouterr().err
+    shutil.rmtree(new)
+    main(["evaluate", str(folder), str(moved), "--device", "cpu"])
+    assert "was trained on" not in capsys.readouterr().err
 
 
 @pytest.mark.trains
@@ -149,7 +177,7 @@ def test_queries_and_gallery(trained, photos, tmp_path, capsys):
     expected = of_dataset(folder, queries, gallery)
     result = printed(capsys, "evaluate", folder, tmp_path / "shop")
     assert metrics(result) == pytest.approx(expected)
-    assert (result["images"], result["classes"]) == (4, 2)
+    assert (result["images"], result["classes"], result["queries"]) == (4, 2, 4)
     shutil.copytree(photos, tmp_path / "shop" / "train", ignore=shutil.ignore_patterns("class[567]"))
     assert metrics(printed(capsys, "evaluate", folder, tmp_path / "shop")) == pytest.approx(expected)
     shutil.rmtree(tmp_path / "shop" / "train")
@@ -280,9 +308,9 @@ def test_where_the_report_goes(trained, photos, tmp_path):
     with mock.patch.object(run_report, "retrieval_report", side_effect=lambda *given, **_: given[4]):
         assert report.main(folder, device="cpu")["out"] == str(folder / "report.html")
         assert report.main(folder, photos, all_classes=True)["out"] == str(folder / "report-photos.html")
-        copied = shutil.copytree(photos, tmp_path / "more", ignore=shutil.ignore_patterns("class7"))
+        copied = shutil.copytree(photos, tmp_path / "more.v1", ignore=shutil.ignore_patterns("class7"))
         other = shutil.copytree(folder, tmp_path / "other")
-        assert report.main(folder, copied, against=other)["out"] == str(folder / "report-more-against-other.html")
+        assert report.main(folder, copied, against=other)["out"] == str(folder / "report-more.v1-against-other.html")
 
 
 @pytest.mark.trains

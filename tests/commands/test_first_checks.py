@@ -176,7 +176,7 @@ def test_what_a_run_has_in_common_with_its_preset_is_kept_too(photos, tmp_path):
     numbers = {"backbone": "test_resnet", "pretrained": False}
     for preset, more in (
         ("small", {"image_size": 32}),
-        ("finetune", numbers | {"frozen_stages": 3, "split": "layer2"}),
+        ("finetune", numbers | {"frozen_stages": 3, "num_learners": 2, "masks": True, "split": "layer2"}),
         ("paper:cub", numbers | {"image_size": 64, "resize": 256}),
     ):
         made = recipe("recommended" if preset == "finetune" else "proxy_anchor", 4, preset=preset, **more)

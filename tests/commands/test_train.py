@@ -248,8 +248,20 @@ def test_a_split_is_not_drawn_where_there_is_one(photos, tmp_path, capsys):
 @pytest.mark.trains
 def test_a_network_that_knows_test_classes(photos, tmp_path, capsys):
     run(photos, tmp_path / "first", epochs=1)
+    copied, first = shutil.copytree(photos, tmp_path / "copied"), tmp_path / "first"
+    for data in (photos, copied):
+        for split_seed in (0, 1):
+            out = tmp_path / f"{data.name}-{split_seed}"
+            run(data, out, epochs=1, weights=str(first), split_seed=split_seed)
+            told = f"of the images that the network of {first} was trained on are among the test images"
+            assert (told in capsys.readouterr().err) == (split_seed == 1)
+
+
+@pytest.mark.trains
+def test_a_network_that_knows_test_classes_of_arrays(data, tmp_path, capsys):
+    run(data, tmp_path / "first", epochs=1)
     for split_seed in (0, 1):
-        run(photos, tmp_path / str(split_seed), epochs=1, weights=str(tmp_path / "first"), split_seed=split_seed)
+        run(data, tmp_path / str(split_seed), epochs=1, weights=str(tmp_path / "first"), split_seed=split_seed)
         told = "may have been trained on some of the test classes, which were others then" in capsys.readouterr().err
         assert told == (split_seed == 1)
 

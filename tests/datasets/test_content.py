@@ -1,7 +1,7 @@
 import torch
 
 from pml_ext.datasets import ClassSubset, ImageArrays
-from pml_ext.datasets.content import file_names, fingerprint_of
+from pml_ext.datasets.content import file_names, fingerprint_of, marks_of_files
 from pml_ext.datasets.image_files import ImageFiles
 
 FILES = [f"/photos/{name}.jpg" for name in ("a/1", "a/2", "b/1", "b/2", "c/1", "c/2")]
@@ -21,6 +21,21 @@ def test_names_of_files_and_labels_count():
     inner = ClassSubset(ClassSubset(ImageFiles(FILES, LABELS), [1, 2]), [1])
     assert file_names(inner) == ["c/1.jpg", "c/2.jpg"]
     assert file_names(ImageArrays(torch.zeros(6, 4, 4, dtype=torch.uint8), LABELS)) is None
+
+
+def test_marks_of_files_are_kept_where_their_class_is_moved(tmp_path):
+    for place, size in (("one/a", 3), ("two/else/a", 3), ("two/b", 3), ("two/a", 4)):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "1.jpg").write_bytes(bytes(size))
+
+    def marks(*places):
+        return marks_of_files(ImageFiles([tmp_path / place / "1.jpg" for place in places], range(len(places))))
+
+    assert marks("one/a") == marks("two/else/a") and len(marks("one/a", "two/else/a")) == 1
+    assert len(marks("one/a", "two/b", "two/a")) == 3
+    both = ImageFiles([tmp_path / place / "1.jpg" for place in ("one/a", "two/b")], [0, 1])
+    assert marks_of_files(ClassSubset(both, [1])) == marks("two/b")
+    assert marks_of_files(ImageArrays(torch.zeros(6, 4, 4, dtype=torch.uint8), LABELS)) == set()
 
 
 def test_pixels_of_arrays_count():

@@ -1,4 +1,6 @@
 import json
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +208,48 @@ def test_broken_npz(tmp_path):
             open_data(tmp_path / "toy.npz")
 
 
+def test_class_embeddings_by_name(tmp_path):
+    """Folders are sorted as text, and rows in the order of numbers would be those of other classes."""
+    for name in range(1, 13):
+        (tmp_path / "photos" / str(name)).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / str(name) / "0.png")
+    numbers = np.arange(1.0, 13)
+    rows = np.stack([numbers, -numbers], 1)
+    np.savez(tmp_path / "rows.npz", class_names=[str(x) for x in range(1, 13)], embeddings=rows)
+    by_name = {str(x): [float(x), -float(x)] for x in range(12, 0, -1)}
+    given = [by_name, tmp_path / "rows.npz", {int(x): torch.tensor(row) for x, row in by_name.items()}]
+    for source in given:
+        for test_classes in (0, 5):
+            data = open_data(tmp_path / "photos", test_classes, class_embeddings=source)
+            assert data.class_embeddings.tolist() == [by_name[name] for name in data.train.class_names]
+    in_order = open_data(tmp_path / "photos", 0, class_embeddings=rows)
+    assert in_order.train.class_names[1] == "10" and in_order.class_embeddings[1].tolist() == by_name["2"]
+    of_training = {name: by_name[name] for name in data.train.class_names}
+    assert open_data(tmp_path / "photos", 5, class_embeddings=of_training).class_embeddings.tolist() == list(
+        of_training.values()
+    )
+
+
+def test_class_embeddings_by_names_that_do_not_fit(tmp_path):
+    path = write_npz(tmp_path / "toy.npz", split=np.where(LABELS % 3 == 1, "train", "test"), class_embeddings=ROWS_OF)
+    names = open_data(path).train.class_names
+    for given, error, message in (
+        ({names[0]: ROWS_OF[0]}, ValueError, f"must have all training classes, got none for '{names[1]}'$"),
+        ({}, ValueError, f"must have all training classes, got none for '{names[0]}' and 1 more"),
+        ({names[0]: [1.0], names[1]: [1.0, 2.0]}, ValueError, r"must be of one width, got \(1,\) and \(2,\)"),
+        ({names[0]: [1.0], names[1]: [np.inf]}, ValueError, "must be finite, got .* for training class 1"),
+        ({names[0]: "red", names[1]: "blue"}, TypeError, "must have a floating point dtype, got <U4"),
+    ):
+        with pytest.raises(error, match=f"class_embeddings {message}"):
+            open_data(path, class_embeddings=given)
+    with pytest.raises(TypeError, match="must be an array for data whose classes have no names, got a dictionary"):
+        open_data(write_npz(tmp_path / "no.npz", class_names=None), class_embeddings={"a": [1.0]})
+    for names in (["a", "b"], ["a", "b", "a"]):
+        np.savez(tmp_path / "rows.npz", class_names=names, embeddings=ROWS_OF[:3])
+        with pytest.raises(ValueError, match=r"rows.npz must have a class name of its own for each row, got 2 in "):
+            open_data(path, class_embeddings=tmp_path / "rows.npz")
+
+
 def test_class_embeddings_follow_the_classes(tmp_path):
     path = write_npz(tmp_path / "toy.npz", split=np.where(LABELS % 3 == 1, "train", "test"), class_embeddings=ROWS_OF)
     data = open_data(path)
@@ -293,6 +337,30 @@ def test_folder_with_halves(tmp_path):
     save(tmp_path / "test" / "dog" / "0.png", 9)
     with pytest.raises(ValueError, match="no class may be both in train and test, got 'dog'"):
         open_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ("caf\u00e9", "cafe\u0301", r"'caf\xe9' in train and 'cafe\u0301' in test"),  # as Linux and macOS write it
+        ("Cat", "cat ", "'Cat' in train and 'cat ' in test"),
+        ("cat", "cats", None),
+    ],
+)
+def test_names_that_are_nearly_the_same(first, second, told, tmp_path):
+    for i, name in enumerate([f"train/{first}", "train/dog", f"test/{second}"]):
+        save(tmp_path / "split" / name / "0.png", i)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert open_data(tmp_path / "split").test.class_names == [second]
+    assert [told in str(w.message) and "are they the same?" in str(w.message) for w in warned] == (
+        [True] if told else []
+    )
+    for i, name in enumerate(["train/ant", "train/dog", f"query/{first}", f"gallery/{second}"]):
+        save(tmp_path / "shop" / name / "0.png", i)
+    hint = f"of nearly the same name as {first!a})" if told else "'cat'"
+    with pytest.raises(ValueError, match=rf"query classes must have gallery images, got none of .*{re.escape(hint)}$"):
+        open_data(tmp_path / "shop")
 
 
 def test_bad_folders(tmp_path):

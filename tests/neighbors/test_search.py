@@ -50,6 +50,33 @@ def test_matches_loops(k, chunk_size, dtype, device):
     assert sizes == {None: [50], 1: [1] * 50, 20: [20, 20, 10]}[chunk_size]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("offset", "spread"), [(10.0, 0.02), (-1e4, 1.0), (1e5, 1e-8)])
+def test_rows_far_from_zero(offset, spread, dtype, device):
+    """A squared length of 200,000 has no digit left for distances of a thousandth."""
+    moved = (EMB.to(dtype) * spread + offset).to(device)
+    expected = by_loops(moved.cpu(), moved.cpu(), 10, ITSELF)
+    assert gathered(search(moved, moved, 10, ITSELF), 50)[0] == expected
+    others = gathered(search(moved[:9], moved[9:].repeat(2, 1), 10), 9)[0]
+    assert others == by_loops(moved[:9].cpu(), moved[9:].repeat(2, 1).cpu(), 10)
+
+
+def test_whole_numbers_far_from_zero_are_equally_far_as_before():
+    x = torch.randint(0, 4, (60, 3), generator=torch.Generator().manual_seed(1)).float()
+    expected = by_loops(x, x, 59, torch.arange(60))
+    for offset in (0.0, 1000.0, -70001.0):
+        assert gathered(search(x + offset, x + offset, 59, torch.arange(60)), 60)[0] == expected
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_squares_that_no_float_holds_change_nothing(scale):
+    x = EMB.abs() * scale
+    gathered(search(x, x, 3, ITSELF), 50)
+    same = torch.full((6, 4), scale)
+    nearest, _ = gathered(search(same, same, 5, torch.arange(6)), 6)
+    assert nearest == [[j for j in range(6) if j != i] for i in range(6)]
+
+
 @pytest.mark.parametrize("k", [1, 3, 12, 30])
 def test_in_tiles_and_blocks(k, few_at_once):
     assert gathered(search(EMB, EMB, k, ITSELF), 50)[0] == by_loops(EMB, EMB, k, ITSELF)

@@ -468,6 +468,7 @@ def test_settings_without_effect_are_told(name, given, message):
         ("recommended", {"num_learners": 2, "divergence_weight": 0.5}),
         ("combined", {"refined_weight": 1.0, "refiner_lr": 0.5}),
         ("recommended", {"num_learners": 1, "masks": False, "split": None}),  # as the preset has it
+        ("recommended", {"preset": "finetune", "backbone": "test_resnet", "pretrained": False, "in_channels": 3}),
     ],
 )
 def test_settings_with_effect_are_not_told(name, given):

@@ -127,12 +127,22 @@ def test_rows_of_zeros_and_large_numbers_stay_usable():
         ([], ValueError, "dataset must have at least one image, got none"),
         ([torch.ones(2), torch.ones(2)], ValueError, "an image and a label for each index, got one thing"),
         ([(torch.ones(2), 0, "a.png")], ValueError, "an image and a label for each index, got 3 things"),
+        ([{"image": torch.ones(2), "label": 0}], ValueError, "for each index, got a dictionary of image, label"),
         ([(torch.ones(2), "cat")], TypeError, "dataset must give integers as labels, got 'cat'"),
+        ([(torch.ones(2), 2.5)], TypeError, "dataset must give integers as labels, got 2.5"),
+        ([(torch.ones(2).byte(), 0)], TypeError, "dataset must give floating point images, got uint8"),
+        ([(Image.new("L", (2, 2)), 0)], TypeError, r"makes tensors of images \(.*\), got <class 'PIL.Image.Image'>"),
+        (torch.utils.data.DataLoader([(torch.ones(2), 0)]), TypeError, r"such as loader\.dataset, got a DataLoader"),
     ],
 )
 def test_data_that_cannot_be_embedded(dataset, kind, message):
     with pytest.raises(kind, match=message):
         embed(nn.Identity(), dataset)
+
+
+def test_a_gallery_is_a_pair():
+    with pytest.raises(TypeError, match="gallery must be a pair of embeddings and labels, or None, got a Tensor"):
+        retrieval_metrics(torch.eye(2), torch.arange(2), torch.eye(2))
 
 
 def test_placeholders_are_not_embedded(tmp_path):

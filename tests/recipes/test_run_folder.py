@@ -44,6 +44,19 @@ def test_what_the_network_cannot_have_is_told_once(tmp_path):
     assert torch.equal(run.recipe.trunk(IMAGES), made.trunk.eval()(IMAGES))
 
 
+@pytest.mark.parametrize("best_epoch", [1, 2])
+def test_a_best_epoch_that_is_missing_is_told(best_epoch, tmp_path):
+    values = iter([0.5, 0.1] if best_epoch == 1 else [0.1, 0.5])
+    trained(tmp_path, validate=lambda trunk: {"mean_average_precision_at_r": next(values)})
+    assert load_run(tmp_path).epoch == best_epoch
+    (tmp_path / "best.pt").unlink()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert load_run(tmp_path).epoch == 2
+    message = f"{tmp_path / 'best.pt'} is missing, with epoch 1, the best on validation classes: last.pt"
+    assert [str(w.message).partition(", with the last")[0] for w in told] == ([message] if best_epoch == 1 else [])
+
+
 def test_a_config_that_knows_more_is_kept(tmp_path):
     trained(tmp_path / "first")
     config = read_config(tmp_path / "first") | {"seed": 3}

@@ -288,6 +288,22 @@ def test_labels_of_any_kind_of_integer(kind):
     assert trainer._labels.dtype == torch.int64 and torch.equal(trainer._labels, LABELS)
 
 
+def test_labels_in_another_order_are_told():
+    made = tiny()
+    dataset = torch.utils.data.TensorDataset(IMAGES, LABELS)
+    dataset.labels = LABELS
+    with pytest.warns(UserWarning, match="labels make other classes than those of the dataset: .* same order"):
+        Trainer(made, dataset, LABELS.sort().values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(made, dataset, CLASSES - 1 - LABELS)  # other numbers of the same classes
+        dataset.target_transform = lambda label: label // 2
+        Trainer(made, dataset, LABELS // 2)
+        del dataset.target_transform
+        dataset.labels = ["a", "b"]
+        Trainer(made, dataset, LABELS)
+
+
 def test_errors(tmp_path):
     made = tiny()
     with pytest.raises(ValueError, match="labels must be given for a dataset without the attribute"):
@@ -302,6 +318,10 @@ def test_errors(tmp_path):
     for labels in (LABELS + 0.5, LABELS > 1, [str(label) for label in LABELS.tolist()]):
         with pytest.raises(TypeError, match="labels must have an integer dtype"):
             Trainer(made, torch.utils.data.TensorDataset(IMAGES, LABELS), labels)
+    with pytest.raises(TypeError, match="batch_size must be a setting of the recipe, got 4 for the trainer"):
+        Trainer(made, Images(), batch_size=4)
+    with pytest.raises(TypeError, match="dataset must have a length, so that batches can be drawn, got a generator"):
+        Trainer(made, (x for x in range(3)))
     with pytest.raises(ValueError, match="device must be available, got 'nowhere'"):
         Trainer(made, Images(), device="nowhere")
     with pytest.raises(ValueError, match="path must be given for a trainer without folder"):
