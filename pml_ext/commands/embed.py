@@ -30,7 +30,7 @@ def main(
     files = find_images(images)
     if not files:
         raise ValueError(f"IMAGES must be a folder with images in it or below, got {images} without")
-    broken_name = next((file for file in files if "\n" in file), None)
+    broken_name = next((file for file in files if {"\n", "\r"} & set(file)), None)
     if broken_name is not None:  # paths.txt has a line for each
         raise ValueError(f"IMAGES must have no line break in a name, got {broken_name!r}")
     if not skip_broken:

@@ -115,9 +115,10 @@ def test_an_index_keeps_all_names(tmp_path):
     assert origin == {"folder": "/p", "weights": "1", "images": 8, "content": content_of(rows, listed(names))}
 
 
-def test_names_that_an_index_cannot_keep(photos, loaded):
-    shutil.copy(photos / "a.png", photos / "a\nb.png")
-    with pytest.raises(ValueError, match=r"IMAGES must have no line break in a name, got '.*/a\\nb\.png'"):
+@pytest.mark.parametrize("name", ["a\nb.png", "a\rb.png"])
+def test_names_that_an_index_cannot_keep(name, photos, loaded):
+    shutil.copy(photos / "a.png", photos / name)
+    with pytest.raises(ValueError, match=r"IMAGES must have no line break in a name, got '.*/a\\[nr]b\.png'"):
         indexed(photos)
     assert not (photos.parent / "run" / "index").exists()
 
