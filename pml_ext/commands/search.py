@@ -48,14 +48,19 @@ def main(
         print(f"{rank:>4}  {similarity:>10.4f}  {path}")
     found: dict[str, Any] = {"results": [{"similarity": similarity, "path": path} for similarity, path in results]}
     found["folder"] = origin["folder"]
+    files = [(similarity, Path(origin["folder"]) / path) for similarity, path in results]
+    made = (folder / "index.json").stat().st_mtime
+    changed = [file for _, file in files if file.is_file() and file.stat().st_mtime > made]
+    if changed:
+        counted = f"{len(changed)} of {len(results)} images have changed since the index was made"
+        warn(f'{counted}, run "pml-ext embed" again: {some_of(changed)}')
     if find_spec("matplotlib") is None:
         print("no picture is drawn: pip install 'pml-ext[visualization]'")
         return found | {"out": None}
-    files = [(similarity, Path(origin["folder"]) / path) for similarity, path in results]
     unread = draw(query, files, out, loaded.reader)
     if unread:
         counted = f"{len(unread)} of {len(results)} images that cannot be read"
-        warn(f"the picture lacks {counted}: {some_of(unread)}")
+        warn(f'the picture lacks {counted}, "pml-ext embed" makes a new index: {some_of(unread)}')
     print(f"picture: {out}")
     return found | {"out": str(out)}
 

@@ -115,6 +115,19 @@ def test_an_index_keeps_all_names(tmp_path):
     assert origin == {"folder": "/p", "weights": "1", "images": 8, "content": content_of(rows, listed(names))}
 
 
+def test_images_that_have_changed_since_are_named(photos, loaded, capsys):
+    run, made = photos.parent / "run", photos.parent / "run" / "index" / "index.json"
+    assert command("embed", [run, photos], capsys) == (0, [])
+    newer = made.stat().st_mtime + 1
+    os.utime(photos / "a.png", (newer, newer))
+    main(["search", str(run), str(photos / "b.png"), "--k", "5"])
+    told = f'1 of 5 images have changed since the index was made, run "pml-ext embed" again: {photos / "a.png"}'
+    assert capsys.readouterr().err == f"warning: {told}\n"
+    os.utime(photos / "a.png", (newer - 2, newer - 2))
+    main(["search", str(run), str(photos / "b.png"), "--k", "5"])
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["a\nb.png", "a\rb.png"])
 def test_names_that_an_index_cannot_keep(name, photos, loaded):
     shutil.copy(photos / "a.png", photos / name)
@@ -140,6 +153,7 @@ def test_images_that_are_gone_leave_an_empty_place(photos, loaded, monkeypatch, 
     before = [result["path"] for result in search.main(index.parent, photos / "a.png", k=5)["results"]]
     (photos / "b.png").unlink()
     (photos / "sub" / "c.png").write_text("no image")
+    os.utime(photos / "sub" / "c.png", (0, 0))  # not newer than the index
     from matplotlib.figure import Figure
 
     drawn = []
@@ -149,7 +163,8 @@ def test_images_that_are_gone_leave_an_empty_place(photos, loaded, monkeypatch, 
     assert [result["path"] for result in again] == before
     printed = capsys.readouterr()
     gone = [photos / path for path in before if path in ("b.png", "sub/c.png")]
-    assert printed.err == (f"warning: the picture lacks 2 of 5 images that cannot be read: {gone[0]}, {gone[1]}\n")
+    lacks = 'the picture lacks 2 of 5 images that cannot be read, "pml-ext embed" makes a new index'
+    assert printed.err == f"warning: {lacks}: {gone[0]}, {gone[1]}\n"
     assert printed.out.splitlines()[-1] == f"picture: {index.parent / 'search.png'}"
     shown = {re.split("[:\n]", axis.get_title())[0]: bool(axis.images) for axis in drawn[0].axes}
     assert shown == {"query": True} | {str(rank): photos / path not in gone for rank, path in enumerate(before, 1)}
