@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pml_ext.commands.command_line import number_of, some_of, warn
-from pml_ext.commands.opened_data import has_split, refuse_broken, source_of, warn_of_known
+from pml_ext.commands.opened_data import has_split, refuse_broken, share_of_known, source_of, warn_of_known
 from pml_ext.datasets.class_subset import ClassSubset
 from pml_ext.datasets.image_files import ImageFiles, broken_images
 from pml_ext.datasets.image_folder import ImageFolder
@@ -76,7 +76,7 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
         drawn = number_of(views[0].num_classes, "class", "classes")
         raise ValueError(f"DATA must have a class with two images, got {drawn} of one image each")
     if not own:
-        warn_of_known(trained.get("sample", ()), views, "the network")
+        warn_of_known(trained.get("sample", {}), views, "the network")
     for view in views:
         view.transform = run.recipe.transforms.test
     return LabeledImages(views, chosen, unseen)
@@ -106,15 +106,19 @@ def _changed(run: Run, opened: RetrievalData) -> list[str]:
 
 
 def _has_moved(run: Run, source: str, root: str | None) -> bool:
-    """Whether data is what the run was trained on, at another place; one part of it may have changed."""
-    known = run.config.get("data", {}).get("fingerprints")
+    """Whether data is what the run was trained on, at another place; the training images may have changed."""
+    trained = run.config.get("data", {})
+    known, sample = trained.get("fingerprints"), trained.get("sample")
     if not known:
         return False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is opened again
-            changed = _changed(run, _as_trained(run, source, root))
-            return len(changed) < len(known)
+            opened = _as_trained(run, source, root)
+            if sample and not share_of_known(sample, [opened.train]):  # other images of the same names
+                return False
+            changed = _changed(run, opened)
+            return not changed or (changed == ["train"] and len(known) > 1)
     except (OSError, TypeError, ValueError):  # which are told when it is opened again
         return False
 

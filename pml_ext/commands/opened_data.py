@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pml_ext.commands.command_line import number_of, some_of, warn
 from pml_ext.datasets.class_subset import ClassSubset
-from pml_ext.datasets.content import marks_of_files
+from pml_ext.datasets.content import checksum_of_file, files_by_mark
 from pml_ext.datasets.file_copies import copied_files
 from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.image_reader import ImageReader
@@ -120,12 +120,20 @@ def warn_of_copies(views: Iterable[ClassSubset]) -> None:
         warn(f"{counted}: {some_of([f'{paths[i]} = {paths[first]}' for i, first in copies.items()])}")
 
 
-def sample_of(view: ClassSubset) -> list[str]:
-    """Return the marks of 100 files of a view, drawn as good as at random: the smallest."""
-    return sorted(marks_of_files(view))[:100]
+def sample_of(view: ClassSubset) -> dict[str, str]:
+    """Return mark and checksum of 100 files of a view, drawn as good as at random: those of the smallest marks."""
+    files = files_by_mark(view)
+    return {mark: checksum_of_file(files[mark]) for mark in sorted(files)[:100]}
 
 
-def warn_of_known(sample: Sequence[str], views: Iterable[ClassSubset], trained: str) -> None:
+def share_of_known(sample: Mapping[str, str], views: Iterable[ClassSubset]) -> float:
+    """Return which share of a sample is among the files of some views."""
+    files = {mark: path for view in views for mark, path in files_by_mark(view).items()} if sample else {}
+    known = [mark in files and checksum_of_file(files[mark]) == checksum for mark, checksum in sample.items()]
+    return sum(known) / len(known) if known else 0.0
+
+
+def warn_of_known(sample: Mapping[str, str], views: Iterable[ClassSubset], trained: str) -> None:
     """Warn of images that a network was trained on.
 
     Args:
@@ -133,10 +141,9 @@ def warn_of_known(sample: Sequence[str], views: Iterable[ClassSubset], trained: 
         views: Of images to test with.
         trained: What the warning calls the network.
     """
-    seen = {mark for view in views for mark in marks_of_files(view)} if sample else set()
-    known = sum(mark in seen for mark in sample)
+    known = share_of_known(sample, views)
     if known:
-        share = f"about {100 * known / len(sample):.0f}% of the images that {trained} was trained on"
+        share = f"about {100 * known:.0f}% of the images that {trained} was trained on"
         warn(f"{share} are among the test images: the metrics are not those of new classes")
 
 

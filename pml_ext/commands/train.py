@@ -245,7 +245,7 @@ def train(
             "class_embeddings": absolute(class_embeddings),
             "images": images,
             "fingerprints": fingerprints(kept),
-            "sample": sample_of(kept.train),
+            "sample": sample_of(fitted),
             "left_out": sorted({*before.get("left_out", []), *left_out}),
         },
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,14 +36,23 @@ def file_names(dataset: Any) -> list[str] | None:
     return None if paths is None else list(_below_common_folder(paths, indices))
 
 
-def marks_of_files(dataset: Any) -> set[str]:
-    """Return a mark of each file of a data set or view, which it keeps where its class folder is moved.
+def files_by_mark(dataset: Any) -> dict[str, str]:
+    """Return the files of a data set or view by marks of the names of file and folder, and of the size.
 
-    It is made of the names of file and folder, and of the size. Empty for a data set that has no files.
+    A file keeps its mark where its class folder is moved or copied. Empty for a data set that has no files.
     """
     inside, indices = _inside(dataset)
     paths = _paths(inside)
-    return set() if paths is None else {_mark(os.fspath(paths[i])) for i in indices}
+    return {} if paths is None else {_mark(path): path for path in (os.fspath(paths[i]) for i in indices)}
+
+
+def checksum_of_file(path: str) -> str:
+    """Return 8 hexadecimal digits that change with the content of a file; none of one that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return f"{zlib.crc32(file.read()):08x}"
+    except OSError:
+        return ""
 
 
 def reader_of(dataset: Any) -> ImageReader | None:
@@ -76,7 +86,10 @@ def _contents(dataset: Any, indices: Sequence[int], sizes: bool) -> Iterator[byt
 
 def _mark(path: str) -> str:
     name = os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
-    size = os.path.getsize(path) if os.path.exists(path) else -1
+    try:
+        size = os.path.getsize(path)
+    except OSError:
+        size = -1
     return hashlib.blake2b(b"%d " % size + os.fsencode(name), digest_size=8).hexdigest()
 
 

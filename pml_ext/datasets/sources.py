@@ -383,23 +383,30 @@ def _embedded_names(data: RetrievalData, model: str) -> Tensor:
 def _given_rows(source: Any, data: RetrievalData) -> Tensor:
     """Return the rows of the training classes, which are given by name or in the order of labels."""
     if isinstance(source, str | Path):
-        source = _read_embeddings(Path(source))
+        source = _read_embeddings(Path(source), by_name=data.train.class_names is not None)
     if isinstance(source, Mapping):
-        names = data.train.class_names
-        if names is None:
+        if data.train.class_names is None:
             raise TypeError("class_embeddings must be an array for data whose classes have no names, got a dictionary")
-        rows = {str(name): row for name, row in source.items()}
-        missing = [name for name in names if name not in rows]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"class_embeddings must have all training classes, got none for {missing[0]!r}{more}")
-        found = [rows[name] for name in names]
-        arrays = [row.detach().cpu().numpy() if isinstance(row, Tensor) else np.asarray(row) for row in found]
-        other = next((row for row in arrays if row.shape != arrays[0].shape), None)
-        if other is not None:
-            raise ValueError(f"class_embeddings must be of one width, got {arrays[0].shape} and {other.shape}")
-        source = np.stack(arrays)
+        source = _rows_of(source, data.train.class_names)
     return _training_rows(_load_embeddings(source), data)
+
+
+def _rows_of(by_name: Mapping[Any, Any], names: list[str]) -> Any:
+    """Return the rows of some classes."""
+    rows = {str(name): row for name, row in by_name.items()}
+    missing = [name for name in names if name not in rows]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        alike = nearly_same(missing, rows)
+        hint = "" if alike is None else f" (there is {alike[1]!a}, of nearly the same name as {alike[0]!a})"
+        raise ValueError(f"class_embeddings must have all training classes, got none for {missing[0]!r}{more}{hint}")
+    found = [rows[name].detach().cpu().float() if isinstance(rows[name], Tensor) else rows[name] for name in names]
+    arrays = list(map(np.asarray, found))
+    for name, row in zip(names, arrays, strict=True):
+        if row.ndim != 1 or row.shape != arrays[0].shape:
+            first = "" if name == names[0] else f"{arrays[0].shape} for {names[0]!r} and "
+            raise ValueError(f"class_embeddings must be rows of one width, got {first}{row.shape} for {name!r}")
+    return np.stack(arrays)
 
 
 def _load_embeddings(source: Any) -> Tensor:
@@ -413,7 +420,7 @@ def _load_embeddings(source: Any) -> Tensor:
     return rows
 
 
-def _read_embeddings(path: Path) -> Any:
+def _read_embeddings(path: Path, by_name: bool) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"class_embeddings must be an existing file, got {path}")
     if path.suffix.lower() not in (".npy", ".npz"):
@@ -426,17 +433,17 @@ def _read_embeddings(path: Path) -> Any:
     arrays = _read_npz(path, ())
     for key in ("embeddings", "class_embeddings"):
         if key in arrays:
-            return arrays[key] if "class_names" not in arrays else _by_name(path, arrays["class_names"], arrays[key])
+            rows, names = arrays[key], arrays.get("class_names")
+            if not by_name or names is None or len(names) != len(rows):  # the latter are those of all classes
+                return rows
+            keys = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
+            twice = next((name for name in keys if keys.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{path} must have a class name of its own for each row, got {twice!r} twice")
+            return dict(zip(keys, rows, strict=True))
     if len(arrays) != 1:
         raise ValueError(f"{path} must contain 'embeddings', 'class_embeddings' or one array, got {list(arrays)}")
     return next(iter(arrays.values()))
-
-
-def _by_name(path: Path, names: Any, rows: Any) -> dict[str, Any]:
-    if names.ndim != 1 or len(names) != len(rows) or len(set(names.tolist())) != len(names):
-        got = f"{len(set(names.flatten().tolist()))} in shape {names.shape} for {len(rows)} rows"
-        raise ValueError(f"{path} must have a class name of its own for each row, got {got}")
-    return dict(zip(map(str, names.tolist()), rows, strict=True))
 
 
 def _training_rows(rows: Tensor, data: RetrievalData) -> Tensor:

@@ -16,6 +16,7 @@ from pml_ext.precision import full_precision, upcast_half
 _DISTANCES_AT_ONCE = 1 << 24  # 64 MB
 _NEIGHBORS_AT_ONCE = 1 << 21  # 16 MB
 _KEYS_AT_ONCE = 1 << 19  # 4 MB
+_ROWS_AT_ONCE = 1 << 14
 _TILE = 1 << 16  # gallery rows that are compared at once
 _INDEX = (1 << 32) - 1  # the lower half of a key
 _LOW = int(sys.byteorder == "big")  # where the lower half of an int32 lies
@@ -37,7 +38,8 @@ def search(
     Rows that lie equally near come in the order of their indices. Distances are compared by
     ``|y|^2 / 2 - x @ y``, computed in float32 (in float64 where queries are of that type): for rows of length 1 this is
     the order of cosines. Memory beyond the embeddings is that of one chunk. Rows that lie far from 0, compared with
-    their distances, are moved there first, which rounding would hide otherwise; then a copy of the gallery is added.
+    their distances, are moved there first, which rounding would hide otherwise; then a copy of the
+    gallery is added, in the type of the comparison.
 
     Args:
         queries: ``(N, D)``, floating point, finite.
@@ -64,7 +66,10 @@ def search(
     half_norms = _half_norms(gallery)
     center = _far_center(gallery, half_norms)
     if center is not None:
-        gallery = upcast_half(gallery) - center
+        moved = torch.empty(gallery.shape, dtype=center.dtype, device=gallery.device)
+        for start, part in zip(range(0, len(gallery), _ROWS_AT_ONCE), _parts(gallery), strict=True):
+            torch.sub(part, center, out=moved[start : start + len(part)])
+        gallery = moved
         half_norms = _half_norms(gallery)
     with tqdm(total=len(order), desc="searching", disable=not progress) as bar, _Smallest(gallery.device) as smallest:
         done = 0
@@ -82,7 +87,7 @@ def search(
 
 
 def _parts(gallery: Tensor) -> Iterator[Tensor]:
-    return map(upcast_half, torch.split(gallery, 1 << 14))
+    return map(upcast_half, torch.split(gallery, _ROWS_AT_ONCE))
 
 
 def _half_norms(gallery: Tensor) -> Tensor:

@@ -93,10 +93,7 @@ def recipe(
     try:
         parts = method.build(built, num_classes, class_embeddings)
         usual = settle(preset, method.numbers, {})
-        mine = {name for name, value in given.items() if value not in (None, usual[name])} - {
-            "refiner_lr"
-        }  # read later
-        idle = [name for name in built.unread() if name in mine]
+        idle = [name for name in built.unread() if given.get(name) not in (None, usual[name])]
         if idle:
             settings_are = "settings have" if len(idle) > 1 else "setting has"
             warnings.warn(f"the {settings_are} no effect here: {', '.join(idle)}", UserWarning, stacklevel=2)

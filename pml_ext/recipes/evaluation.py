@@ -42,7 +42,7 @@ def embed(
 
     Raises:
         TypeError: If the network does not return a floating point tensor, labels are not integers, or images are not
-            tensors or uint8.
+            tensors.
         ValueError: If the network returns another shape, or numbers that are not finite; or the data set is empty or
             does not give pairs.
     """
@@ -54,8 +54,9 @@ def embed(
     except TypeError as error:
         if "default_collate" not in str(error) or "found" not in str(error):
             raise
-        rule = "dataset must give tensors or numbers; a transform makes tensors of images (recipe.transforms.test)"
-        raise TypeError(f"{rule}, got {str(error).rpartition('found ')[2]}") from error
+        got = str(error).rpartition("found ")[2].strip()
+        hint = "; recipe.transforms.test makes tensors of images" if "PIL" in got else ""
+        raise TypeError(f"dataset must give tensors as images and integers as labels{hint}, got {got}") from error
     if embedded is None:
         raise ValueError("dataset must have at least one image, got none")
     return embedded
@@ -136,16 +137,18 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:  # a tensor of two images could be taken apart, too
         got = "one thing"
         if isinstance(batch, tuple | list | dict):
-            got = f"{len(batch)} things" if not isinstance(batch, dict) else f"a dictionary of {', '.join(batch)}"
+            got = (
+                f"{len(batch)} things"
+                if not isinstance(batch, dict)
+                else f"a dictionary of {', '.join(map(str, batch))}"
+            )
         raise ValueError(f"dataset must give an image and a label for each index, got {got}")
     images, labels = batch
     if not isinstance(labels, Tensor):
         first = labels[0] if isinstance(labels, tuple | list) else labels
         raise TypeError(f"dataset must give integers as labels, got {first!r}")
-    if labels.is_floating_point():
-        raise TypeError(f"dataset must give integers as labels, got {labels.flatten()[0].item()}")
-    if isinstance(images, Tensor) and images.dtype == torch.uint8:
-        raise TypeError("dataset must give floating point images, got uint8: recipe.transforms.test makes them")
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
+        raise TypeError(f"dataset must give integers as labels, got {labels[labels != labels.round()][0].item()}")
     return images, labels
 
 

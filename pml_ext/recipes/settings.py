@@ -60,6 +60,8 @@ _SMALL: Numbers = {
 }
 COMMON = tuple(_SMALL)
 """Names of the settings that all recipes have."""
+_READ_LATER = ("refiner_lr",)
+"""Settings of single recipes that optimizers read."""
 _PAPER: Numbers = _SMALL | {
     "backbone": ("resnet50", _USUAL),
     "pretrained": (True, _USUAL),
@@ -163,7 +165,7 @@ class Settings(Mapping[str, Any]):
 
     def unread(self) -> list[str]:
         """Return the names of the recipe's own settings that nothing has read as an attribute."""
-        return [name for name in self if name not in COMMON and name not in self._read]
+        return [name for name in self if name not in (*COMMON, *_READ_LATER) and name not in self._read]
 
     def replaced(self, name: str, value: Any, source: str) -> "Settings":
         """Return the settings with another value of one."""

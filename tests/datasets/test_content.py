@@ -1,7 +1,7 @@
 import torch
 
 from pml_ext.datasets import ClassSubset, ImageArrays
-from pml_ext.datasets.content import file_names, fingerprint_of, marks_of_files
+from pml_ext.datasets.content import file_names, files_by_mark, fingerprint_of
 from pml_ext.datasets.image_files import ImageFiles
 
 FILES = [f"/photos/{name}.jpg" for name in ("a/1", "a/2", "b/1", "b/2", "c/1", "c/2")]
@@ -29,13 +29,13 @@ def test_marks_of_files_are_kept_where_their_class_is_moved(tmp_path):
         (tmp_path / place / "1.jpg").write_bytes(bytes(size))
 
     def marks(*places):
-        return marks_of_files(ImageFiles([tmp_path / place / "1.jpg" for place in places], range(len(places))))
+        return set(files_by_mark(ImageFiles([tmp_path / place / "1.jpg" for place in places], range(len(places)))))
 
     assert marks("one/a") == marks("two/else/a") and len(marks("one/a", "two/else/a")) == 1
     assert len(marks("one/a", "two/b", "two/a")) == 3
     both = ImageFiles([tmp_path / place / "1.jpg" for place in ("one/a", "two/b")], [0, 1])
-    assert marks_of_files(ClassSubset(both, [1])) == marks("two/b")
-    assert marks_of_files(ImageArrays(torch.zeros(6, 4, 4, dtype=torch.uint8), LABELS)) == set()
+    assert set(files_by_mark(ClassSubset(both, [1]))) == marks("two/b")
+    assert files_by_mark(ImageArrays(torch.zeros(6, 4, 4, dtype=torch.uint8), LABELS)) == {}
 
 
 def test_pixels_of_arrays_count():

@@ -236,18 +236,42 @@ def test_class_embeddings_by_names_that_do_not_fit(tmp_path):
     for given, error, message in (
         ({names[0]: ROWS_OF[0]}, ValueError, f"must have all training classes, got none for '{names[1]}'$"),
         ({}, ValueError, f"must have all training classes, got none for '{names[0]}' and 1 more"),
-        ({names[0]: [1.0], names[1]: [1.0, 2.0]}, ValueError, r"must be of one width, got \(1,\) and \(2,\)"),
+        (
+            {names[0]: [1.0], names[1]: [1.0, 2.0]},
+            ValueError,
+            rf".* width, got \(1,\) for '{names[0]}' and \(2,\) for '{names[1]}'",
+        ),
+        ({names[0]: None, names[1]: [1.0]}, ValueError, rf"must be rows of one width, got \(\) for '{names[0]}'"),
+        (
+            {names[0].upper(): [1.0], names[1]: [1.0]},
+            ValueError,
+            f"must have all training classes, got none for '{names[0]}' .there is '{names[0].upper()}', of nearly",
+        ),
         ({names[0]: [1.0], names[1]: [np.inf]}, ValueError, "must be finite, got .* for training class 1"),
-        ({names[0]: "red", names[1]: "blue"}, TypeError, "must have a floating point dtype, got <U4"),
+        ({names[0]: ["red"], names[1]: ["blue"]}, TypeError, "must have a floating point dtype, got <U4"),
     ):
         with pytest.raises(error, match=f"class_embeddings {message}"):
             open_data(path, class_embeddings=given)
     with pytest.raises(TypeError, match="must be an array for data whose classes have no names, got a dictionary"):
         open_data(write_npz(tmp_path / "no.npz", class_names=None), class_embeddings={"a": [1.0]})
-    for names in (["a", "b"], ["a", "b", "a"]):
-        np.savez(tmp_path / "rows.npz", class_names=names, embeddings=ROWS_OF[:3])
-        with pytest.raises(ValueError, match=r"rows.npz must have a class name of its own for each row, got 2 in "):
-            open_data(path, class_embeddings=tmp_path / "rows.npz")
+    np.savez(tmp_path / "rows.npz", class_names=["a", "b", "a"], embeddings=ROWS_OF[:3])
+    with pytest.raises(ValueError, match=r"rows.npz must have a class name of its own for each row, got 'a' twice"):
+        open_data(path, class_embeddings=tmp_path / "rows.npz")
+
+
+def test_class_embeddings_with_names_that_say_nothing(tmp_path):
+    """Names of all classes beside rows of the training classes, and names where the data has none."""
+    path = write_npz(
+        tmp_path / "toy.npz", split=np.where(LABELS % 3 == 1, "train", "test"), class_embeddings=ROWS_OF[:2]
+    )
+    assert open_data(path, class_embeddings=path).class_embeddings.tolist() == ROWS_OF[:2].tolist()
+    nameless = write_npz(tmp_path / "no.npz", split=np.where(LABELS % 3 == 1, "train", "test"), class_names=None)
+    np.savez(tmp_path / "rows.npz", class_names=list("vwxyz"), embeddings=ROWS_OF)
+    assert open_data(nameless, class_embeddings=tmp_path / "rows.npz").class_embeddings.tolist() == [[2, 3], [8, 9]]
+    np.savez(
+        tmp_path / "rows.npz", class_names=np.array(open_data(path).train.class_names, "S"), embeddings=ROWS_OF[:2]
+    )
+    assert open_data(path, class_embeddings=tmp_path / "rows.npz").class_embeddings.tolist() == ROWS_OF[:2].tolist()
 
 
 def test_class_embeddings_follow_the_classes(tmp_path):
