@@ -70,6 +70,9 @@ def open_labeled(run: Run, data: str | Path | None, everything: bool, root: str 
         if own and not everything:
             parts = [name for name, view in views_of(opened).items() if any(view is x for x in views)]
             _tell_left_out([name for name in trained.get("left_out", []) if name.split("/")[0] in parts])
+            if trained.get("sample") and not share_of_known(trained["sample"], [opened.train]):
+                images = "the images have the names of those that the run was trained on, but none the content"
+                warn(f"{images}: their test classes are taken (all images: --all-classes)")
         if own and not unseen:
             warn("the network was trained on some of these classes: the metrics are not those of new ones")
     if len(views) == 1 and views[0].labels.bincount().max() < 2:
@@ -107,17 +110,13 @@ def _changed(run: Run, opened: RetrievalData) -> list[str]:
 
 def _has_moved(run: Run, source: str, root: str | None) -> bool:
     """Whether data is what the run was trained on, at another place; the training images may have changed."""
-    trained = run.config.get("data", {})
-    known, sample = trained.get("fingerprints"), trained.get("sample")
+    known = run.config.get("data", {}).get("fingerprints")
     if not known:
         return False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is opened again
-            opened = _as_trained(run, source, root)
-            if sample and not share_of_known(sample, [opened.train]):  # other images of the same names
-                return False
-            changed = _changed(run, opened)
+            changed = _changed(run, _as_trained(run, source, root))
             return not changed or (changed == ["train"] and len(known) > 1)
     except (OSError, TypeError, ValueError):  # which are told when it is opened again
         return False

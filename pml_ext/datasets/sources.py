@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -434,11 +435,11 @@ def _read_embeddings(path: Path, by_name: bool) -> Any:
     for key in ("embeddings", "class_embeddings"):
         if key in arrays:
             rows, names = arrays[key], arrays.get("class_names")
-            if not by_name or names is None or len(names) != len(rows):  # the latter are those of all classes
+            if not by_name or names is None or names.shape != rows.shape[:1]:  # rows of the training classes alone
                 return rows
             keys = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
-            twice = next((name for name in keys if keys.count(name) > 1), None)
-            if twice is not None:
+            if len(set(keys)) < len(keys):
+                twice = next(name for name, count in Counter(keys).items() if count > 1)
                 raise ValueError(f"{path} must have a class name of its own for each row, got {twice!r} twice")
             return dict(zip(keys, rows, strict=True))
     if len(arrays) != 1:

@@ -135,13 +135,9 @@ def _embed(trunk: nn.Module, batches: Iterable[Any], autocast: torch.dtype | Non
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     """Return images and labels of a loader's batch."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:  # a tensor of two images could be taken apart, too
-        got = "one thing"
-        if isinstance(batch, tuple | list | dict):
-            got = (
-                f"{len(batch)} things"
-                if not isinstance(batch, dict)
-                else f"a dictionary of {', '.join(map(str, batch))}"
-            )
+        got = f"{len(batch)} things" if isinstance(batch, tuple | list) else "one thing"
+        if isinstance(batch, dict):
+            got = f"a dictionary of {', '.join(map(str, batch))}"
         raise ValueError(f"dataset must give an image and a label for each index, got {got}")
     images, labels = batch
     if not isinstance(labels, Tensor):

@@ -326,10 +326,15 @@ def test_other_data_that_has_the_names_of_the_run(photos, tmp_path, capsys):
     folder = tmp_path / "run"
     main(["evaluate", str(folder), str(tmp_path / "other"), "--device", "cpu"])
     told = capsys.readouterr()
-    assert "other: 24 images of 6 classes\n" in told.out and "was trained on" not in told.err
+    assert "other, test classes: 12 images of 3 classes\n" in told.out
+    images = "the images have the names of those that the run was trained on, but none the content"
+    assert f"warning: {images}: their test classes are taken (all images: --all-classes)\n" in told.err
+    main(["evaluate", str(folder), str(tmp_path / "other"), "--device", "cpu", "--all-classes"])
+    assert "other: 24 images of 6 classes\n" in capsys.readouterr().out
     moved = shutil.copytree(tmp_path / "first", tmp_path / "moved")
     main(["evaluate", str(folder), str(moved), "--device", "cpu"])
-    assert "moved, test classes: 12 images of 3 classes\n" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "moved, test classes: 12 images of 3 classes\n" in told.out and "was trained on" not in told.err
 
     for part, classes in (("train", "012"), ("test", "345")):
         for i in classes:
