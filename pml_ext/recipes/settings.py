@@ -225,6 +225,7 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    given = {name: _plain(value) for name, value in given.items()}
     numbers: Numbers = dict(_COMMON[preset])
     for key in ("all", *(["paper"] if preset in PAPER_PRESETS else []), preset):
         numbers |= own.get(key, {})
@@ -248,7 +249,6 @@ def settle(preset: str, own: Mapping[str, Numbers], given: Mapping[str, Any]) ->
         if not either and None not in (value, default) and isinstance(value, str) != isinstance(default, str):
             kind = {str: "a name", bool: "True or False", tuple: "a list"}.get(type(default), "a number")
             raise ValueError(f"{name} must be {kind}, such as {default!r}, got {value!r}")
-        value = _plain(value)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
         numbers[name] = (value, "given")

@@ -477,6 +477,15 @@ def test_settings_with_effect_are_not_told(name, given):
         tiny(name, **given)
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
+def test_lists_may_be_arrays(kind):
+    made = tiny(
+        "proxy_anchor", schedule="step", milestones=kind([1, 2]), pixel_mean=kind([0.5]), pixel_std=kind([0.25])
+    )
+    assert made.settings.milestones == [1, 2]
+    assert (made.settings.pixel_mean, made.settings.pixel_std) == ([0.5], [0.25])
+
+
 def test_settings_are_a_mapping_that_can_be_copied():
     settings = tiny("mhgl").settings
     assert dict(copy.deepcopy(settings)) == dict(settings)
