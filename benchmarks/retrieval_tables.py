@@ -100,12 +100,12 @@ def with_interval(gap):
     return "" if gap is None else f"{gap[0]:+.1f} ± {gap[1]:.1f}"
 
 
-def tables_of_rows(out, baseline=BASELINE, rows_of=retrieval_rows):
+def tables_of_rows(out, baseline=BASELINE, rows_of=retrieval_rows, kinds=tuple(KINDS)):
     """Return name -> (title, table): the rows of each data set, and the questions that they answer."""
     tables = {}
-    for kind, described in KINDS.items():
+    for kind in kinds:
         for data, rows in collect(out, kind, rows_of).items():
-            name, title = f"{data}-{kind} ", f"{data}{described}"
+            name, title = f"{data}-{kind} ", f"{data}{KINDS[kind]}"
             tables |= tables_of_some(name, title, rows, rows, rows_of.QUESTIONS, baseline)
     return tables
 
@@ -122,7 +122,7 @@ def tables_of_some(name, title, shown, rows, questions, baseline=BASELINE):
 
 def tables_of_finetuning(out):
     """Return name -> (title, table); on test classes, rows with settings of their own have tables of their own."""
-    tables = tables_of_rows(out, rows_of=finetuning_rows) | tables_of_measured(out) | tables_of_trials(out)
+    tables = {}
     for kind in ("test", "long"):
         for data, rows in collect(out, kind, finetuning_rows).items():
             name, title = f"{data}-{kind} ", f"{data}{KINDS[kind]}"
@@ -135,7 +135,8 @@ def tables_of_finetuning(out):
                     for question, pairs in finetuning_rows.QUESTIONS.items()
                 }
                 tables |= tables_of_some(f"{name}variant ", f"{title}, other settings", variants, rows, asked)
-    return tables
+    tables |= tables_of_rows(out, rows_of=finetuning_rows, kinds=("validation", "halves"))
+    return tables | tables_of_measured(out) | tables_of_trials(out)
 
 
 def is_variant(row):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pml_ext.commands.command_line import number_of, some_of, warn
 from pml_ext.datasets.class_subset import ClassSubset
-from pml_ext.datasets.content import checksum_of_file, files_by_mark
-from pml_ext.datasets.file_copies import copied_files
+from pml_ext.datasets.content import files_by_mark
+from pml_ext.datasets.file_copies import copied_files, digest_of
 from pml_ext.datasets.image_files import ImageFiles
 from pml_ext.datasets.image_reader import ImageReader
 from pml_ext.datasets.leaving_out import broken_files, only, views_of, without_broken
@@ -121,15 +121,15 @@ def warn_of_copies(views: Iterable[ClassSubset]) -> None:
 
 
 def sample_of(view: ClassSubset) -> dict[str, str]:
-    """Return mark and checksum of 100 files of a view, drawn as good as at random: those of the smallest marks."""
+    """Return mark and digest of 100 files of a view, drawn as good as at random: those of the smallest marks."""
     files = files_by_mark(view)
-    return {mark: checksum_of_file(files[mark]) for mark in sorted(files)[:100]}
+    return {mark: digest_of(files[mark]).hex() for mark in sorted(files)[:100]}
 
 
 def share_of_known(sample: Mapping[str, str], views: Iterable[ClassSubset]) -> float:
     """Return which share of a sample is among the files of some views."""
     files = {mark: path for view in views for mark, path in files_by_mark(view).items()} if sample else {}
-    known = [mark in files and checksum_of_file(files[mark]) == checksum for mark, checksum in sample.items()]
+    known = [mark in files and digest_of(files[mark]).hex() == digest for mark, digest in sample.items()]
     return sum(known) / len(known) if known else 0.0
 
 
@@ -212,6 +212,6 @@ def number_of_queries(views: Sequence[ClassSubset]) -> int:
 def counted(views: Sequence[ClassSubset]) -> str:
     """Return how many images and classes there are."""
     text = f"{number_of(len(views[0]), 'image')} of {number_of(views[0].num_classes, 'class', 'classes')}"
-    alone = len(views[0]) - number_of_queries(views)
-    text += f", {alone:,} of them alone in their class and no query" if alone else ""
+    others = len(views[0]) - number_of_queries(views)
+    text += f", {others:,} of them without another of their class to be found" if others else ""
     return text if len(views) == 1 else f"{text}, searched for in {number_of(len(views[1]), 'image')}"

@@ -295,9 +295,9 @@ def describe(prepared: Prepared) -> None:
     ]
     print(", ".join(counts))
     for what, views in parts[1:]:
-        alone = len(views[0]) - number_of_queries(views) if views else 0
-        if alone:
-            print(f"{alone:,} of those to {what} with are alone in their class: they are searched, but are no queries")
+        others = len(views[0]) - number_of_queries(views) if views else 0
+        if others:
+            print(f"no queries: {number_of(others, 'image')} to {what} without another of their class to be found")
     each = max(len(fitted) // made.batch_size(fitted.labels), 1)
     steps = made.epochs * each
     batch = number_of(made.batch_size(fitted.labels), "image")

@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from pml_ext.datasets.file_copies import size_of
 from pml_ext.datasets.image_reader import ImageReader
 
 
@@ -46,15 +46,6 @@ def files_by_mark(dataset: Any) -> dict[str, str]:
     return {} if paths is None else {_mark(path): path for path in (os.fspath(paths[i]) for i in indices)}
 
 
-def checksum_of_file(path: str) -> str:
-    """Return 8 hexadecimal digits that change with the content of a file; none of one that cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return f"{zlib.crc32(file.read()):08x}"
-    except OSError:
-        return ""
-
-
 def reader_of(dataset: Any) -> ImageReader | None:
     """Return what a data set or view reads its files with; None if it has no files, or reads them in another way."""
     reader = getattr(_inside(dataset)[0], "reader", None)
@@ -86,11 +77,7 @@ def _contents(dataset: Any, indices: Sequence[int], sizes: bool) -> Iterator[byt
 
 def _mark(path: str) -> str:
     name = os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
-    try:
-        size = os.path.getsize(path)
-    except OSError:
-        size = -1
-    return hashlib.blake2b(b"%d " % size + os.fsencode(name), digest_size=8).hexdigest()
+    return hashlib.blake2b(b"%d " % size_of(path) + os.fsencode(name), digest_size=8).hexdigest()
 
 
 def _below_common_folder(paths: Sequence[Any], indices: Sequence[int]) -> Iterator[str]:

@@ -15,7 +15,7 @@ def copied_files(paths: Sequence[str | Path]) -> dict[int, int]:
     empty or cannot be read are copies of none.
     """
     groups = [list(range(len(paths)))]
-    for mark in (_size, partial(_digest, length=1 << 16), partial(_digest, length=-1)):
+    for mark in (size_of, partial(digest_of, length=1 << 16), digest_of):
         by_mark = defaultdict[tuple[int, object], list[int]](list)
         for number, group in enumerate(groups):
             for i in group:
@@ -24,14 +24,16 @@ def copied_files(paths: Sequence[str | Path]) -> dict[int, int]:
     return {i: group[0] for group in groups for i in group[1:]}
 
 
-def _size(path: str | Path) -> int:
+def size_of(path: str | Path) -> int:
+    """Return the size of a file; 0 if it cannot be read."""
     try:
         return os.stat(path).st_size
     except OSError:
         return 0
 
 
-def _digest(path: str | Path, length: int) -> bytes:
+def digest_of(path: str | Path, length: int = -1) -> bytes:
+    """Return the SHA-256 of a file, or of its first bytes; nothing if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.sha256(file.read(length)).digest()

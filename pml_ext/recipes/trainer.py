@@ -540,11 +540,11 @@ def _checked_labels(dataset: Any, labels: Any, num_classes: int) -> Tensor:
     if not hasattr(dataset, "__len__"):
         raise TypeError(f"dataset must have a length, so that batches can be drawn, got a {type(dataset).__name__}")
     own = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    given, labels = labels, own if labels is None else labels
-    if labels is None:
+    chosen = own if labels is None else labels
+    if chosen is None:
         raise ValueError("labels must be given for a dataset without the attribute labels or targets, got None")
-    labels = as_labels("labels", labels, len(dataset))
-    if given is not None and getattr(dataset, "target_transform", None) is None:
+    labels = as_labels("labels", chosen, len(dataset))
+    if chosen is not own and getattr(dataset, "target_transform", None) is None:
         _warn_of_other_labels(labels, own)
     if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         got = f"{labels.min()} to {labels.max()}" if len(labels) else "none"

@@ -82,6 +82,7 @@ def test_all_classes(trained, photos, tmp_path, capsys):
     assert "--all-classes must be used with data without a split" in capsys.readouterr().err
 
 
+@pytest.mark.trains
 def test_images_that_are_alone_in_their_class(trained, photos, tmp_path, capsys):
     folder, _ = trained
     for name in ("class0", "class1"):
@@ -94,11 +95,15 @@ def test_images_that_are_alone_in_their_class(trained, photos, tmp_path, capsys)
     assert capsys.readouterr().err.endswith("DATA must have a class with two images, got 2 classes of one image each\n")
     shutil.copytree(tmp_path / "singles", tmp_path / "pairs", dirs_exist_ok=True)
     main(["evaluate", str(folder), str(tmp_path / "pairs"), "--device", "cpu"])
-    assert "14 images of 4 classes, 2 of them alone in their class and no query\n" in capsys.readouterr().out
+    assert "14 images of 4 classes, 2 of them without another of their class to be found\n" in capsys.readouterr().out
     result = printed(capsys, "evaluate", folder, tmp_path / "pairs")
     found = metrics(result)
     assert (result["images"], result["queries"]) == (14, 12)
     assert found == pytest.approx(of_dataset(folder, ImageFolder(tmp_path / "pairs")))
+    shutil.copytree(tmp_path / "pairs", tmp_path / "split" / "test")
+    shutil.copytree(photos, tmp_path / "split" / "train", ignore=shutil.ignore_patterns("class[01]"))
+    run(tmp_path / "split", tmp_path / "run", epochs=1, validation_classes=0)
+    assert "no queries: 2 images to test without another of their class to be found\n" in capsys.readouterr().out
 
 
 def names_of_run(folder):
