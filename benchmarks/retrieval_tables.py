@@ -260,20 +260,20 @@ def summary(out):
         if of_pml:
             cells = [summary_of(metric, of_pml, ours) for metric in COMPARED]
             numbers = list(dict.fromkeys(number for number, *_ in cells))
-            lines.append([data, " and ".join(numbers), *(cell for _, *of_metric in cells for cell in of_metric)])
-    columns = [name for metric in COMPARED.values() for name in (f"{metric}, PML", "recommended", "difference")]
+            lines.append([data, *(cell for _, *of_metric in cells for cell in of_metric), " and ".join(numbers)])
+    columns = [name for metric in COMPARED.values() for name in (f"{metric}: best of PML", "recommended (difference)")]
     title = "recommended, and the best of PML's losses"
-    return {"summary": (title, markdown_table(["data", "seeds", *columns], lines))} if lines else {}
+    return {"summary": (title, markdown_table(["data", *columns, "seeds"], lines))} if lines else {}
 
 
 def summary_of(metric, of_pml, ours):
-    """Return how many seeds the row has that is best in a metric, its value and name, that of ours, the difference."""
+    """Return how many seeds the row has that is best in a metric, its mean and name, and ours with the difference."""
     values = {row: [found[metric] for found in seeds.values()] for row, seeds in of_pml.items()}
     best = max(values, key=lambda row: np.mean(values[row]))
     same = {seed: ours[seed] for seed in of_pml[best]}
-    theirs = f"{mean_and_deviation(values[best])} {best}"
-    mean = mean_and_deviation([found[metric] for found in same.values()])
-    return str(len(same)), theirs, mean, with_interval(difference(same, of_pml[best], metric))
+    mean = np.mean([found[metric] for found in same.values()])
+    gap = with_interval(difference(same, of_pml[best], metric))
+    return str(len(same)), f"{np.mean(values[best]):.1f} {best}", f"{mean:.1f}" + (f" ({gap})" if gap else "")
 
 
 def pretrained(out):
