@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pml_ext.modes import in_mode
 from pml_ext.recipes.methods import RECIPES
 from pml_ext.recipes.networks import matched_state
+from pml_ext.recipes.parts import Parts
 from pml_ext.recipes.pixel_scaling import with_pixel_scaling
 from pml_ext.recipes.run_checkpoint import chosen_checkpoint
 from pml_ext.recipes.settings import Settings, settle
@@ -93,7 +94,8 @@ def recipe(
     try:
         parts = method.build(built, num_classes, class_embeddings)
         usual = settle(preset, method.numbers, {})
-        idle = [name for name in built.unread() if given.get(name) not in (None, usual[name])]
+        unread = (*built.unread(), *_unread_common(built, parts))
+        idle = [name for name in unread if given.get(name) is not None and not np.array_equal(built[name], usual[name])]
         if idle:
             settings_are = "settings have" if len(idle) > 1 else "setting has"
             warnings.warn(f"the {settings_are} no effect here: {', '.join(idle)}", UserWarning, stacklevel=2)
@@ -122,6 +124,18 @@ def recipe(
                 )
             chosen = chosen.replaced("freeze_batch_norm", False, "this network has no batch norm")
     return Recipe(name, num_classes, chosen, parts.trunk, parts.loss, parts.miner)
+
+
+def _unread_common(s: Settings, parts: Parts) -> list[str]:
+    """Return the names of those settings of all recipes that nothing reads with the others as they are."""
+    read = {
+        "width": s.backbone == "convnet",
+        "crop_scale": s.augmentation == "crop",
+        "proxy_lr": next(parts.loss.parameters(), None) is not None,
+        "milestones": s.schedule == "step",
+        "gamma": s.schedule == "step",
+    }
+    return [name for name, is_read in read.items() if not is_read]
 
 
 def _run_of(weights: Any) -> Path | None:

@@ -455,6 +455,17 @@ def test_none_is_a_value():
         ("attention_ensemble", {"masks": False, "split": 4}, "the setting has no effect here: split"),
         ("attention_ensemble", {"learner_loss": "contrastive", "base": 1.0}, "the setting has no effect here: base"),
         ("combined", {"proxy_loss": "proxy_anchor", "margin_scale": 0.1}, "the setting has no effect here: marg"),
+        ("contrastive", {"proxy_lr": 0.5}, "the setting has no effect here: proxy_lr"),
+        (
+            "proxy_anchor",
+            {"milestones": torch.tensor([3]), "gamma": 0.5, "crop_scale": 0.5},
+            "the settings have no effect here: crop_scale, milestones, gamma",
+        ),
+        (
+            "proxy_anchor",
+            {"backbone": "test_resnet", "width": 4},
+            "the setting has no effect here: width",
+        ),
     ],
 )
 def test_settings_without_effect_are_told(name, given, message):
@@ -467,8 +478,13 @@ def test_settings_without_effect_are_told(name, given, message):
     [
         ("recommended", {"num_learners": 2, "divergence_weight": 0.5}),
         ("combined", {"refined_weight": 1.0, "refiner_lr": 0.5}),
+        ("proxy_anchor", {"proxy_lr": 0.5, "schedule": "step", "milestones": (3,), "gamma": 0.5, "width": 4}),
+        ("proxy_anchor", {"augmentation": "crop", "crop_scale": 0.5, "milestones": []}),  # no milestones, as the preset
         ("recommended", {"num_learners": 1, "masks": False, "split": None}),  # as the preset has it
-        ("recommended", {"preset": "finetune", "backbone": "test_resnet", "pretrained": False, "in_channels": 3}),
+        (
+            "recommended",
+            {"preset": "finetune", "backbone": "test_resnet", "pretrained": False, "in_channels": 3, "width": 32},
+        ),
     ],
 )
 def test_settings_with_effect_are_not_told(name, given):
