@@ -22,10 +22,15 @@ class OptimizerWatch:
         self._done = False
         self._looks = 0
         self._trained: set[str] = set()
+        self._awaited: set[str] = set()  # parameters that are sampled with their next gradient
         self._samples: dict[str, tuple[Tensor, Tensor]] = {}  # positions and values, on the parameter's device
 
+    def __reduce__(self) -> tuple[type["OptimizerWatch"], tuple[()]]:
+        """Begin anew in a copy: its parameters do not have the hooks of these."""
+        return OptimizerWatch, ()
+
     def look(self, loss_func: nn.Module) -> None:
-        """Look at a loss before a batch; at its values in the first of ``_BATCHES`` only, where a device may wait."""
+        """Look at a loss before a backward pass, in the first of ``_BATCHES`` only: a device may have to wait."""
         if self._done or not (loss_func.training and torch.is_grad_enabled()):
             return
         self._looks += 1
@@ -38,10 +43,9 @@ class OptimizerWatch:
             if sample is not None and not torch.equal(_values(parameter, sample[0]), sample[1]):
                 self._trained.add(name)  # whoever stops to train it later knows it
             elif name not in self._trained:
-                if sample is not None and _has_gradient(parameter, sample[0]):
+                if sample is not None:
                     unchanged.append(name)
-                positions = _positions(parameter)
-                self._samples[name] = positions, _values(parameter, positions)
+                self._await(name, parameter)
         in_an_optimizer = _of_optimizers(parameters[name] for name in unchanged)
         self._trained |= {name for name in unchanged if id(parameters[name]) in in_an_optimizer}
         unchanged = [name for name in unchanged if name not in self._trained]
@@ -54,40 +58,43 @@ class OptimizerWatch:
                 stacklevel=4,
             )
 
+    def _await(self, name: str, parameter: nn.Parameter) -> None:
+        """Sample a parameter when it gets a gradient, which may be cleared before the next batch."""
+
+        def sample(parameter: Tensor) -> None:
+            handle.remove()
+            self._awaited.discard(name)
+            positions = _positions(parameter)
+            if positions is not None:
+                self._samples[name] = positions, _values(parameter, positions)
+
+        if name not in self._awaited:
+            self._awaited.add(name)
+            handle = parameter.register_post_accumulate_grad_hook(sample)  # type: ignore[no-untyped-call]
+
 
 @torch.no_grad()
-def _positions(parameter: nn.Parameter) -> Tensor:
-    """Return where a few numbers stand: with the largest gradients, which the next step changes, if there are any."""
-    x = _local(parameter)
-    count = min(_SAMPLE, x.numel())
-    grad = _local_gradient(parameter)
-    if grad is None:  # spread evenly; by integers, since float32 has none of its own above 2^24
-        return torch.arange(count, device=x.device) * (x.numel() - 1) // max(count - 1, 1)
+def _positions(parameter: Tensor) -> Tensor | None:
+    """Return where the numbers with the largest gradients stand, which the next step changes; None without any."""
+    if parameter.grad is None or parameter.grad.is_sparse:
+        return None
+    grad = _local(parameter.grad)
+    count = min(_SAMPLE, grad.numel())
     best, positions, start = grad.new_empty(0), torch.empty(0, dtype=torch.long, device=grad.device), 0
     for part in torch.split(grad.flatten(), _AT_ONCE):  # a copy of all would double what the loss takes
         values, indices = part.abs().topk(min(count, len(part)))
         best, order = torch.cat([best, values]).topk(min(count, len(best) + len(values)))
         positions, start = torch.cat([positions, indices + start])[order], start + len(part)
-    return positions
+    return positions if best.any() else None
 
 
-def _values(parameter: nn.Parameter, positions: Tensor) -> Tensor:
+def _values(parameter: Tensor, positions: Tensor) -> Tensor:
     return _local(parameter).detach().flatten()[positions.to(parameter.device)].clone()
-
-
-def _has_gradient(parameter: nn.Parameter, positions: Tensor) -> bool:
-    grad = _local_gradient(parameter)
-    return grad is not None and bool(grad.flatten()[positions.to(grad.device)].any())
 
 
 def _local(x: Tensor) -> Tensor:
     """Return this process's part of a sharded tensor."""
     return x.to_local() if hasattr(x, "to_local") else x
-
-
-def _local_gradient(parameter: nn.Parameter) -> Tensor | None:
-    grad = parameter.grad
-    return None if grad is None or grad.is_sparse else _local(grad)
 
 
 def _of_optimizers(parameters: Iterable[nn.Parameter]) -> set[int]:
