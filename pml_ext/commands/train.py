@@ -245,6 +245,7 @@ def train(
             "class_embeddings": absolute(class_embeddings),
             "images": images,
             "fingerprints": fingerprints(kept),
+            "contents": fingerprints(kept, sizes=True),
             "sample": sample_of(fitted),
             "left_out": sorted({*before.get("left_out", []), *left_out}),
         },
@@ -252,7 +253,10 @@ def train(
     if old is not None:
         config["baseline"] = old.get("baseline", {"title": "frozen features", **old.get("frozen", {})})
         check_same(old, config)
-        check_images(before.get("fingerprints", prints), prints)
+        check_images(before.get("fingerprints", prints), prints, "other files or labels")
+        if not left_out:
+            now = config["data"]["contents"]
+            check_images(before.get("contents", now), now, "files of other sizes")
     with RunLock(out):
         if what_is_there(out, resume) != old:
             raise ValueError(f"--out must not be changed by others meanwhile, got {out}")
@@ -375,9 +379,9 @@ def what_is_there(out: Path, resume: bool) -> dict[str, Any] | None:
     return None
 
 
-def fingerprints(data: RetrievalData) -> dict[str, str]:
-    """Return what tells whether the images are others; not by their sizes, since some may have broken."""
-    return {name: view.fingerprint(sizes=False) for name, view in views_of(data).items()}
+def fingerprints(data: RetrievalData, sizes: bool = False) -> dict[str, str]:
+    """Return what tells whether the images are others; by the sizes of files only where none has broken since."""
+    return {name: view.fingerprint(sizes) for name, view in views_of(data).items()}
 
 
 def first_image(view: ClassSubset, skip_broken: bool) -> Any:
@@ -402,6 +406,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
         "frozen",
         "baseline",
         "data.fingerprints",
+        "data.contents",
         "data.left_out",
         "data.sample",
         "data.images.test",
@@ -423,12 +428,12 @@ def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
             )
 
 
-def check_images(old: dict[str, str], new: dict[str, str]) -> None:
+def check_images(old: dict[str, str], new: dict[str, str], got: str) -> None:
     """Check that a run goes on with the images that it began with."""
     for name in new:
         if old.get(name) != new[name]:
             raise ValueError(
-                f"DATA must have the images that the run began with, got other files or labels for {name} (files "
+                f"DATA must have the images that the run began with, got {got} for {name} (files "
                 "that have broken since: leave them there, and add --skip-broken)"
             )
 

@@ -123,7 +123,7 @@ def _embed(trunk: nn.Module, batches: Iterable[Any], autocast: torch.dtype | Non
     labels: list[Tensor] = []
     with in_mode(trunk):
         for batch in batches:
-            images, batch_labels = _pair(batch)
+            images, batch_labels = _checked_pair(batch)
             with torch.autocast(like.device.type, autocast, enabled=autocast is not None):
                 raw = trunk(images.to(like.device))
             _check_output(raw, len(images), embeddings)
@@ -132,17 +132,29 @@ def _embed(trunk: nn.Module, batches: Iterable[Any], autocast: torch.dtype | Non
     return (torch.cat(embeddings), torch.cat(labels)) if embeddings else None
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return images and labels of a loader's batch."""
+def pair_of(batch: Any) -> tuple[Any, Any]:
+    """Return images and labels of a loader's batch, as it has them.
+
+    Raises:
+        ValueError: If it is no pair.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2:  # a tensor of two images could be taken apart, too
         got = f"{len(batch)} things" if isinstance(batch, tuple | list) else "one thing"
         if isinstance(batch, dict):
             got = f"a dictionary of {', '.join(map(str, batch))}"
         raise ValueError(f"dataset must give an image and a label for each index, got {got}")
     images, labels = batch
+    return images, labels
+
+
+def _checked_pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a loader's batch."""
+    images, labels = pair_of(batch)
     if not isinstance(labels, Tensor):
         first = labels[0] if isinstance(labels, tuple | list) else labels
         raise TypeError(f"dataset must give integers as labels, got {first!r}")
+    if labels.ndim != 1:
+        raise ValueError(f"dataset must give one label for each image, got labels of shape {tuple(labels.shape)}")
     if labels.is_floating_point() and not torch.equal(labels, labels.round()):
         raise TypeError(f"dataset must give integers as labels, got {labels[labels != labels.round()][0].item()}")
     return images, labels

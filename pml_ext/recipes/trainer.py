@@ -23,12 +23,14 @@ from pml_ext.datasets.labels import as_labels
 from pml_ext.gradient_cache import cached_backward
 from pml_ext.recipes.checkpoint import read_checkpoint, try_checkpoint, write_checkpoint, write_text
 from pml_ext.recipes.device import usable_device, warn_of_slow_autocast
+from pml_ext.recipes.evaluation import pair_of
 from pml_ext.recipes.networks import matched_state, network_state
 from pml_ext.recipes.run_config import describe_run, differences, read_config, write_config
 from pml_ext.recipes.run_lock import RunLock
 from pml_ext.recipes.training_recipe import Recipe
 from pml_ext.strict_json import strict_json
 from pml_ext.trunks.wrappers import backbone_of, unwrapped
+from pml_ext.validation import check_count
 
 _OF_HISTORY = ("epoch", "loss", "seconds", "lr")
 
@@ -101,6 +103,7 @@ class Trainer(MetricLossOnly):
         self.validate = validate
         self.metric = metric
         self._labels = _checked_labels(dataset, labels, recipe.num_classes)
+        kwargs.setdefault("data_and_label_getter", _images_and_labels)
         if hasattr(dataset, "transform") and dataset.transform is None:
             dataset.transform = recipe.transforms.train
         self.folder = None if folder is None else Path(folder)
@@ -173,9 +176,11 @@ class Trainer(MetricLossOnly):
         Raises:
             OSError: If a file cannot be written.
             TypeError: If a metric is not a number, or something is trained that cannot be saved.
-            ValueError: If they are more than the recipe's and its schedule ends there, another training runs in
-                ``folder``, or ``validate`` does not return ``metric``.
+            ValueError: If they are no integer >= 1, or more than the recipe's and its schedule ends there, another
+                training runs in ``folder``, or ``validate`` does not return ``metric``.
         """
+        if num_epochs is not None:
+            check_count("num_epochs", num_epochs)
         last = self.recipe.epochs if num_epochs is None else num_epochs
         if last > self.recipe.epochs and self.recipe.settings.schedule == "cosine":
             raise ValueError(f"num_epochs must be <= {self.recipe.epochs}, where the cosine schedule ends, got {last}")
@@ -565,6 +570,13 @@ def _warn_of_other_labels(labels: Tensor, own: Any) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def _images_and_labels(batch: Any) -> tuple[Any, Any]:
+    try:
+        return pair_of(batch)
+    except ValueError as error:
+        raise ValueError(f"{error}: data_and_label_getter takes them out of a batch") from None
 
 
 def _fingerprint(dataset: Any, labels: Tensor) -> str:

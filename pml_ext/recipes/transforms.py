@@ -67,11 +67,15 @@ def make_transforms(settings: Settings) -> Transforms:
 def _with_channels(image: Any, channels: int) -> torch.Tensor:
     """Return a tensor of gray or RGB, on white where it is transparent."""
     if not isinstance(image, torch.Tensor):
+        if not isinstance(getattr(image, "mode", None), str):
+            raise TypeError(f"images must be PIL images or tensors (C, H, W), got a {type(image).__name__}")
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise ValueError(f"images must have values with a fixed range, got PIL's mode {image.mode!r}")
         opaque = flatten(image)
         converted: torch.Tensor = v2.functional.pil_to_tensor(opaque.convert("L") if channels == 1 else opaque)
         return converted
+    if image.dtype != torch.uint8 and not image.is_floating_point():  # 200 of int64 would be black
+        raise TypeError(f"images must be uint8, or floating point in [0, 1], got {image.dtype}")
     opaque = _on_white(image) if image.shape[0] in (2, 4) else image
     if opaque.shape[0] == channels:
         return opaque

@@ -1,5 +1,6 @@
 """Where pictures are saved."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,4 +24,6 @@ def save_figure(figure: "Figure", path: str | Path | None) -> None:
     if path.is_dir():
         raise ValueError(f"path must be a file, got the folder {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of names: a box stands for it
+        figure.savefig(path)

@@ -588,6 +588,31 @@ def test_resume_with_more_epochs_and_without_a_file_that_broke(tmp_path, monkeyp
     assert (status, line.startswith("pml-ext train: error: --epochs must be >= 2, which ")) == (2, True)
 
 
+@pytest.mark.trains
+def test_resume_with_a_changed_image(tmp_path, capsys):
+    """Of training, validation or test: figures of other images could not be compared with the former ones."""
+    photos, out = write_folder(tmp_path / "photos"), tmp_path / "run"
+    run(photos, out, recipe="triplet", validation_classes=2, epochs=1, settings=TINY | {"schedule": "step"})
+    given = [photos, "--recipe", "triplet", "--preset", "small", "--out", out, "--validation-classes", 2, "--device"]
+    given += ["cpu", "--resume", "--epochs", 2, "--set", "width=4", "batch_size=16", "schedule=step"]
+    named = set()
+    for folder in sorted(photos.iterdir()):
+        path = sorted(folder.iterdir())[0]
+        before = path.read_bytes()
+        Image.new("L", (90, 90), 7).save(path)
+        status, line = command("train", given, capsys)
+        start = "pml-ext train: error: DATA must have the images that the run began with, got files of other sizes for "
+        assert status == 2 and line.startswith(start)
+        named.add(line.removeprefix(start).split()[0])
+        path.write_bytes(before)
+    assert named == {"train", "test"}
+    assert len(lines(out)) == 2  # nothing was trained
+    run(
+        photos, out, recipe="triplet", validation_classes=2, epochs=2, resume=True, settings=TINY | {"schedule": "step"}
+    )
+    assert [entry["epoch"] for entry in lines(out)][:2] == [1, 2]
+
+
 def test_broken_images_of_a_gallery(tmp_path):
     """Files lie elsewhere in each of the three lists."""
     rows = [f"img/id_{c}/{i}.png id_{c} train" for c in range(3) for i in range(3)]

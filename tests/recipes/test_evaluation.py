@@ -130,6 +130,11 @@ def test_rows_of_zeros_and_large_numbers_stay_usable():
         ([{"image": torch.ones(2), "label": 0}], ValueError, "for each index, got a dictionary of image, label"),
         ([(torch.ones(2), "cat")], TypeError, "dataset must give integers as labels, got 'cat'"),
         ([(torch.ones(2), 2.5)], TypeError, "dataset must give integers as labels, got 2.5"),
+        (
+            torch.utils.data.TensorDataset(torch.ones(3, 2), torch.ones(3, 1).long()),
+            ValueError,
+            r"dataset must give one label for each image, got labels of shape \(3, 1\)",
+        ),
         ([{0: torch.ones(2), 1: 0}], ValueError, "for each index, got a dictionary of 0, 1"),
         ([(torch.ones(2), None)], TypeError, "as images and integers as labels, got <class 'NoneType'>$"),
         ([(Image.new("L", (2, 2)), 0)], TypeError, "makes tensors of images, got <class 'PIL.Image.Image'>$"),

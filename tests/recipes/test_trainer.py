@@ -304,6 +304,22 @@ def test_labels_in_another_order_are_told():
         Trainer(made, dataset, LABELS)
 
 
+@pytest.mark.parametrize(
+    ("sample", "got"),
+    [
+        (lambda image, label: {"pixels": image, "label": label}, "a dictionary of pixels, label"),
+        (lambda image, label: (image, label, 7), "3 things"),
+    ],
+)
+def test_samples_that_are_no_pairs(sample, got):
+    samples = [sample(image, label) for image, label in zip(IMAGES, LABELS.tolist(), strict=True)]
+    message = f"an image and a label for each index, got {got}: data_and_label_getter takes them out of a batch"
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny(), samples, LABELS).train(1)
+    taken = {"data_and_label_getter": lambda batch: tuple(batch.values() if isinstance(batch, dict) else batch)[:2]}
+    assert len(Trainer(tiny(), samples, LABELS, **taken).train(1)) == 1
+
+
 def test_errors(tmp_path):
     made = tiny()
     with pytest.raises(ValueError, match="labels must be given for a dataset without the attribute"):
@@ -328,5 +344,8 @@ def test_errors(tmp_path):
         Trainer(made, Images()).resume()
     with pytest.raises(ValueError, match="num_epochs must be <= 3, where the cosine schedule ends, got 4"):
         Trainer(made, Images()).train(4)
+    for number in (1.5, -1, 0, True):
+        with pytest.raises(ValueError, match=f"num_epochs must be an integer >= 1, got {number}"):
+            Trainer(made, Images()).train(number)
     with pytest.raises(FileNotFoundError):
         Trainer(made, Images(), folder=tmp_path).resume()

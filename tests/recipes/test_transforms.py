@@ -43,6 +43,23 @@ def test_pixels_without_a_fixed_range_are_refused():
         transforms(image_size=28).test(Image.new("F", (28, 28)))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint16, torch.int8, torch.bool])
+def test_dtypes_that_would_be_scaled_to_black_are_refused(dtype):
+    with pytest.raises(TypeError, match=rf"images must be uint8, or floating point in \[0, 1\], got {dtype}"):
+        transforms(image_size=28).test(torch.ones(3, 28, 28).to(dtype))
+
+
+def test_arrays_are_refused():
+    with pytest.raises(TypeError, match=r"images must be PIL images or tensors \(C, H, W\), got a ndarray"):
+        transforms(image_size=28).train(np.zeros((28, 28, 3), np.uint8))
+
+
+def test_floating_point_images_are_not_scaled():
+    image = torch.rand(3, 28, 28)
+    for dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(transforms(image_size=28).test(image.to(dtype)), image * 2 - 1)
+
+
 def test_small_images_are_shifted_in_training_only():
     image = torch.zeros(1, 28, 28, dtype=torch.uint8)
     image[:, 10:18, 10:18] = 255
