@@ -176,8 +176,8 @@ class Trainer(MetricLossOnly):
         Raises:
             OSError: If a file cannot be written.
             TypeError: If a metric is not a number, or something is trained that cannot be saved.
-            ValueError: If they are no integer >= 1, or more than the recipe's and its schedule ends there, another
-                training runs in ``folder``, or ``validate`` does not return ``metric``.
+            ValueError: If ``num_epochs`` is not an integer >= 1, or more than the recipe's and its schedule ends there,
+                another training runs in ``folder``, or ``validate`` does not return ``metric``.
         """
         if num_epochs is not None:
             check_count("num_epochs", num_epochs)
