@@ -63,6 +63,10 @@ def test_the_package_index_shows_no_link_that_it_cannot_follow():
     assert not re.search("^readme =", PYPROJECT, re.MULTILINE)
 
 
+def test_the_gains_are_found():
+    assert len(GAINS) == 7
+
+
 @pytest.mark.parametrize("text", GAINS, ids=lambda text: text.split("(")[0].strip("| "))
 def test_figures_are_those_of_the_page_that_is_named(text):
     """Each number of a gain stands on one of its pages, sizes of batches with them."""

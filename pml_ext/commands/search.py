@@ -1,6 +1,5 @@
 """``pml-ext search``: find the images most similar to an image."""
 
-import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from pml_ext.datasets.image_reader import BrokenImageError, ImageReader
 from pml_ext.neighbors.search import search as search_gallery
 from pml_ext.recipes.evaluation import embed
 from pml_ext.recipes.run_folder import load_run
+from pml_ext.visualization.saving import save_figure
 
 
 def main(
@@ -94,10 +94,7 @@ def draw(query: str | Path, results: Sequence[tuple[float, Path]], path: Path, r
     for axis, title in zip(axes, titles, strict=False):
         axis.set_title(title, fontsize=7)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of names: a box stands for it
-            figure.savefig(path)
+        save_figure(figure, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     return unread

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 from matplotlib.figure import Figure
 
@@ -11,6 +13,15 @@ def test_folders_are_made_and_files_replaced(tmp_path):
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
     save_figure(Figure(figsize=(1, 1)), None)
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "a.png"]
+
+
+def test_names_that_the_font_lacks_are_no_news(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    figure.suptitle("a\tb \u4e00")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_a_folder_is_no_file(tmp_path):
